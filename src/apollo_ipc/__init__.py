@@ -1,0 +1,1 @@
+"""What the router, the worker and the CLI share. Importable without vLLM and without torch."""

@@ -1,0 +1,181 @@
+"""Configuration: one TOML file, overridden by environment (`APOLLO_TRAIN__LR=1e-4`) and then by flags.
+
+Each section below is a section of the file; configs/default.toml lists them all with their defaults.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from apollo_ipc.errors import ConfigError, UserError
+from apollo_ipc.requests import convert
+
+DEFAULT_RANK = 64  # APOLLO's projection rank: the one place where it is written
+ENV_PREFIX = "APOLLO_"
+
+Positive = Annotated[float, Meta(gt=0)]
+Fraction = Annotated[float, Meta(ge=0, le=1)]
+
+
+class Paths(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """runtime_dir: socket, lock and manifest (lost at reboot); state_dir: queue and keys (kept).
+
+    Empty means the user's own: $XDG_RUNTIME_DIR/apollo-ipc (or a directory under the temporary one) and
+    $XDG_STATE_HOME/apollo-ipc (or ~/.local/state/apollo-ipc).
+    """
+
+    runtime_dir: str = ""
+    state_dir: str = ""
+
+
+class Train(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Defaults of a job, and what the optimizer is."""
+
+    lr: Annotated[float, Meta(gt=0, le=0.1)] = 1e-5
+    epochs: Annotated[int, Meta(ge=1, le=1000)] = 1
+    schedule: Literal["auto", "constant", "cosine"] = "auto"
+    warmup_fraction: Fraction = 0.1
+    beta1: Annotated[float, Meta(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Meta(ge=0, lt=1)] = 0.999
+    eps: Positive = 1e-8
+    weight_decay: Fraction = 0.0
+    rank: Annotated[int, Meta(ge=1)] = DEFAULT_RANK
+    refresh_steps: Annotated[int, Meta(ge=1)] = 200
+    limiter_ratio: Annotated[float, Meta(ge=0)] = 1.01  # 0 switches the norm-growth limiter off
+    rounding: Literal["stochastic", "nearest", "kahan"] = "stochastic"
+    seed: Annotated[int, Meta(ge=0, le=2**62)] = 0
+    max_tokens: Annotated[int, Meta(ge=2)] = 2048  # longest example
+    logit_chunk_tokens: Annotated[int, Meta(ge=1)] = 64
+    activation_checkpointing: bool = False
+    on_duplicate: Literal["skip", "train"] = "train"
+    publish_interval_s: Positive = 30.0  # longest time inside a job without a new weight version
+    max_bad_steps: Annotated[int, Meta(ge=1)] = 3  # non-finite steps in a row that fail the job
+
+
+class Worker(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How the training process behaves beside serving."""
+
+    num_threads: Annotated[int, Meta(ge=0)] = 0  # 0: as many as cores
+    idle_priority: bool = True  # CPU: training threads run only when serving leaves time (SCHED_IDLE)
+    max_queued_jobs: Annotated[int, Meta(ge=1)] = 10_000
+    verify_checkpoint: bool = True  # compare views with the checkpoint at the first attach to a vLLM
+
+
+class Checkpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    sync_interval_s: Annotated[float, Meta(ge=0)] = 600.0  # while something changed; 0: only on request
+    sync_after_bulk_job: bool = True  # a job of at least bulk_job_steps steps is synced at its end
+    bulk_job_steps: Annotated[int, Meta(ge=1)] = 100
+    sync_at_stop: bool = True
+
+
+class Http(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The router inside vLLM's API server."""
+
+    train_key: str = ""  # empty: generated into state_dir/train.key
+    max_body_bytes: Annotated[int, Meta(ge=1024, le=60 * 1024 * 1024)] = 32 * 1024 * 1024
+    wait_timeout_s: Positive = 3600.0
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    paths: Paths = Paths()
+    train: Train = Train()
+    worker: Worker = Worker()
+    checkpoint: Checkpoint = Checkpoint()
+    http: Http = Http()
+
+    @property
+    def runtime_dir(self) -> Path:
+        return Path(self.paths.runtime_dir) if self.paths.runtime_dir else _default_runtime_dir()
+
+    @property
+    def state_dir(self) -> Path:
+        return Path(self.paths.state_dir) if self.paths.state_dir else _default_state_dir()
+
+    @property
+    def socket_path(self) -> Path:
+        return self.runtime_dir / "worker.sock"
+
+
+def _default_runtime_dir() -> Path:
+    if base := os.environ.get("XDG_RUNTIME_DIR"):
+        return Path(base) / "apollo-ipc"
+    import tempfile
+
+    return Path(tempfile.gettempdir()) / f"apollo-ipc-{os.geteuid()}"
+
+
+def _default_state_dir() -> Path:
+    base = os.environ.get("XDG_STATE_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "state") / "apollo-ipc"
+
+
+def load_config(
+    file: Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Config:
+    """File, then `APOLLO_SECTION__KEY` from the environment, then `overrides` ({"train.lr": 1e-4}).
+
+    `file` defaults to $APOLLO_CONFIG; without either, the defaults hold.
+    Raises ConfigError naming the key, where it came from, and the nearest known one.
+    """
+    environ = os.environ if environ is None else environ
+    data: dict[str, Any] = {}
+    if file is None and environ.get("APOLLO_CONFIG"):
+        file = Path(environ["APOLLO_CONFIG"])
+    if file is not None:
+        try:
+            data = tomllib.loads(file.read_text())
+        except OSError as error:
+            raise ConfigError(f"cannot read {file}: {error.strerror}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file} is not TOML: {error}") from None
+        _check(data, str(file))
+    for name, value in environ.items():
+        if name.startswith(ENV_PREFIX) and "__" in name:
+            section, _, key = name.removeprefix(ENV_PREFIX).lower().partition("__")
+            _set(data, section, key, _parse_scalar(value), f"environment variable {name}")
+    for path, value in (overrides or {}).items():
+        if value is not None:
+            section, _, key = path.partition(".")
+            _set(data, section, key, value, f"flag for {path}")
+    return _check(data, "configuration")
+
+
+def _set(data: dict[str, Any], section: str, key: str, value: Any, source: str) -> None:
+    data.setdefault(section, {})[key] = value
+    _check({section: {key: value}}, source)
+
+
+def _check(data: Any, source: str) -> Config:
+    try:
+        return convert(data, Config)
+    except UserError as error:
+        at = f"{error.field}: " if error.field else ""
+        raise ConfigError(f"{source}: {at}{error.message}", field=error.field) from None
+
+
+def _parse_scalar(text: str) -> Any:
+    """TOML's reading of `text`, else the text itself: `0.1`, `true`, `"x"` and `x` all do what they seem to."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def make_private_dir(path: Path) -> Path:
+    """`path` as a directory of mode 0700 that belongs to us. Raises ConfigError where it is someone else's."""
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    info = path.lstat()
+    if path.is_symlink() or info.st_uid != os.geteuid():
+        raise ConfigError(f"{path}: not a directory of our own (uid {info.st_uid}); choose another")
+    if info.st_mode & 0o077:
+        path.chmod(0o700)
+    return path

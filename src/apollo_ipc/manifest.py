@@ -1,0 +1,135 @@
+"""The weights manifest: what the export inside vLLM tells the worker about the weights it shares.
+
+Written by apollo_router.export, read by apollo_worker.attach. JSON, mode 0600, renamed into place.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import msgspec
+
+from apollo_ipc.errors import AttachError
+
+MANIFEST_FORMAT = 1
+MAX_MANIFEST_BYTES = 256 * 1024 * 1024
+
+
+class Segment(msgspec.Struct, frozen=True):
+    """A contiguous piece of memory that vLLM owns and others may map."""
+
+    size_bytes: int
+    # shm: `/proc/PID/fd/N` of the exporter's memfd.
+    path: str | None = None
+    # cuda_ipc: the 64 bytes of cudaIpcMemHandle_t, hex.
+    handle: str | None = None
+
+
+class SharedTensor(msgspec.Struct, frozen=True):
+    """A tensor of the loaded vLLM model inside a segment."""
+
+    dtype: str  # torch's name without the prefix: "bfloat16"
+    shape: list[int]
+    stride: list[int]  # in elements
+    segment: int  # index into Manifest.segments
+    offset_bytes: int
+
+
+class View(msgspec.Struct, frozen=True):
+    """Where the elements of one checkpoint tensor lie inside a shared tensor, in the checkpoint's own order."""
+
+    tensor: str  # vLLM's parameter name, key of Manifest.tensors
+    shape: list[int]  # the checkpoint tensor's shape
+    stride: list[int]  # in elements of the shared tensor's dtype
+    offset: int  # in elements from the shared tensor's first element
+
+
+class Refusal(msgspec.Struct, frozen=True):
+    """A parameter that cannot be shared, and why in words that a user understands."""
+
+    name: str
+    reason: str
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    format: int
+    boot_id: str  # new at every start of vLLM
+    pid: int  # the process that owns the memory
+    pid_start_ticks: int  # field 22 of /proc/PID/stat: tells a reused pid from the exporter
+    rank: int
+    world_size: int
+    model_path: str
+    served_model_name: str
+    vllm_version: str
+    torch_version: str
+    transport: str  # "shm" | "cuda_ipc"
+    device_uuid: str | None  # cuda_ipc only
+    dtype: str  # the dtype that the model is served in
+    max_model_len: int
+    segments: list[Segment]
+    tensors: dict[str, SharedTensor]
+    views: dict[str, View]  # checkpoint tensor name -> view
+    refused: list[Refusal]
+
+
+def manifest_path(runtime_dir: Path, rank: int = 0) -> Path:
+    return runtime_dir / f"weights-{rank}.json"
+
+
+def write_manifest(manifest: Manifest, runtime_dir: Path) -> Path:
+    """Writes to a temporary name with mode 0600, then renames: a reader sees the old or the new one."""
+    path = manifest_path(runtime_dir, manifest.rank)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(fd, "wb") as file:
+        file.write(msgspec.json.encode(manifest))
+    os.rename(temporary, path)
+    return path
+
+
+def read_manifest(runtime_dir: Path, rank: int = 0) -> Manifest | None:
+    """The manifest, or None where vLLM has not written one yet.
+
+    Raises AttachError when the file is a symlink, belongs to another user, is readable or writable by
+    others, or is not a manifest of this format: whoever can write it chooses what memory we write to.
+    """
+    path = manifest_path(runtime_dir, rank)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise AttachError(f"{path}: refused: {error.strerror} (is it a symlink?)") from None
+    with os.fdopen(fd, "rb") as file:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            raise AttachError(f"{path}: not a regular file")
+        if info.st_uid != os.geteuid():
+            raise AttachError(f"{path}: owned by uid {info.st_uid}, expected {os.geteuid()}")
+        if mode := stat.S_IMODE(info.st_mode) & 0o077:
+            raise AttachError(
+                f"{path}: mode {stat.S_IMODE(info.st_mode):04o} lets others in (extra bits {mode:04o}); "
+                "expected 0600: remove it and restart vLLM"
+            )
+        if info.st_size > MAX_MANIFEST_BYTES:
+            raise AttachError(f"{path}: {info.st_size} bytes is no manifest")
+        try:
+            manifest = msgspec.json.decode(file.read(), type=Manifest)
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise AttachError(f"{path}: not a weights manifest: {error}") from None
+    if manifest.format != MANIFEST_FORMAT:
+        raise AttachError(f"{path}: format {manifest.format}, this worker reads {MANIFEST_FORMAT}")
+    return manifest
+
+
+def start_ticks(pid: int) -> int | None:
+    """When process `pid` started, in clock ticks since boot (proc(5), field 22), or None if it is gone."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # The command name (field 2) may hold spaces and brackets: count from the last one.
+    return int(text.rpartition(")")[2].split()[19])

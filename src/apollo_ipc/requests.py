@@ -1,0 +1,212 @@
+"""What a client may send to be trained on: the body of `POST /train`, a JSONL line, a stored job.
+
+One set of types for the HTTP router, the CLI and the worker's queue. Structural checks (types, unknown
+fields, ranges) happen here; checks that need the tokenizer happen in the worker before the job is queued.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+import typing
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from apollo_ipc.errors import UserError, nearest
+
+MAX_EXAMPLES = 100_000  # a job, not a corpus: beyond this send several
+
+TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    role: str
+    content: str
+    # Passed to the chat template unseen, for templates that know them.
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+
+
+class Example(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Exactly one of three forms: `messages`; `prompt` + `completion`; `context_ids` + `continuation_ids`."""
+
+    messages: list[Message] | None = None
+    tools: list[dict[str, Any]] | None = None  # with `messages` only: given to the chat template
+    prompt: str | None = None
+    completion: str | None = None
+    context_ids: list[TokenId] | None = None
+    continuation_ids: list[TokenId] | None = None
+
+
+class TrainOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Options of one job; None means the worker's configured default.
+
+    lr: learning rate (peak, where there is a warm-up); epochs: passes over the examples;
+    schedule: "constant", "cosine" (10 % linear warm-up, then cosine to 0) or "auto" (constant for a single
+    example, cosine otherwise); on_duplicate: what to do with an example that was trained before.
+    """
+
+    lr: Annotated[float, Meta(gt=0, le=0.1)] | None = None
+    epochs: Annotated[int, Meta(ge=1, le=1000)] | None = None
+    schedule: Literal["auto", "constant", "cosine"] | None = None
+    weight_decay: Annotated[float, Meta(ge=0, le=1)] | None = None
+    rank: Annotated[int, Meta(ge=1, le=65536)] | None = None
+    max_steps: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
+    on_duplicate: Literal["skip", "train"] | None = None
+
+
+class TrainRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    examples: Annotated[list[Example], Meta(min_length=1, max_length=MAX_EXAMPLES)]
+    options: TrainOptions = TrainOptions()
+
+
+T = TypeVar("T")
+
+_AT = re.compile(r" - at `(?P<path>\$[^`]*)`$")
+_UNKNOWN = re.compile(r"^Object contains unknown field `(?P<name>.*)`$")
+
+
+def convert(data: Any, into: type[T]) -> T:
+    """`data` (plain JSON-like values) as `into`, or UserError with the field's path and what would be right."""
+    try:
+        return msgspec.convert(data, into)
+    except msgspec.ValidationError as error:
+        raise explain(error, data, into) from None
+    except RecursionError:
+        raise UserError("nested too deeply") from None
+
+
+def explain(error: msgspec.ValidationError, data: Any, into: Any) -> UserError:
+    """msgspec's message with its JSON path as `field`, and the nearest known name for an unknown one."""
+    text = str(error)
+    at = _AT.search(text)
+    path = at["path"].removeprefix("$").removeprefix(".") if at else ""
+    text = _AT.sub("", text)
+    if unknown := _UNKNOWN.match(text):
+        known = _fields_at(into, path)
+        field = f"{path}.{unknown['name']}" if path else unknown["name"]
+        return UserError(f"unknown field {unknown['name']!r}; {nearest(unknown['name'], known)}", field=field)
+    return UserError(text, field=path or None)
+
+
+def _fields_at(into: Any, path: str) -> list[str]:
+    """Names of the fields of the struct that `path` (as msgspec writes it: `a.b[0].c`) points at."""
+    kind = into
+    for part in re.findall(r"[^.\[\]]+|\[[^\]]*\]", path):
+        kind = _strip(kind)
+        if part.startswith("["):
+            kind = typing.get_args(kind)[-1]
+        else:
+            kind = typing.get_type_hints(kind, include_extras=True)[part]
+    kind = _strip(kind)
+    return list(kind.__struct_fields__) if isinstance(kind, type) and issubclass(kind, msgspec.Struct) else []
+
+
+def _strip(kind: Any) -> Any:
+    """`kind` without Annotated and without `| None`."""
+    while True:
+        origin = typing.get_origin(kind)
+        if origin is Annotated:
+            kind = typing.get_args(kind)[0]
+        elif origin in (typing.Union, types.UnionType):
+            kind = next(a for a in typing.get_args(kind) if a is not type(None))
+        else:
+            return kind
+
+
+def parse_train_body(body: bytes) -> TrainRequest:
+    """The body of `POST /train`: today's shape, or the earlier clients' `training_data` shape.
+
+    Raises UserError with the path of the bad field as the client wrote it.
+    """
+    try:
+        data = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"the body is not JSON: {error}", code="invalid_json") from None
+    except RecursionError:
+        raise UserError("the body is nested too deeply", code="invalid_json") from None
+    return parse_train_data(data)
+
+
+def parse_train_data(data: Any) -> TrainRequest:
+    """Like `parse_train_body`, from decoded JSON."""
+    if not isinstance(data, dict):
+        raise UserError('send an object like {"examples": [{"prompt": "...", "completion": "..."}]}')
+    if "training_data" in data:
+        return _from_training_data(data)
+    request = convert(data, TrainRequest)
+    for i, example in enumerate(request.examples):
+        check_form(example, f"examples[{i}]")
+    return request
+
+
+_EARLIER_NAMES = {"learning_rate": "lr", "num_epochs": "epochs"}
+
+
+def _from_training_data(data: dict[str, Any]) -> TrainRequest:
+    """`{"training_data": {"samples": [...], "config": {...}}}` as the earlier system's clients send it."""
+    extra = set(data) - {"training_data"}
+    if extra:
+        raise UserError(f"unknown field beside training_data: {sorted(extra)[0]!r}", field=sorted(extra)[0])
+    inner = data["training_data"]
+    if not isinstance(inner, dict) or "samples" not in inner:
+        raise UserError("training_data needs a list `samples`", field="training_data.samples")
+    if unknown := sorted(set(inner) - {"samples", "config"}):
+        raise UserError(
+            f"unknown field {unknown[0]!r}; {nearest(unknown[0], ['samples', 'config'])}",
+            field=f"training_data.{unknown[0]}",
+        )
+    options = inner.get("config", {})
+    if isinstance(options, dict):
+        options = {_EARLIER_NAMES.get(name, name): value for name, value in options.items()}
+    try:
+        return parse_train_data({"examples": inner["samples"], "options": options})
+    except UserError as error:
+        field = (error.field or "").replace("examples", "samples", 1).replace("options", "config", 1)
+        raise UserError(error.message, field=f"training_data.{field}".rstrip("."), code=error.code) from None
+
+
+FORMS = '{"messages": [...]}, {"prompt", "completion"} or {"context_ids", "continuation_ids"}'
+
+
+def check_form(example: Example, path: str) -> None:
+    """Raises UserError unless `example` has exactly one complete, non-empty form."""
+    chat = example.messages is not None
+    text = example.prompt is not None or example.completion is not None
+    ids = example.context_ids is not None or example.continuation_ids is not None
+    if chat + text + ids != 1:
+        raise UserError(f"an example has exactly one form: {FORMS}", field=path, code="invalid_example")
+    if example.tools is not None and not chat:
+        raise UserError("`tools` goes with `messages` only", field=f"{path}.tools", code="invalid_example")
+    if chat and not example.messages:
+        raise UserError("messages is empty", field=f"{path}.messages", code="invalid_example")
+    if text:
+        for name in ("prompt", "completion"):
+            if getattr(example, name) is None:
+                raise UserError(
+                    f"prompt and completion go together; {name} is missing",
+                    field=f"{path}.{name}",
+                    code="invalid_example",
+                )
+        if not example.completion:
+            raise UserError(
+                "completion is empty: nothing to learn", field=f"{path}.completion", code="invalid_example"
+            )
+    if ids:
+        for name in ("context_ids", "continuation_ids"):
+            if getattr(example, name) is None:
+                raise UserError(
+                    f"context_ids and continuation_ids go together; {name} is missing",
+                    field=f"{path}.{name}",
+                    code="invalid_example",
+                )
+        if not example.continuation_ids:
+            raise UserError(
+                "continuation_ids is empty: nothing to learn",
+                field=f"{path}.continuation_ids",
+                code="invalid_example",
+            )
