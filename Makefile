@@ -1,0 +1,41 @@
+# Each target alone sets up what it needs; where that is done already, it costs nothing.
+#   make demo ARGS="--help"     arguments for the command behind a target
+#   make setup BACKEND=cpu      cpu or gpu instead of what the machine has
+
+SHELL := /bin/bash
+ARGS ?=
+TEST_TIMEOUT_S ?= 3600
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check lock bench clean
+
+help:
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+
+setup:  ## install everything into .venv
+	@python3 tools/setup.py $(if $(BACKEND),--backend $(BACKEND))
+
+demo: setup  ## serve a small model, teach it something while it answers, show that it learned
+	@$(BIN)/apollo-ipc demo $(ARGS)
+
+test: setup  ## run the tests
+	@timeout --foreground --kill-after=60 $(TEST_TIMEOUT_S) $(BIN)/python -m pytest $(ARGS)
+
+check: setup  ## lint, formatting, types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/basedpyright
+
+lock: setup  ## resolve the versions in locks/ anew
+	@python3 tools/setup.py --lock
+
+bench:  ## list the benchmarks
+	@for script in benchmarks/*.py; do \
+	  [ -e "$$script" ] || continue; \
+	  printf '  %-36s %s\n' "$$script" "$$(sed -n '/"""/{s/^[^"]*"""//;s/"""$$//;p;q}' "$$script")"; \
+	done
+
+clean:  ## remove .venv, caches and the demo's output
+	rm -rf .venv .pytest_cache .ruff_cache demo-out build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
