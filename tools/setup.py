@@ -4,7 +4,7 @@
     python3 tools/setup.py --lock                 resolves locks/*.txt anew (`make lock`)
 
 Standard library only, for whatever python3 the machine has: it looks for one that the project supports.
-uv does the installing (16 s where pip takes 91) and is installed from the package index itself; else pip does.
+uv does the installing (16 s where pip takes 91) and comes from the package index itself; else pip does.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """Lets a CUDA build of torchvision be imported beside a CPU build of torch.
 
 vLLM imports Qwen3.5 through its vision parent, which imports torchvision, and the package index has only the
-CUDA build. There `torchvision/_C.so` cannot load, `torchvision/_meta_registrations.py` then fails on "operator
-torchvision::nms does not exist", and so does every `from transformers import SomeModel`, of text models too.
-Declaring the two operators that it registers fake kernels for is enough: torchvision's Python parts work, its
-operators stay absent.
+CUDA build. There `torchvision/_C.so` cannot load, `torchvision/_meta_registrations.py` then fails on
+"operator torchvision::nms does not exist", and so does every `from transformers import SomeModel`, of text
+models too. Declaring the two operators that it registers fake kernels for is enough: torchvision's Python
+parts work, its operators stay absent.
 
-`apollo_ipc_torchvision.pth` runs `install()` when the interpreter starts, in every process of the environment.
-That costs one entry in `sys.meta_path`; torch is imported only when somebody imports torchvision.
+`apollo_ipc_torchvision.pth` runs `install()` when the interpreter starts, in every process that uses this
+environment. It costs one entry in `sys.meta_path`; torch is imported only when somebody imports torchvision.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _libraries = []  # torch.library.Library takes its declarations back when it is 
 
 
 def install() -> None:
-    """From now on an import of torchvision first declares the operators, where they are missing. Idempotent."""
+    """From now on an import of torchvision first declares the operators that are missing. Idempotent."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
