@@ -1,0 +1,108 @@
+"""What the routes of one API server process share: the key, the ZMQ client, and who this vLLM is."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager, suppress
+from typing import TypeVar
+
+from fastapi import FastAPI
+from starlette.requests import ClientDisconnect, Request
+
+from apollo_ipc.client import WorkerClient
+from apollo_ipc.config import Config
+from apollo_ipc.errors import NotReady
+from apollo_ipc.keys import train_key
+from apollo_router import metrics
+from apollo_router.cache import CacheDropper
+from apollo_router.log import logger
+from apollo_router.served import ServedModel
+
+TICK_S = 1.0
+
+T = TypeVar("T")
+
+
+class Gateway:
+    """Made by the plugin's factory; opened and closed by the app's lifespan.
+
+    Raises ConfigError where the train key cannot be read or made.
+    """
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.train_key = train_key(config)
+        self.cache = CacheDropper()
+        self.served = ServedModel(config.runtime_dir)
+        self._client: WorkerClient | None = None
+        self._stopping = asyncio.Event()
+
+    @property
+    def client(self) -> WorkerClient:
+        """Raises NotReady before the app has started."""
+        if self._client is None:
+            raise NotReady("the server is starting or stopping")
+        return self._client
+
+    @asynccontextmanager
+    async def open(self, app: FastAPI) -> AsyncIterator[None]:
+        async with WorkerClient(
+            self.config.socket_path, "router", self.cache.drop, lambda: self.served.boot_id
+        ) as client:
+            self._client = client
+            ticking = asyncio.create_task(self._tick(app))
+            try:
+                yield
+            finally:
+                self._client = None
+                self._stopping.set()
+                ticking.cancel()
+                with suppress(asyncio.CancelledError):
+                    await ticking
+
+    async def until_gone(self, work: Awaitable[T], request: Request | None = None) -> T:
+        """`work`'s result. Raises NotReady when the server stops first, ClientDisconnect when the client of
+        `request` (whose body has been read) goes first. `work` is cancelled then; the worker's job is not.
+
+        uvicorn waits for open requests before it stops, without a limit: a request that waits for training
+        would hold up vLLM's shutdown for as long.
+        """
+        working = asyncio.ensure_future(work)
+        stop = asyncio.ensure_future(self._stopping.wait())
+        gone = asyncio.ensure_future(_disconnected(request)) if request else stop
+        try:
+            await asyncio.wait({working, stop, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                return working.result()
+            if stop.done():
+                raise NotReady("the server is stopping; the worker goes on")
+            raise ClientDisconnect
+        finally:
+            for task in (working, stop, gone):
+                task.cancel()
+
+    async def _tick(self, app: FastAPI) -> None:
+        while True:
+            try:
+                await asyncio.to_thread(self.served.refresh)
+                self._measure()
+                # Set by vLLM's serve_http; should_exit becomes true before it waits for open requests.
+                if getattr(getattr(app.state, "server", None), "should_exit", False):
+                    self._stopping.set()
+            except Exception:
+                # One bad look (say, /proc under memory pressure) must not end all later ones.
+                logger.exception("looking after the training worker failed; trying again")
+            await asyncio.sleep(TICK_S)
+
+    def _measure(self) -> None:
+        client = self.client
+        metrics.worker_up.set(client.is_alive)
+        if client.heartbeat is not None:
+            metrics.weight_version.set(client.heartbeat.weight_version)
+
+
+async def _disconnected(request: Request) -> None:
+    """Returns when the client has gone. The body must have been read: nothing else is left to receive."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

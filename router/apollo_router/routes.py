@@ -1,0 +1,204 @@
+"""The HTTP interface: every route of /train and /checkpoint.
+
+Thin on purpose: a route checks what only HTTP knows, asks the worker over ZMQ and hands on what it answers.
+Every failure is OpenAI's error object (apollo_router.errors); 503 means "again later", with Retry-After.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, FastAPI
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from apollo_ipc import messages
+from apollo_ipc.errors import NotReady, UserError
+from apollo_router.auth import KeyedRoute
+from apollo_router.body import read_body, read_train_request
+from apollo_router.errors import ErrorRoute, HttpError, error_response, json_response
+from apollo_router.events import event_stream
+from apollo_router.gateway import Gateway
+from apollo_router.params import JobsQuery, NoQuery, TrainQuery, read_idempotency_key, read_query
+
+MAX_NO_BODY_BYTES = 1024
+WORKER_AWAY_S = 60.0  # how long `?wait=true` waits for a worker that went away to come back
+TRAINED_STATES = ("applied", "durable")
+
+
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    # FastAPI runs an included router's lifespan inside the app's own (routing.py, _merge_lifespan_context).
+    async with app.state.apollo.open(app):
+        yield
+
+
+router = APIRouter(route_class=KeyedRoute, lifespan=lifespan, tags=["apollo-ipc"])
+open_router = APIRouter(route_class=ErrorRoute, tags=["apollo-ipc"])
+
+
+def gateway_of(request: Request) -> Gateway:
+    return request.app.state.apollo
+
+
+@router.post("/train", status_code=202)
+async def train(request: Request) -> Response:
+    """Queues a job: 202 once it is on disk.
+
+    With `?wait=true`: 200 with `loss_history` when the job is in the served weights; 422 with the code
+    `job_failed`, `job_cancelled` or `job_quarantined` and the `job` when it ended otherwise (not 5xx, since
+    clients send those again by themselves); 202 when it has not ended within http.wait_timeout_s. A client
+    that goes away meanwhile does not cancel the job. `Idempotency-Key`: the same key and body give the same
+    job, another body 422.
+    """
+    gateway = gateway_of(request)
+    query = read_query(request, TrainQuery)
+    key = read_idempotency_key(request)
+    train_request = await read_train_request(request, gateway.config.http.max_body_bytes)
+    reply = await gateway.client.request(messages.Submit("", train_request, key))
+    job = reply.job
+    assert job is not None
+    if not query.wait:
+        return json_response(_accepted(job), 202, {"Location": f"/train/jobs/{job.job_id}"})
+    job = await gateway.until_gone(_end_of(gateway, job), request)
+    return _waited(job)
+
+
+def _accepted(job: messages.JobInfo) -> dict[str, Any]:
+    return {
+        "job_id": job.job_id,
+        "status": job.state,
+        "num_examples": job.num_examples,
+        "num_steps": job.num_steps,
+        "num_skipped": job.num_skipped,
+        "notes": job.notes,
+    }
+
+
+def _waited(job: messages.JobInfo) -> Response:
+    if job.state in TRAINED_STATES:
+        details = {
+            "steps_done": job.steps_done,
+            "loss_first": job.loss_first,
+            "loss_last": job.loss_last,
+            "loss_history": job.loss_history or [],
+            "weight_version": job.weight_version,
+        }
+        return json_response({**_accepted(job), **details})
+    if job.state in messages.ENDED_STATES:
+        message = f"job {job.job_id} {job.state}: {job.error or 'no reason given'}"
+        return error_response(HttpError(422, f"job_{job.state}", message), job=job)
+    return json_response(_accepted(job), 202, {"Location": f"/train/jobs/{job.job_id}"})
+
+
+async def _end_of(gateway: Gateway, job: messages.JobInfo) -> messages.JobInfo:
+    """The job when it has ended, or as it is after http.wait_timeout_s. Outlasts a restart of the worker.
+
+    Raises NotReady, naming the job, where the worker stays away for WORKER_AWAY_S.
+    """
+    try:
+        async with (
+            asyncio.timeout(gateway.config.http.wait_timeout_s),
+            aclosing(gateway.client.watch(job.job_id, silence_s=WORKER_AWAY_S)) as events,
+        ):
+            async for newest, _ in events:
+                job = newest
+    except TimeoutError:
+        pass  # the caller sees by its state that the job has not ended
+    except NotReady as error:
+        raise NotReady(f"job {job.job_id} was accepted, but: {error.message}", code=error.code) from None
+    return job
+
+
+@router.get("/train/status")
+async def status(request: Request) -> Response:
+    """The worker's whole state. 503 while there is no worker."""
+    read_query(request, NoQuery)
+    gateway = gateway_of(request)
+    reply = await gateway.client.request(messages.GetStatus(""))
+    seen = msgspec.to_builtins(reply.status)
+    return json_response({"worker": "up", "router_vllm_boot_id": gateway.served.boot_id, **seen})
+
+
+@router.get("/train/jobs")
+async def jobs(request: Request) -> Response:
+    """The newest jobs: `?limit=` (1 to 1000, 50 by default), `?state=`."""
+    query = read_query(request, JobsQuery)
+    reply = await gateway_of(request).client.request(messages.ListJobs("", query.limit, query.state))
+    return json_response({"object": "list", "data": reply.jobs})
+
+
+@router.get("/train/jobs/{job_id}")
+async def job(request: Request, job_id: str) -> Response:
+    read_query(request, NoQuery)
+    reply = await gateway_of(request).client.request(messages.GetJob("", job_id))
+    return json_response(reply.job)
+
+
+@router.delete("/train/jobs/{job_id}")
+async def cancel(request: Request, job_id: str) -> Response:
+    """Cancels a queued job, or a running one after its present step. 422 where it has ended."""
+    read_query(request, NoQuery)
+    reply = await gateway_of(request).client.request(messages.CancelJob("", job_id))
+    return json_response(reply.job)
+
+
+@router.get("/train/jobs/{job_id}/events", response_class=StreamingResponse)
+async def events(request: Request, job_id: str) -> Response:
+    """Server-sent events: `job` with each change, `end` with the last, comment lines in between."""
+    read_query(request, NoQuery)
+    gateway = gateway_of(request)
+    # An unknown job or an absent worker is an HTTP error: seen before the stream begins.
+    await gateway.client.request(messages.GetJob("", job_id))
+    return StreamingResponse(
+        event_stream(gateway, gateway.client.watch(job_id)),
+        media_type="text/event-stream",
+        # X-Accel-Buffering: nginx would otherwise hold events back.
+        headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+    )
+
+
+@router.post("/checkpoint")
+async def checkpoint(request: Request) -> Response:
+    """Syncs the model directory now; answers when it is durable. Takes no body (or `{}`)."""
+    read_query(request, NoQuery)
+    gateway = gateway_of(request)
+    if (await read_body(request, MAX_NO_BODY_BYTES)).strip() not in (b"", b"{}"):
+        raise UserError("POST /checkpoint takes no body")
+    asked = gateway.client.request(messages.SyncCheckpoint(""), timeout_s=gateway.config.http.wait_timeout_s)
+    reply = await gateway.until_gone(asked, request)
+    return json_response(reply.sync)
+
+
+@open_router.get("/train/health")
+async def health(request: Request) -> Response:
+    """200 only while the worker is attached to *this* vLLM, else 503 with the reason. Needs no key: load
+    balancers and `apollo-ipc serve` ask, and it tells nothing but versions and ids of processes' starts."""
+    gateway = gateway_of(request)
+    await asyncio.to_thread(gateway.served.refresh)
+    client, served = gateway.client, gateway.served
+    if served.boot_id is None:
+        raise NotReady(served.reason)
+    if not client.is_alive or client.heartbeat is None:
+        raise NotReady("the training worker does not answer (is it running? see `apollo-ipc status`)")
+    beat = client.heartbeat
+    if not beat.attached:
+        raise NotReady(f"the training worker is not attached to vLLM yet: {beat.progress.activity}")
+    if beat.vllm_boot_id != served.boot_id:
+        raise NotReady("the training worker is attached to another vLLM")
+    return json_response(
+        {
+            "status": "ok",
+            "vllm_boot_id": served.boot_id,
+            "worker_boot_id": beat.worker_boot_id,
+            "weight_version": beat.weight_version,
+            "activity": beat.progress.activity,
+        }
+    )
+
+
+router.include_router(open_router)
