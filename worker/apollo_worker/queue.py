@@ -1,0 +1,390 @@
+"""The jobs: an SQLite file that survives whatever happens to this process.
+
+A method returns after its commit, and with synchronous=FULL a commit in WAL mode has been flushed (SQLite's
+"Write-Ahead Logging" page, section "Performance Considerations"). Jobs train one at a time in order of `seq`.
+
+    queued -> running -> applied -> durable        applied: in vLLM's memory; durable: on disk
+       |         |-----> failed | cancelled
+       |---------|-----> cancelled, quarantined    quarantined: crashed the worker MAX_CRASHES times
+
+This file is the API; apollo_worker.queue_file knows the file, its schema and what a row means.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from apollo_ipc.errors import Conflict, NotFound, NotReady
+from apollo_ipc.messages import ENDED_STATES, JobInfo, JobState
+from apollo_ipc.requests import TrainRequest
+from apollo_worker.queue_file import (
+    JOB_COLUMNS,
+    MAX_VARIABLES,
+    decode_request,
+    encode_request,
+    job_info,
+    open_file,
+)
+
+MAX_CRASHES = 3
+
+Jobs = list[JobInfo]  # inside JobQueue, `list` is its method
+
+
+class Job(msgspec.Struct, frozen=True):
+    """A job that was taken, with what to train on."""
+
+    info: JobInfo
+    request: TrainRequest
+
+
+class JobQueue:
+    """Thread-safe. `on_change`, where set, is called with each changed job after the commit, in the thread
+    that changed it and without the lock: two threads' calls may arrive in either order.
+
+    path: made where there is none. max_queued: how many jobs may wait. Raises QueueDamaged (see queue_file).
+    """
+
+    def __init__(self, path: Path, max_queued: int):
+        self.on_change: Callable[[JobInfo], None] | None = None
+        self._max_queued = max_queued
+        self._lock = threading.RLock()
+        self._db = open_file(path)
+        self._taken: set[str] = set()  # jobs whose attempt by this process has been counted
+        self._cancelled = {
+            row[0]
+            for row in self._db.execute(
+                "SELECT job_id FROM jobs WHERE cancel_requested AND state = 'running'"
+            )
+        }
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+
+    # --- accepting ---
+
+    def find_by_key(self, idempotency_key: str | None, request: TrainRequest) -> JobInfo | None:
+        """The job accepted under this key, or None. Raises Conflict (422) where its body was another."""
+        if idempotency_key is None:
+            return None
+        with self._lock:
+            return self._find_by_key(idempotency_key, encode_request(request)[1])
+
+    def _find_by_key(self, key: str, digest: bytes) -> JobInfo | None:
+        row = self._db.execute(
+            f"SELECT {JOB_COLUMNS}, request_digest FROM jobs WHERE idempotency_key = ?", (key,)
+        ).fetchone()
+        if row is None:
+            return None
+        if row["request_digest"] != digest:
+            raise Conflict(
+                f"idempotency key {key!r} was used for job {row['job_id']} with another body; use a new key",
+                field="idempotency_key",
+            )
+        return job_info(row)
+
+    def submit(
+        self,
+        request: TrainRequest,
+        *,
+        num_steps: int,
+        num_skipped: int = 0,
+        notes: Iterable[str] = (),
+        idempotency_key: str | None = None,
+    ) -> JobInfo:
+        """Accepts a job and returns after the commit; the same key and body give the job of the first time.
+
+        Raises Conflict (422: key used with another body), NotReady (code `queue_full`).
+        """
+        body, digest = encode_request(request)
+        # Sortable by time, unique without asking anyone.
+        job_id = f"job-{time.time_ns() // 1_000_000:012x}-{secrets.token_hex(4)}"
+        with self._transaction():
+            if idempotency_key is not None and (known := self._find_by_key(idempotency_key, digest)):
+                return known
+            if (num_queued := self.count_queued()) >= self._max_queued:
+                raise NotReady(
+                    f"{num_queued} jobs are waiting (limit worker.max_queued_jobs); send it again later",
+                    code="queue_full",
+                )
+            cursor = self._db.execute(
+                "INSERT INTO jobs (job_id, state, created_at, num_examples, num_steps, num_skipped, "
+                "idempotency_key, request_digest, notes) VALUES (?, 'queued', ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    job_id,
+                    time.time(),
+                    len(request.examples),
+                    num_steps,
+                    num_skipped,
+                    idempotency_key,
+                    digest,
+                    json.dumps(list(notes)),
+                ),
+            )
+            self._db.execute("INSERT INTO requests (seq, body) VALUES (?, ?)", (cursor.lastrowid, body))
+        return self._changed(job_id)
+
+    # --- training ---
+
+    def take(self) -> Job | None:
+        """The running job, if there is one (a restart resumes it), else the oldest queued one, now running.
+
+        The first take by this process counts as an attempt. A job that MAX_CRASHES processes took and did
+        not live to finish or `release` becomes quarantined instead.
+        """
+        while True:
+            with self._transaction():
+                row = self._db.execute(
+                    "SELECT seq, job_id, attempts FROM jobs WHERE state IN ('running', 'queued') "
+                    "ORDER BY state = 'queued', seq LIMIT 1"
+                ).fetchone()
+                if row is None:
+                    return None
+                job_id, is_new = row["job_id"], row["job_id"] not in self._taken
+                quarantined = is_new and row["attempts"] >= MAX_CRASHES
+                if quarantined:
+                    self._db.execute(
+                        "UPDATE jobs SET state = 'quarantined', ended_at = ?, error = ? WHERE job_id = ?",
+                        (
+                            time.time(),
+                            f"the worker died {MAX_CRASHES} times while it trained this job",
+                            job_id,
+                        ),
+                    )
+                else:
+                    self._db.execute(
+                        "UPDATE jobs SET state = 'running', attempts = attempts + ?, "
+                        "started_at = coalesce(started_at, ?) WHERE job_id = ?",
+                        (is_new, time.time(), job_id),
+                    )
+                body = self._db.execute("SELECT body FROM requests WHERE seq = ?", (row["seq"],)).fetchone()[
+                    0
+                ]
+            info = self._changed(job_id)
+            if not quarantined:
+                self._taken.add(job_id)
+                return Job(info, decode_request(body))
+
+    def release(self, job_id: str) -> None:
+        """A clean stop: the job stays running for the next process, and this attempt does not count."""
+        with self._transaction():
+            if job_id in self._taken:
+                self._db.execute("UPDATE jobs SET attempts = attempts - 1 WHERE job_id = ?", (job_id,))
+        self._taken.discard(job_id)
+
+    def record_step(self, job_id: str, steps_done: int, loss: float) -> None:
+        """Step number `steps_done` (from 1) of the running job is in the weights; its loss was `loss`."""
+        with self._transaction():
+            before = self._info(job_id)
+            assert before.state == "running", f"{job_id} is {before.state}"
+            assert steps_done >= before.steps_done, f"{job_id}: step {steps_done} after {before.steps_done}"
+            self._db.execute(
+                "UPDATE jobs SET steps_done = ?, loss_first = coalesce(loss_first, ?), loss_last = ? "
+                "WHERE job_id = ?",
+                (steps_done, loss, loss, job_id),
+            )
+            self._db.execute(
+                "INSERT OR REPLACE INTO losses (seq, step, loss) VALUES (?, ?, ?)",
+                (before.seq, steps_done, loss),
+            )
+        self._changed(job_id)
+
+    def finish(
+        self,
+        job_id: str,
+        state: JobState,
+        *,
+        weight_version: int | None = None,
+        error: str | None = None,
+        traceback: str | None = None,
+        notes: Iterable[str] = (),
+    ) -> JobInfo:
+        """Ends the running job. Ending it once more in the same state changes nothing."""
+        assert state in ENDED_STATES, state
+        with self._transaction():
+            before = self._info(job_id)
+            if before.state == state:
+                return before
+            assert before.state == "running", f"{job_id} is {before.state}"
+            self._db.execute(
+                "UPDATE jobs SET state = ?, ended_at = ?, weight_version = ?, error = ?, traceback = ?, "
+                "notes = ? WHERE job_id = ?",
+                (
+                    state,
+                    time.time(),
+                    weight_version,
+                    error,
+                    traceback,
+                    json.dumps([*before.notes, *notes]),
+                    job_id,
+                ),
+            )
+        self._cancelled.discard(job_id)
+        return self._changed(job_id)
+
+    # --- the checkpoint's side ---
+
+    def applied_seq(self) -> int:
+        """The highest seq such that it and every job before it has ended; 0 where there is none."""
+        with self._lock:
+            return self._db.execute(
+                "SELECT coalesce((SELECT min(seq) - 1 FROM jobs WHERE state IN ('queued', 'running')), "
+                "(SELECT max(seq) FROM jobs), 0)"
+            ).fetchone()[0]
+
+    def mark_durable(self, applied_seq: int) -> Jobs:
+        """Every applied job up to `applied_seq` is in the checkpoint on disk. Returns those that changed."""
+        return self._set_state("state = 'applied' AND seq <= ?", (applied_seq,), "state = 'durable'")
+
+    def reconcile(self, applied_seq: int, job_id: str | None = None, steps_done: int = 0) -> Jobs:
+        """After a crash lost the live weights: the checkpoint holds every job up to `applied_seq`, and the
+        first `steps_done` steps of `job_id`. Later jobs that had trained are queued again, in their order.
+
+        Returns the jobs that changed. Their examples are forgotten as trained; attempts stay counted.
+        """
+        changed = self.mark_durable(applied_seq)
+        lost = (
+            "seq > ? AND job_id IS NOT ? AND "
+            "(state IN ('applied', 'durable') OR (state = 'running' AND steps_done > 0))"
+        )
+        with self._transaction():
+            for forget in ("losses", "examples"):
+                self._db.execute(
+                    f"DELETE FROM {forget} WHERE seq IN (SELECT seq FROM jobs WHERE {lost})",
+                    (applied_seq, job_id),
+                )
+            if job_id is not None:
+                seq = self._info(job_id).seq
+                self._db.execute("DELETE FROM losses WHERE seq = ? AND step > ?", (seq, steps_done))
+                last = self._db.execute(
+                    "SELECT loss FROM losses WHERE seq = ? ORDER BY step DESC LIMIT 1", (seq,)
+                )
+                self._db.execute(
+                    "UPDATE jobs SET state = 'running', steps_done = ?, loss_last = ?, ended_at = NULL, "
+                    "weight_version = NULL WHERE seq = ? AND state IN ('applied', 'durable', 'running')",
+                    (steps_done, next((row[0] for row in last), None), seq),
+                )
+        again = (
+            "state = 'queued', steps_done = 0, loss_first = NULL, loss_last = NULL, started_at = NULL, "
+            "ended_at = NULL, weight_version = NULL"
+        )
+        return [*changed, *self._set_state(lost, (applied_seq, job_id), again)]
+
+    def _set_state(self, where: str, values: tuple, change: str) -> Jobs:
+        with self._transaction():
+            rows = self._db.execute(f"SELECT job_id FROM jobs WHERE {where} ORDER BY seq", values).fetchall()
+            self._db.execute(f"UPDATE jobs SET {change} WHERE {where}", values)
+        return [self._changed(row[0]) for row in rows]
+
+    # --- cancelling ---
+
+    def cancel(self, job_id: str) -> JobInfo:
+        """A queued job is cancelled at once; a running one is asked to stop (`is_cancel_requested`).
+
+        Raises NotFound, and Conflict (409) where the job has ended.
+        """
+        with self._transaction():
+            info = self._info(job_id)
+            if info.state in ENDED_STATES:
+                error = Conflict(f"job {job_id} has ended ({info.state})", code="job_ended")
+                error.http_status = 409
+                raise error
+            self._db.execute(
+                "UPDATE jobs SET state = 'cancelled', ended_at = ? WHERE job_id = ?"
+                if info.state == "queued"
+                else "UPDATE jobs SET cancel_requested = ? WHERE job_id = ?",
+                (time.time(), job_id),
+            )
+        if info.state == "running":
+            self._cancelled.add(job_id)
+        return self._changed(job_id)
+
+    def is_cancel_requested(self, job_id: str) -> bool:
+        """From memory: cheap enough to ask before every step."""
+        return job_id in self._cancelled
+
+    # --- looking ---
+
+    def get(self, job_id: str, with_history: bool = False) -> JobInfo:
+        """Raises NotFound. `with_history` fills loss_history (one loss for each step done)."""
+        with self._lock:
+            info = self._info(job_id)
+            if not with_history:
+                return info
+            rows = self._db.execute("SELECT loss FROM losses WHERE seq = ? ORDER BY step", (info.seq,))
+            # SQLite stores NaN as NULL (its "Datatypes" page).
+            history = [math.nan if row[0] is None else row[0] for row in rows]
+        return msgspec.structs.replace(info, loss_history=history)
+
+    def list(self, limit: int = 50, state: JobState | None = None) -> Jobs:
+        """The newest `limit` jobs (of one state, if given), newest first."""
+        with self._lock:
+            rows = self._db.execute(
+                f"SELECT {JOB_COLUMNS} FROM jobs WHERE ?1 IS NULL OR state = ?1 ORDER BY seq DESC LIMIT ?2",
+                (state, max(0, limit)),
+            )
+            return [job_info(row) for row in rows]
+
+    def count_queued(self) -> int:
+        with self._lock:
+            return self._db.execute("SELECT count(*) FROM jobs WHERE state = 'queued'").fetchone()[0]
+
+    # --- duplicates ---
+
+    def known_examples(self, hashes: Iterable[bytes]) -> set[bytes]:
+        """Those of `hashes` that were trained before."""
+        todo, known = [*dict.fromkeys(hashes)], set()
+        with self._lock:
+            for start in range(0, len(todo), MAX_VARIABLES):
+                some = todo[start : start + MAX_VARIABLES]
+                marks = ", ".join("?" * len(some))
+                known.update(
+                    row[0]
+                    for row in self._db.execute(f"SELECT hash FROM examples WHERE hash IN ({marks})", some)
+                )
+        return known
+
+    def remember_examples(self, job_id: str, hashes: Iterable[bytes]) -> None:
+        """`job_id` has trained the examples with these hashes."""
+        with self._transaction():
+            seq = self._info(job_id).seq
+            self._db.executemany(
+                "INSERT OR IGNORE INTO examples (hash, seq) VALUES (?, ?)", ((one, seq) for one in hashes)
+            )
+
+    # --- inside ---
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """Commits at the end, rolls back on any exception. IMMEDIATE: the write lock is taken first."""
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.commit()  # may fail too: the disk is full
+            except BaseException:
+                self._db.rollback()
+                raise
+
+    def _info(self, job_id: str) -> JobInfo:
+        row = self._db.execute(f"SELECT {JOB_COLUMNS} FROM jobs WHERE job_id = ?", (job_id,)).fetchone()
+        if row is None:
+            raise NotFound(f"no job {job_id!r}")
+        return job_info(row)
+
+    def _changed(self, job_id: str) -> JobInfo:
+        with self._lock:
+            info = self._info(job_id)
+        if self.on_change is not None:
+            self.on_change(info)
+        return info
