@@ -1,0 +1,100 @@
+"""`apollo-ipc checkpoint ...`: the model directory, which is the checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from apollo_ipc.cli.model_dir import check_is_dir
+from apollo_ipc.cli.options import AsJson, ConfigFile
+from apollo_ipc.cli.output import describe_ago, describe_sync, print_json
+from apollo_ipc.config import load_config
+from apollo_ipc.errors import UserError
+from apollo_ipc.manifest import read_manifest
+from apollo_ipc.messages import SyncCheckpoint
+
+SYNC_TIMEOUT_S = 3600.0
+
+app = typer.Typer(help="The model directory, which is the checkpoint.", no_args_is_help=True)
+
+ModelDir = Annotated[
+    Path | None, typer.Argument(metavar="[MODEL_DIR]", help="Default: the model that is served now.")
+]
+
+
+def _model_dir(given: Path | None, config_file: Path | None) -> Path:
+    if given is not None:
+        return check_is_dir(given)
+    manifest = read_manifest(load_config(config_file).runtime_dir)
+    if manifest is None:
+        raise UserError("no model is being served, so name the directory", field="MODEL_DIR")
+    return Path(manifest.model_path)
+
+
+@app.command()
+def sync(config_file: ConfigFile = None, as_json: AsJson = False) -> None:
+    """Write the live weights into the model directory now."""
+    from apollo_ipc.client import call
+
+    socket_path = load_config(config_file).socket_path
+    result = call(socket_path, SyncCheckpoint(""), timeout_s=SYNC_TIMEOUT_S).sync
+    assert result is not None
+    if as_json:
+        print_json(result)
+    else:
+        print(describe_sync(result))
+
+
+@app.command()
+def verify(model_dir: ModelDir = None, config_file: ConfigFile = None, as_json: AsJson = False) -> None:
+    """Read every tensor and compare it with the digest that the last sync recorded."""
+    from apollo_ipc import checkpoint
+
+    path = _model_dir(model_dir, config_file)
+    problems = checkpoint.verify(path)
+    if as_json:
+        print_json({"model_dir": str(path), "ok": not problems, "problems": problems})
+    else:
+        for problem in problems:
+            print(": ".join(part for part in (problem.shard, problem.tensor, problem.message) if part))
+        print(f"{path}: {f'{len(problems)} problems' if problems else 'every digest is right'}")
+    raise typer.Exit(1 if problems else 0)
+
+
+@app.command()
+def recover(model_dir: ModelDir = None, config_file: ConfigFile = None, as_json: AsJson = False) -> None:
+    """Finish a sync that a crash interrupted after its commit, throw away one that it interrupted before."""
+    from apollo_ipc import checkpoint
+
+    path = _model_dir(model_dir, config_file)
+    recovery = checkpoint.recover(path)
+    if as_json:
+        print_json(recovery)
+    elif recovery.finished_version is None and not recovery.removed:
+        print(f"{path}: in order, nothing to do")
+    else:
+        if recovery.finished_version is not None:
+            print(f"{path}: finished the sync of weight version {recovery.finished_version}")
+        for name in recovery.removed:
+            print(f"{path}: removed {name}")
+
+
+@app.command()
+def show(model_dir: ModelDir = None, config_file: ConfigFile = None, as_json: AsJson = False) -> None:
+    """What the last sync recorded."""
+    from apollo_ipc import checkpoint
+
+    path = _model_dir(model_dir, config_file)
+    commit = checkpoint.read_commit(path)
+    if as_json:
+        print_json(commit)
+    elif commit is None:
+        print(f"{path}: never synced: the weights are the ones that were put there")
+    else:
+        print(
+            f"{path}: weight version {commit.weight_version}, written {describe_ago(commit.committed_at)}, "
+            f"{len(commit.tensors)} tensors in {len(commit.shards)} shards, "
+            f"{'with' if commit.optimizer else 'without'} optimizer state"
+        )

@@ -1,0 +1,60 @@
+"""The commands by name, and what a failure looks like: one sentence, an exit status, no traceback."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+
+import typer
+
+from apollo_ipc.cli import checkpoint, jobs, processes, serve, train
+from apollo_ipc.cli.output import print_error
+from apollo_ipc.errors import ApolloError
+
+# Options that a command does not know are handed on to the program behind it.
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+app = typer.Typer(
+    name="apollo-ipc",
+    help="Full-weight fine-tuning of a model while vLLM serves it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command(context_settings=PASS_ON)(serve.serve)
+app.command()(processes.worker)
+app.command()(train.train)
+app.command()(jobs.status)
+app.command("jobs")(jobs.list_jobs)
+app.command()(jobs.cancel)
+app.add_typer(checkpoint.app, name="checkpoint")
+app.command()(processes.check)
+app.command()(processes.key)
+app.command(context_settings=PASS_ON)(processes.demo)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"apollo-ipc {importlib.metadata.version('apollo-ipc')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Exit status: 0 done, 1 failed, 2 wrong usage or input, 69 not there yet, 75 already running, 78 wrong
+    configuration, 130 interrupted."""
+    try:
+        app()
+    except ApolloError as error:
+        print_error(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

