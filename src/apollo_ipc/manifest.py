@@ -47,10 +47,12 @@ class View(msgspec.Struct, frozen=True):
 
 
 class Refusal(msgspec.Struct, frozen=True):
-    """A parameter that cannot be shared, and why in words that a user understands."""
+    """Something that cannot be shared, and why in words that a user understands."""
 
-    name: str
+    name: str  # a checkpoint tensor, a vLLM tensor or a vLLM setting
     reason: str
+    # True: training would not reach all that is served. False: it matters only if the model needs this tensor.
+    blocks: bool = True
 
 
 class Manifest(msgspec.Struct, frozen=True):

@@ -1,0 +1,144 @@
+"""The trainable model: transformers' own class for the checkpoint, built around tensors that already exist.
+
+Nothing is allocated for parameters: they are declared on the meta device and then replaced by the live views.
+Buffers (rotary tables with the model's own scaling) are computed for real by the model's constructors.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from apollo_ipc.errors import AttachError
+
+
+def read_model_config(model_dir: Path) -> PreTrainedConfig:
+    """Raises AttachError where transformers does not know the model."""
+    try:
+        return AutoConfig.from_pretrained(model_dir, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise AttachError(f"transformers cannot read the model in {model_dir}: {error}") from None
+
+
+def build_model(model_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The text model of `model_dir` with every parameter on the meta device and every buffer on the CPU.
+
+    Raises AttachError where transformers has no causal language model for the configuration.
+    """
+    config = read_model_config(model_dir)
+    try:
+        with _parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    except ValueError as error:
+        raise AttachError(f"transformers has no causal language model for {model_dir}: {error}") from None
+    model.tie_weights()
+    return model
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Inside, each parameter moves to the meta device the moment a module registers it; buffers do not."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and parameter.device.type != "meta":
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+def parameter_names(model: PreTrainedModel) -> dict[str, list[str]]:
+    """First name -> all names, of each distinct parameter (tied ones have several)."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    return {group[0]: group for group in names.values()}
+
+
+def checkpoint_names(model: PreTrainedModel, available: set[str]) -> tuple[dict[str, str], list[str]]:
+    """(parameter -> checkpoint tensor, parameters without one).
+
+    A text model's names differ from a multimodal checkpoint's by a prefix (`model.` against
+    `model.language_model.`): the one substitution under which the most parameters are found is taken.
+    """
+    groups = parameter_names(model)
+    best: tuple[dict[str, str], list[str]] = ({}, list(groups))
+    for old, new in _prefix_candidates(groups, available):
+        found, missing = {}, []
+        for first, names in groups.items():
+            spellings = [*names, *(new + n.removeprefix(old) for n in names if n.startswith(old))]
+            hit = next((n for n in spellings if n in available), None)
+            if hit is None:
+                missing.append(first)
+            else:
+                found[first] = hit
+        if len(missing) < len(best[1]):
+            best = found, missing
+    return best
+
+
+def _prefix_candidates(groups: Mapping[str, list[str]], available: set[str]) -> list[tuple[str, str]]:
+    """(own prefix, checkpoint's prefix) pairs worth trying: what is left when a shared tail is cut off."""
+    candidates = {("", "")}
+    for name in list(groups)[:8]:  # the first few parameters show every prefix that there is
+        head, _, tail = name.partition(".")
+        for other in available:
+            if tail and other.endswith("." + tail):
+                candidates.add((f"{head}.", other.removesuffix(tail)))
+            elif other == tail or other.endswith("." + name):
+                candidates.add(("", other.removesuffix(name)) if other != tail else (f"{head}.", ""))
+    return sorted(candidates)
+
+
+def fill_parameters(
+    model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], names: Mapping[str, str]
+) -> None:
+    """Replaces every parameter by the tensor of the same name, tied ones by the same object.
+
+    tensors: checkpoint name -> live tensor; names: parameter -> checkpoint name (of `checkpoint_names`).
+    Raises AttachError naming each parameter whose shape contradicts the model's configuration.
+    """
+    wrong = []
+    for first, group in parameter_names(model).items():
+        live = tensors[names[first]]
+        declared = model.get_parameter(first)
+        if live.shape != declared.shape:
+            wrong.append(f"{first}: served {list(live.shape)}, configuration {list(declared.shape)}")
+            continue
+        parameter = nn.Parameter(live, requires_grad=True)
+        for name in group:
+            owner, _, attribute = name.rpartition(".")
+            model.get_submodule(owner)._parameters[attribute] = parameter
+    if wrong:
+        raise AttachError(
+            f"shapes contradict the model's configuration: {'; '.join(wrong[:5])}", refused=wrong
+        )
+
+
+def fill_buffers(model: PreTrainedModel, model_dir: Path, device: torch.device) -> None:
+    """Moves buffers to `device`; those that the checkpoint stores are read from it."""
+    from apollo_ipc.checkpoint import shard_index
+
+    stored = shard_index(model_dir)
+    kept = set(model.state_dict().keys())
+    for name, buffer in list(model.named_buffers()):
+        if name in stored and name in kept:
+            from safetensors import safe_open
+
+            with safe_open(model_dir / stored[name].shard, "pt") as shard:
+                buffer = shard.get_tensor(name).to(buffer.dtype)
+        if buffer.device.type == "meta":
+            raise AttachError(f"buffer {name} was left without a value", refused=[name])
+        owner, _, attribute = name.rpartition(".")
+        model.get_submodule(owner)._buffers[attribute] = buffer.to(device)

@@ -1,0 +1,186 @@
+"""One training step on the live weights: forward, loss at target positions, backward with the optimizer in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from apollo_ipc.config import Train
+from apollo_ipc.errors import NotReady
+from apollo_worker.apollo import Apollo
+from apollo_worker.live_model import LiveModel
+from apollo_worker.loss import IGNORED, gather_targets, target_loss, token_logprobs
+from apollo_worker.tokenise import TokenisedExample
+
+log = logging.getLogger(__name__)
+
+
+class VllmDied(NotReady):
+    """The process that owns the weights ended in the middle of a step; nothing was written after that."""
+
+    code = "vllm_died"
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """loss: mean cross entropy over the example's targets, in nats. is_bad: nothing, or not all, was written."""
+
+    loss: float
+    is_bad: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """How this model makes logits of hidden states: `softcap(logit_scale * (W h + b))`."""
+
+    layer: nn.Linear
+    softcap: float | None
+    logit_scale: float | None
+
+    def options(self, chunk_tokens: int) -> dict:
+        return {"chunk_tokens": chunk_tokens, "softcap": self.softcap, "logit_scale": self.logit_scale}
+
+
+class Trainer:
+    """Owns the optimizer of one live model. Not thread-safe: one step at a time."""
+
+    def __init__(self, live: LiveModel, options: Train):
+        self.live = live
+        self.options = options
+        self.optimizer = make_optimizer(live, options)
+        for parameter in live.model.parameters():
+            # Before the optimizer's own hook: a dead exporter must stop the write, not follow it.
+            parameter.register_post_accumulate_grad_hook(self._require_vllm)
+        self._hooks = self.optimizer.attach_hooks()
+        if options.activation_checkpointing:
+            enable_activation_checkpointing(live.model)
+        self._head = read_head(live.model)
+        if not self._head_is_exact():
+            log.warning(
+                "this model makes its logits in a way of its own: whole logits at the targets are used"
+            )
+            self._head = None
+
+    def step(self, example: TokenisedExample, lr: float, weight_decay: float | None = None) -> StepResult:
+        """Trains on one example, in place. Raises VllmDied when the exporter is gone.
+
+        A non-finite loss stops before backward; a non-finite gradient leaves its weight bit-identical.
+        """
+        self._require_vllm()
+        self.optimizer.lr = lr
+        self.optimizer.weight_decay = self.options.weight_decay if weight_decay is None else weight_decay
+        ids, labels = self._inputs(example)
+        with torch.enable_grad():
+            loss = self._loss(ids, labels)
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                return StepResult(value, is_bad=True)
+            loss.backward()
+        return StepResult(value, is_bad=self.optimizer.take_bad_updates() > 0)
+
+    def _require_vllm(self, _: Tensor | None = None) -> None:
+        if not self.live.is_alive():
+            raise VllmDied("vLLM has ended; the step was stopped and its weights are gone with it")
+
+    def _inputs(self, example: TokenisedExample) -> tuple[Tensor, Tensor]:
+        """((1, S) ids on the model's device, (1, S) labels on the CPU with IGNORED where not a target)."""
+        ids = torch.tensor([example.input_ids], dtype=torch.int64)
+        labels = torch.where(torch.tensor([example.is_target]), ids, IGNORED)
+        return ids.to(self.live.device), labels
+
+    def _loss(self, ids: Tensor, labels: Tensor) -> Tensor:
+        if self._head is None:
+            logits, targets = self._own_logits(ids, labels)
+            return nn.functional.cross_entropy(logits.float(), targets)
+        hidden, targets = gather_targets(self._hidden(ids), labels)
+        head = self._head
+        return target_loss(
+            hidden,
+            head.layer.weight,
+            head.layer.bias,
+            targets,
+            **head.options(self.options.logit_chunk_tokens),
+        )
+
+    def _hidden(self, ids: Tensor) -> Tensor:
+        """(1, S, H): the base model's last hidden states."""
+        return self.live.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+    def _own_logits(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """((T, V), (T,)) by the model's own forward pass, for heads that we do not know."""
+        positions = torch.nonzero(labels[0, 1:] != IGNORED)[:, 0]
+        logits = self.live.model(input_ids=ids, use_cache=False).logits[0]
+        return logits[positions.to(logits.device)], labels[0, positions + 1].to(logits.device)
+
+    @torch.no_grad()
+    def logprobs(self, input_ids: list[int]) -> Tensor:
+        """log p of each token given those before it, (S - 1,) fp32 on the CPU."""
+        ids, labels = self._inputs(TokenisedExample(input_ids, [True] * len(input_ids)))
+        if self._head is None:
+            logits, targets = self._own_logits(ids, labels)
+            return logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0].cpu()
+        hidden, targets = gather_targets(self._hidden(ids), labels)
+        head = self._head
+        return token_logprobs(
+            hidden,
+            head.layer.weight,
+            head.layer.bias,
+            targets,
+            **head.options(self.options.logit_chunk_tokens),
+        ).cpu()
+
+    @torch.no_grad()
+    def _head_is_exact(self) -> bool:
+        """Whether hidden states through `self._head` give what the model's own forward pass gives."""
+        if self._head is None:
+            return False
+        ids = torch.arange(8, device=self.live.device)[None] % self._head.layer.weight.shape[0]
+        expected = self.live.model(input_ids=ids, use_cache=False).logits[0].float()
+        logits = self._head.layer(self._hidden(ids)[0]).float() * (self._head.logit_scale or 1.0)
+        if (cap := self._head.softcap) is not None:
+            logits = cap * torch.tanh(logits / cap)
+        # bf16 rounds at different places in the two: 2**-7 of the largest logit, a few times over.
+        return bool(
+            torch.allclose(logits, expected, rtol=0, atol=4 * 2**-7 * float(expected.abs().max() + 1))
+        )
+
+
+def make_optimizer(live: LiveModel, options: Train) -> Apollo:
+    return Apollo(
+        live.model.named_parameters(),
+        lr=options.lr,
+        betas=(options.beta1, options.beta2),
+        eps=options.eps,
+        weight_decay=options.weight_decay,
+        rank=options.rank,
+        refresh_steps=options.refresh_steps,
+        limiter_ratio=options.limiter_ratio,
+        rounding=options.rounding,
+        seed=options.seed,
+        grid_dtypes=live.grid_dtypes(),
+    )
+
+
+def read_head(model) -> Head | None:
+    """The head by the names that transformers' configurations use; None where the output layer is not linear."""
+    layer = model.get_output_embeddings()
+    if not isinstance(layer, nn.Linear):
+        return None
+    config = model.config
+    scale = getattr(config, "logit_scale", None)  # Cohere multiplies
+    if divisor := getattr(config, "logits_scaling", None):  # Granite divides
+        scale = 1.0 / divisor
+    return Head(layer, getattr(config, "final_logit_softcapping", None), scale)
+
+
+def enable_activation_checkpointing(model) -> None:
+    """Recomputes each layer's activations in backward. Dropout stays off: only the layers' own flag is set."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
