@@ -13,12 +13,12 @@ BODY_TIMEOUT_S = 120.0  # 32 MiB at 2.3 Mbit/s
 INLINE_BYTES = 64 * 1024  # decoding this much takes well under a millisecond: cheaper here than in a thread
 
 
-async def read_body(request: Request, max_bytes: int, timeout_s: float = BODY_TIMEOUT_S) -> bytes:
+async def read_body(request: Request, max_bytes: int) -> bytes:
     """The body, never holding more than `max_bytes` of it.
 
     Raises HttpError: 413 as soon as the body is known to be larger (from Content-Length before the first byte
     is read), 415 where it is declared as something else than plain JSON, 408 where it takes longer than
-    `timeout_s`. After a 413 uvicorn discards what the client still sends, so the client can read the answer.
+    BODY_TIMEOUT_S. After a 413 uvicorn discards what is still sent, so that the client can read the answer.
     """
     _check_type(request)
     declared = request.headers.get("content-length", "")
@@ -27,7 +27,7 @@ async def read_body(request: Request, max_bytes: int, timeout_s: float = BODY_TI
     chunks: list[bytes] = []
     num_bytes = 0
     try:
-        async with asyncio.timeout(timeout_s):
+        async with asyncio.timeout(BODY_TIMEOUT_S):
             async for chunk in request.stream():
                 num_bytes += len(chunk)
                 if num_bytes > max_bytes:
@@ -37,7 +37,7 @@ async def read_body(request: Request, max_bytes: int, timeout_s: float = BODY_TI
         raise HttpError(
             408,
             "body_timeout",
-            f"the body did not arrive within {timeout_s:g} s",
+            f"the body did not arrive within {BODY_TIMEOUT_S:g} s",
             headers={"Connection": "close"},
         ) from None
     return b"".join(chunks)

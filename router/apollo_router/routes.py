@@ -141,7 +141,7 @@ async def job(request: Request, job_id: str) -> Response:
 
 @router.delete("/train/jobs/{job_id}")
 async def cancel(request: Request, job_id: str) -> Response:
-    """Cancels a queued job, or a running one after its present step. 422 where it has ended."""
+    """Cancels a queued job, or a running one after its present step. 409 where it has ended."""
     read_query(request, NoQuery)
     reply = await gateway_of(request).client.request(messages.CancelJob("", job_id))
     return json_response(reply.job)
