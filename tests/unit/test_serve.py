@@ -1,0 +1,242 @@
+"""`apollo-ipc serve`: what vLLM and the worker are given, and that they live and die together."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from apollo_ipc.cli import serve, supervise
+from apollo_ipc.cli.processes import shared_environment, worker_command, worker_environment
+from apollo_ipc.config import Config, Paths, load_config
+
+# Notes its pid, its own child's pid and its end. argv: directory, name, exit status or "-" for "goes on".
+CHILD = """
+import os, signal, subprocess, sys, time
+directory, name, status = sys.argv[1:]
+helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"])
+def note(text):
+    with open(f"{directory}/{name}", "a") as file:
+        file.write(text + "\\n")
+def stop(number, frame):
+    note(f"stopped at {time.monotonic()}")
+    sys.exit(0)
+signal.signal(signal.SIGTERM, stop)
+note(f"started {os.getpid()} {helper.pid}")
+if status != "-":
+    sys.exit(int(status))
+time.sleep(120)
+"""
+
+SUPERVISE = """
+import sys
+from apollo_ipc.cli import supervise
+from apollo_ipc.cli.supervise import Child, Supervisor
+import os
+supervise.RESTART_AFTER_S = (0.1,)
+def child(name, status):
+    command = [sys.executable, "-c", sys.argv[2], sys.argv[1], name, status]
+    return Child(name, command, dict(os.environ))
+sys.exit(Supervisor(child("vllm", sys.argv[3]), child("worker", sys.argv[4])).run())
+"""
+
+
+def notes(directory: Path, name: str) -> list[list[str]]:
+    path = directory / name
+    return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_for(condition, timeout_s=20.0):
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.02)
+    return value
+
+
+@contextlib.contextmanager
+def supervised(directory: Path, vllm_status="-", worker_status="-"):
+    process = subprocess.Popen(
+        [sys.executable, "-c", SUPERVISE, directory, textwrap.dedent(CHILD), vllm_status, worker_status],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        for name in ("vllm", "worker"):
+            for line in notes(directory, name):
+                for pid in line[1:3] if line[0] == "started" else []:
+                    if is_alive(int(pid)):
+                        os.kill(int(pid), signal.SIGKILL)
+
+
+def all_pids(directory: Path) -> list[int]:
+    lines = notes(directory, "vllm") + notes(directory, "worker")
+    return [int(pid) for line in lines if line[0] == "started" for pid in line[1:3]]
+
+
+def both_started(directory: Path) -> bool:
+    return bool(notes(directory, "vllm") and notes(directory, "worker"))
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_stops_the_worker_then_vllm_and_leaves_nothing(tmp_path, number, status):
+    with supervised(tmp_path) as process:
+        wait_for(lambda: both_started(tmp_path))
+        process.send_signal(number)
+        assert process.wait(20) == status
+        assert float(notes(tmp_path, "worker")[-1][2]) < float(notes(tmp_path, "vllm")[-1][2])
+        assert not any(map(is_alive, all_pids(tmp_path)))
+
+
+def test_vllms_end_stops_the_worker_and_its_status_becomes_ours(tmp_path):
+    with supervised(tmp_path, vllm_status="7") as process:
+        assert process.wait(20) == 7
+        assert not any(map(is_alive, all_pids(tmp_path)))
+
+
+def test_a_worker_that_dies_is_started_again(tmp_path):
+    with supervised(tmp_path, worker_status="3") as process:
+        wait_for(lambda: len(notes(tmp_path, "worker")) >= 3)
+        assert process.poll() is None
+        assert len(notes(tmp_path, "vllm")) == 1
+
+
+@pytest.mark.parametrize("status", ["78", "75"])
+def test_a_worker_that_cannot_work_is_not_started_again(tmp_path, status):
+    with supervised(tmp_path, worker_status=status) as process:
+        wait_for(lambda: both_started(tmp_path))
+        time.sleep(1)
+        assert len(notes(tmp_path, "worker")) == 1
+        assert process.poll() is None  # vLLM serves on
+
+
+def test_nothing_is_left_when_serve_is_killed(tmp_path):
+    with supervised(tmp_path) as process:
+        wait_for(lambda: both_started(tmp_path))
+        process.send_signal(signal.SIGKILL)
+        leaders = [int(notes(tmp_path, name)[0][1]) for name in ("vllm", "worker")]
+        wait_for(lambda: not any(map(is_alive, leaders)))
+        assert notes(tmp_path, "worker")[-1][0] == "stopped"  # asked, not killed: it saves
+
+
+def test_a_second_signal_does_not_wait():
+    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    command = [sys.executable, "-c", stubborn]
+    vllm, worker = (supervise.Child(name, command, dict(os.environ)) for name in ("vLLM", "the worker"))
+    started = time.monotonic()
+    for at in (1.0, 2.0):
+        threading.Timer(at, os.kill, (os.getpid(), signal.SIGINT)).start()
+    assert supervise.Supervisor(vllm, worker).run() == 130
+    assert 2.0 <= time.monotonic() - started < 10
+
+
+# --- what the children are given ---
+
+
+@pytest.fixture
+def config(tmp_path):
+    return Config(paths=Paths(str(tmp_path / "run"), str(tmp_path / "state")))
+
+
+def test_both_processes_read_the_configuration_that_serve_read(config, tmp_path, monkeypatch):
+    file = tmp_path / "my.toml"
+    file.write_text("[train]\nlr = 5e-5\n")
+    monkeypatch.setenv("APOLLO_TRAIN__RANK", "32")
+    config = load_config(file, {"paths.runtime_dir": str(tmp_path / "run")})
+    for environment in (serve.vllm_environment(config, file), worker_environment(config, file)):
+        read = load_config(environ=environment)
+        assert (read.train.lr, read.train.rank) == (5e-5, 32)
+        assert (read.runtime_dir, read.state_dir) == (config.runtime_dir, config.state_dir)
+    assert worker_command(file)[1:] == ["-m", "apollo_worker", "--config", str(file)]
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "apollo"), ("", "apollo"), ("a,b", "a,b,apollo")])
+def test_our_plugins_join_an_allowlist_that_is_there(config, monkeypatch, before, after):
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    if before is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", before)
+    assert serve.vllm_environment(config, None)["VLLM_PLUGINS"] == after
+
+
+def test_what_the_user_set_in_the_environment_stays(config):
+    given = {"HF_HUB_OFFLINE": "0", "OMP_WAIT_POLICY": "ACTIVE"}
+    assert shared_environment(config, None, given)["HF_HUB_OFFLINE"] == "0"
+    assert worker_environment(config, None, given)["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+def test_vllms_own_flags_go_to_it_unchanged():
+    flags = ["--max-model-len", "2048", "-O3", "--compilation-config={}"]
+    command = serve.vllm_command(Path("/m"), "127.0.0.1", 8001, serve.check_vllm_flags(flags))
+    assert command[-4:] == flags
+    assert command[command.index("--load-format") + 1] == "apollo"
+
+
+@pytest.mark.parametrize(
+    ("flags", "warned"),
+    [
+        (["--enable-sleep-mode"], "--enable-sleep-mode"),
+        (["-q", "fp8"], "--quantization"),
+        (["-tp", "2"], "--tensor-parallel-size"),
+        (["--tensor_parallel_size=2"], "--tensor-parallel-size"),
+        (["--tensor-parallel-size", "1"], None),
+        (["--dtype", "bfloat16"], None),
+    ],
+)
+def test_flags_under_which_training_cannot_work_are_named(capsys, flags, warned):
+    serve.check_vllm_flags(flags)
+    said = capsys.readouterr().err
+    assert (f"with {warned} training will be refused" in said) if warned else said == ""
+
+
+def test_start_up_is_told_as_it_goes(capsys):
+    answers = [
+        (503, b'{"error": {"message": "not attached yet"}}'),
+        (503, b'{"error": {"message": "not attached yet"}}'),
+        (404, b"{}"),
+        (200, b"{}"),
+    ]
+
+    class Health(BaseHTTPRequestHandler):
+        def do_GET(self):
+            status, body = answers.pop(0)
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format, *args):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Health) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        start_up = serve.StartUp("0.0.0.0", server.server_port, [])
+        while answers:
+            start_up._next_at = 0
+            start_up()
+        start_up()  # ready: asks no more
+        server.shutdown()
+    said = [line.partition("serves")[2] or line for line in capsys.readouterr().err.splitlines()]
+    assert said[0] == "; no training yet: not attached yet"
+    assert "WITHOUT /train" in said[1]
+    assert "ready: http://127.0.0.1" in said[2]
+    assert len(said) == 3
