@@ -1,0 +1,409 @@
+"""The client against a real service, worker processes that are killed and stopped, and a scripted worker."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import asynccontextmanager
+
+import pytest
+import zmq
+import zmq.asyncio
+from fake_worker import end, request_of, serving, short_dir, start_worker
+
+from apollo_ipc import messages as m
+from apollo_ipc.client import WorkerClient, call
+from apollo_ipc.errors import ApolloError, ConfigError, Conflict, NotFound, NotReady, UserError
+from apollo_ipc.remote import RemoteError
+
+
+@pytest.fixture
+def directory():
+    with short_dir() as directory:
+        yield directory
+
+
+@pytest.fixture
+def path(directory):
+    return directory / "worker.sock"
+
+
+@pytest.fixture
+def served(directory):
+    with serving(directory) as parts:
+        yield parts
+
+
+async def until(condition, timeout_s=5.0):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        await asyncio.sleep(0.01)
+
+
+class Dropper:
+    """A prefix cache: remembers which versions it was dropped for, and whether two drops ever overlapped."""
+
+    def __init__(self, num_failures=0, takes_s=0.0):
+        self.versions, self.num_failures, self.takes_s = [], num_failures, takes_s
+        self.num_running = self.most_running = 0
+
+    async def drop(self, version):
+        self.num_running += 1
+        self.most_running = max(self.most_running, self.num_running)
+        await asyncio.sleep(self.takes_s)
+        self.num_running -= 1
+        if self.num_failures > 0:
+            self.num_failures -= 1
+            raise RuntimeError("blocks are in use")
+        self.versions.append(version)
+
+
+class ScriptedWorker:
+    """The worker's end of the socket, doing only what the test says."""
+
+    def __init__(self, socket):
+        self.socket, self.received, self.identity = socket, [], None
+
+    async def read(self):
+        while True:
+            self.identity, data = await self.socket.recv_multipart()
+            self.received.append(m.decode_from_client(data))
+
+    def kinds(self, kind):
+        return [message for message in self.received if isinstance(message, kind)]
+
+    async def send(self, message):
+        data = message if isinstance(message, bytes) else m.encode(message)
+        await self.socket.send_multipart([self.identity, data])
+
+    async def beat(self, version=0, boot_id="boot-1"):
+        await self.send(m.Heartbeat(m.PROTOCOL_VERSION, boot_id, None, True, version, m.Progress("idle", 1)))
+
+
+@asynccontextmanager
+async def scripted(path):
+    context = zmq.asyncio.Context()
+    socket = context.socket(zmq.ROUTER)
+    socket.bind(f"ipc://{path}")
+    worker = ScriptedWorker(socket)
+    reading = asyncio.create_task(worker.read())
+    try:
+        yield worker
+    finally:
+        reading.cancel()
+        context.destroy(linger=0)
+
+
+def test_a_request_is_answered_and_one_client_may_have_many_open(served, path):
+    async def main():
+        async with WorkerClient(path, "cli") as client:
+            replies = await asyncio.gather(
+                *(client.request(m.Submit("", request_of(str(i)))) for i in range(40))
+            )
+            assert len({reply.job.job_id for reply in replies}) == 40
+            listed = (await client.request(m.ListJobs("", limit=100))).jobs
+            assert {job.job_id for job in listed} == {reply.job.job_id for reply in replies}
+
+    asyncio.run(main())
+
+
+def test_the_workers_errors_are_raised_as_they_were(served, path):
+    async def main():
+        async with WorkerClient(path, "cli") as client:
+            with pytest.raises(UserError) as bad:
+                await client.request(m.Submit("", request_of("bad")))
+            assert (bad.value.code, bad.value.field) == ("invalid_example", "examples[0].completion")
+            with pytest.raises(RemoteError, match="ZeroDivisionError: a bug in admit") as bug:
+                await client.request(m.Submit("", request_of("bug")))
+            assert (bug.value.http_status, "in admit" in bug.value.traceback) == (500, True)
+            with pytest.raises(NotFound):
+                await client.request(m.GetJob("", "job-x"))
+            job = (await client.request(m.Submit("", request_of()))).job
+            await client.request(m.CancelJob("", job.job_id))
+            with pytest.raises(Conflict) as ended:
+                await client.request(m.CancelJob("", job.job_id))
+            assert ended.value.http_status == 409
+
+    asyncio.run(main())
+
+
+def test_without_a_worker_a_request_fails_within_a_second_and_says_what_to_start(path):
+    async def main():
+        async with WorkerClient(path, "cli") as client:
+            started = time.monotonic()
+            with pytest.raises(NotReady, match="apollo-ipc worker") as caught:
+                await client.request(m.GetStatus(""))
+            assert time.monotonic() - started < 1.0
+            assert caught.value.code == "worker_not_running"
+            assert not client.is_alive
+            assert client.heartbeat_age_s is None
+
+    asyncio.run(main())
+
+
+def test_call_works_without_an_event_loop(served, path, directory):
+    assert call(path, m.GetStatus("")).status.worker_pid == os.getpid()
+    with pytest.raises(NotReady):
+        call(directory / "nobody.sock", m.GetStatus(""))
+    with pytest.raises(ConfigError, match="107"):
+        call(directory / ("x" * 100), m.GetStatus(""))
+
+
+def test_a_message_larger_than_the_limit_is_refused_before_it_is_sent(served, path):
+    with pytest.raises(UserError, match="too large"):
+        call(path, m.Submit("", request_of("x" * (m.MAX_MESSAGE_BYTES + 1))))
+    call(path, m.Submit("", request_of("x" * (m.MAX_MESSAGE_BYTES // 2))))
+
+
+def test_the_heartbeat_tells_who_is_alive_and_a_new_worker_has_a_new_boot_id(path, directory):
+    async def main():
+        async with WorkerClient(path, "cli") as client:
+            with serving(directory) as (_, shared, _):
+                await until(lambda: client.is_alive, 1.0)
+                assert client.heartbeat.worker_boot_id == shared.worker_boot_id
+                assert client.heartbeat_age_s < 0.5
+            await until(lambda: not client.is_alive, 2.5)
+            with serving(directory) as (_, shared, _):
+                await until(lambda: client.is_alive, 2.5)
+                assert client.heartbeat.worker_boot_id == shared.worker_boot_id
+                assert (await client.request(m.GetStatus(""))).status is not None
+
+    asyncio.run(main())
+
+
+def test_a_stopped_worker_is_noticed_within_a_second_and_works_again_when_it_goes_on(path, directory):
+    child = start_worker(directory)
+
+    async def main():
+        async with WorkerClient(path, "router") as client:
+            assert (await client.request(m.GetStatus(""))).status.worker_pid == child.pid
+            os.kill(child.pid, signal.SIGSTOP)
+            started = time.monotonic()
+            with pytest.raises(NotReady):
+                await client.request(m.GetStatus(""))
+            assert time.monotonic() - started < 1.0
+            await until(lambda: not client.is_alive, 2.0)
+            os.kill(child.pid, signal.SIGCONT)
+            await until(lambda: client.is_alive, 2.0)
+            assert (await client.request(m.GetStatus(""))).status.worker_pid == child.pid
+
+    try:
+        asyncio.run(main())
+    finally:
+        end(child)
+
+
+def test_a_request_whose_worker_dies_after_the_ack_does_not_wait_for_its_timeout(path):
+    async def main():
+        async with WorkerClient(path, "cli") as client, scripted(path) as worker:
+            asking = asyncio.create_task(client.request(m.GetStatus("r"), timeout_s=60))
+            await until(lambda: worker.kinds(m.GetStatus))
+            await worker.beat(boot_id="boot-1")
+            await worker.send(m.Ack("r"))
+            await asyncio.sleep(0.3)
+            await worker.beat(boot_id="boot-2")
+            started = time.monotonic()
+            with pytest.raises(NotReady) as caught:
+                await asking
+            assert caught.value.code == "worker_lost"
+            assert time.monotonic() - started < 1.0
+
+    asyncio.run(main())
+
+
+def test_garbage_from_the_worker_is_dropped_and_strange_replies_are_ignored(path):
+    async def main():
+        async with WorkerClient(path, "cli") as client, scripted(path) as worker:
+            asking = asyncio.create_task(client.request(m.ListJobs("r")))
+            await until(lambda: worker.kinds(m.ListJobs))
+            for data in (b"", b"\x91" * 100_000, m.Reply("nobody"), m.Ack("nobody"), m.Ack("r")):
+                await worker.send(data)
+            await worker.send(m.Reply("r", jobs=[]))
+            await worker.send(m.Reply("r", jobs=[]))  # twice
+            assert (await asking).jobs == []
+            assert client.num_bad_messages == 2
+
+    asyncio.run(main())
+
+
+def test_a_worker_that_refuses_the_protocol_version_is_quoted(path):
+    async def main():
+        async with WorkerClient(path, "cli") as client, scripted(path) as worker:
+            await until(lambda: worker.kinds(m.Hello))
+            error = m.ErrorInfo("NotReady", "protocol version 1, the client 2", "protocol_mismatch", 503)
+            await worker.send(m.Reply("", error=error))
+            with pytest.raises(NotReady, match="protocol version 1") as caught:
+                await client.request(m.GetStatus(""))
+            assert caught.value.code == "protocol_mismatch"
+            with pytest.raises(NotReady, match="protocol version 1"):
+                await anext(client.watch("job-1"))
+
+    asyncio.run(main())
+
+
+def test_publishing_drops_the_cache_of_this_vllm_s_router_before_it_returns(served, path):
+    service, shared, _ = served
+    shared.vllm_boot_id = "here"
+
+    async def main():
+        here, other = Dropper(takes_s=0.1), Dropper()
+        async with (
+            WorkerClient(path, "router", other.drop, lambda: "elsewhere") as far,
+            WorkerClient(path, "router", here.drop, lambda: "here") as near,
+        ):
+            await until(lambda: near.is_alive and far.is_alive)
+            for version in (1, 2, 3):
+                shared.weight_version = version
+                assert await asyncio.to_thread(service.publish, version)
+                assert here.versions[-1] == version
+            await asyncio.sleep(0.5)
+            assert here.versions == [1, 2, 3]  # not once more for the heartbeat
+            assert here.most_running == 1
+
+    asyncio.run(main())
+
+
+def test_a_router_that_comes_late_or_failed_to_drop_is_mended_by_the_heartbeat(served, path):
+    service, shared, _ = served
+    shared.weight_version = 4
+
+    async def main():
+        dropper = Dropper(num_failures=1)
+        async with WorkerClient(path, "router", dropper.drop) as client:
+            await until(lambda: dropper.versions == [4], 3.0)  # the first failed, a heartbeat asks again
+            assert await asyncio.to_thread(service.publish, 4)
+            dropper.num_failures = 1
+            shared.weight_version = 5
+            await asyncio.to_thread(service.publish, 5)
+            await until(lambda: dropper.versions == [4, 5], 3.0)
+            assert client.is_alive
+
+    asyncio.run(main())
+
+
+def test_drops_never_overlap_and_the_newest_version_wins(path):
+    async def main():
+        dropper = Dropper(takes_s=0.2)
+        async with WorkerClient(path, "router", dropper.drop), scripted(path) as worker:
+            await until(lambda: worker.kinds(m.Hello))
+            for version in (1, 2, 3):
+                await worker.beat(version)
+                await worker.send(m.DropCache(version))
+                await asyncio.sleep(0.03)
+            await until(lambda: m.CacheDropped(3, ok=True) in worker.received)
+            assert dropper.versions == [1, 3]
+            assert dropper.most_running == 1
+            # A new worker may have restored older weights: its version says nothing about what is cached.
+            await worker.beat(2, boot_id="boot-2")
+            await until(lambda: m.CacheDropped(2, ok=True) in worker.received)
+
+    asyncio.run(main())
+
+
+async def follow(client, job_id, **options):
+    return [(job, ended) async for job, ended in client.watch(job_id, **options)]
+
+
+def test_a_watch_yields_until_the_end_and_ends_with_the_history(path, directory):
+    child = start_worker(directory, step_s=0.05)
+
+    async def main():
+        async with WorkerClient(path, "cli") as client:
+            job = (await client.request(m.Submit("", request_of(num=10)))).job
+            seen = await follow(client, job.job_id)
+            assert [ended for _, ended in seen] == [False] * (len(seen) - 1) + [True]
+            assert len(seen) >= 3
+            last = seen[-1][0]
+            assert (last.state, last.steps_done, len(last.loss_history)) == ("applied", 10, 10)
+            with pytest.raises(NotFound):
+                await follow(client, "job-x")
+
+    try:
+        asyncio.run(main())
+    finally:
+        end(child, signal.SIGTERM)
+
+
+def test_a_watch_survives_a_worker_that_is_killed_and_started_again(path, directory):
+    children = [start_worker(directory, step_s=0.1)]
+
+    async def main():
+        async with WorkerClient(path, "cli") as client:
+            job = (await client.request(m.Submit("", request_of(num=12)))).job
+            steps, ended = [], False
+            async for now, ended in client.watch(job.job_id):
+                steps.append(now.steps_done)
+                assert ended == (now.state == "applied")
+                if now.steps_done >= 4 and len(children) == 1:
+                    end(children[0], signal.SIGKILL)
+                    children.append(await asyncio.to_thread(start_worker, directory, 0.1))
+            assert ended
+            assert (now.state, len(now.loss_history)) == ("applied", 12)
+            assert steps == sorted(steps)  # resumed after its last finished step
+
+    try:
+        asyncio.run(main())
+    finally:
+        for child in children:
+            end(child)
+
+
+def test_a_watch_of_a_silent_worker_gives_up_after_the_time_it_was_given(path):
+    async def main():
+        async with WorkerClient(path, "cli") as client:
+            started = time.monotonic()
+            with pytest.raises(NotReady, match="nothing heard"):
+                await follow(client, "job-1", silence_s=0.5)
+            assert time.monotonic() - started < 1.5
+
+    asyncio.run(main())
+
+
+def test_a_watch_that_is_left_early_is_ended_at_the_worker(path):
+    async def main():
+        async with WorkerClient(path, "cli") as client, scripted(path) as worker:
+            watching = client.watch("job-1")
+            first = asyncio.ensure_future(anext(watching))
+            await until(lambda: worker.kinds(m.Watch))
+            request_id = worker.kinds(m.Watch)[0].request_id
+            job = m.JobInfo("job-1", 1, "running", 0.0, 1, 1)
+            await worker.send(m.JobEvent(request_id, job, False))
+            assert await first == (job, False)
+            await watching.aclose()
+            await until(lambda: worker.kinds(m.Unwatch) == [m.Unwatch(request_id)])
+
+    asyncio.run(main())
+
+
+def test_two_clients_of_one_process_and_repeated_opening_leave_nothing_behind(served, path):
+    async def main():
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(5):
+            async with WorkerClient(path, "cli") as one, WorkerClient(path, "router") as two:
+                await asyncio.gather(one.request(m.GetStatus("")), two.request(m.GetStatus("")))
+        await asyncio.sleep(0.3)
+        assert len(os.listdir("/proc/self/fd")) <= before + 2
+
+    asyncio.run(main())
+
+
+def test_importing_the_client_imports_no_torch():
+    code = "import sys, apollo_ipc.client; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_an_error_keeps_its_class_code_field_and_status_across_the_wire():
+    from apollo_ipc.errors import AttachError
+    from apollo_ipc.remote import error_from, error_info
+
+    sent = AttachError("no", refused=["a"], field="f")
+    back = error_from(error_info(sent))
+    assert (type(back), back.code, back.field, back.http_status) == (AttachError, sent.code, "f", 503)
+    strange = error_from(m.ErrorInfo("nearest", "a function's name is no class", "c", 418))
+    assert (type(strange), strange.code, strange.http_status) == (RemoteError, "c", 418)
+    assert isinstance(strange, ApolloError)

@@ -1,0 +1,414 @@
+"""The worker's socket: raw sockets against the real service."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import socket as unix
+import subprocess
+import sys
+import threading
+import time
+
+import msgspec
+import pytest
+import zmq
+from apollo_worker.endpoint import Endpoint
+from apollo_worker.peers import MAX_WATCHES_PER_PEER
+from fake_worker import end, request_of, serving, short_dir, start_service, start_worker
+
+from apollo_ipc import messages as m
+from apollo_ipc.errors import AlreadyRunning, ConfigError
+
+
+class Peer:
+    """A client that does exactly what the test says."""
+
+    def __init__(self, directory):
+        self.context = zmq.Context()
+        self.socket = self.context.socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.IMMEDIATE, 1)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.SNDTIMEO, 3000)
+        self.socket.connect(f"ipc://{directory}/worker.sock")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.context.destroy(linger=0)
+
+    def send(self, message):
+        self.socket.send(message if isinstance(message, bytes) else m.encode(message))
+
+    def hello(self, role="router", vllm_boot_id=None, protocol=m.PROTOCOL_VERSION):
+        self.send(m.Hello(protocol, role, os.getpid(), vllm_boot_id))
+
+    def receive(self, *kinds, timeout_s=3.0):
+        """The next message of one of `kinds`, others skipped; None where there is none in time."""
+        deadline = time.monotonic() + timeout_s
+        while (left_s := deadline - time.monotonic()) > 0:
+            if self.socket.poll(left_s * 1000):
+                message = m.decode_from_worker(self.socket.recv())
+                if isinstance(message, kinds):
+                    return message
+        return None
+
+    def ask(self, message, timeout_s=5.0):
+        self.send(message)
+        ack = self.receive(m.Ack, m.Reply, timeout_s=1.0)
+        assert ack == m.Ack(message.request_id)
+        reply = self.receive(m.Reply, timeout_s=timeout_s)
+        assert reply.request_id == message.request_id
+        return reply
+
+
+@pytest.fixture
+def directory():
+    with short_dir() as directory:
+        yield directory
+
+
+@pytest.fixture
+def served(directory):
+    with serving(directory) as parts:
+        yield parts
+
+
+@pytest.fixture
+def peer(served, directory):
+    with Peer(directory) as peer:
+        yield peer
+
+
+def test_a_submitted_job_is_in_the_queue_when_the_reply_comes_and_wakes_the_trainer(served, peer):
+    _, shared, queue = served
+    reply = peer.ask(m.Submit("r1", request_of(num=3), "key"))
+    assert queue.get(reply.job.job_id) == reply.job
+    assert (reply.job.state, reply.job.num_steps, reply.job.notes) == ("queued", 3, ["admitted"])
+    assert shared.wake.is_set()
+    assert peer.ask(m.Submit("r2", request_of(num=3), "key")).job == reply.job
+    conflict = peer.ask(m.Submit("r3", request_of(num=2), "key")).error
+    assert (conflict.type, conflict.http_status) == ("Conflict", 422)
+
+
+def test_every_question_gets_its_answer(served, peer, directory):
+    _, shared, _ = served
+    job = peer.ask(m.Submit("1", request_of())).job
+    assert peer.ask(m.GetJob("2", job.job_id)).job.loss_history == []
+    assert [one.job_id for one in peer.ask(m.ListJobs("3")).jobs] == [job.job_id]
+    assert peer.ask(m.GetJob("4", "job-x")).error.http_status == 404
+    shared.wake.clear()
+    assert peer.ask(m.CancelJob("5", job.job_id)).job.state == "cancelled"
+    assert shared.wake.is_set()
+    assert peer.ask(m.CancelJob("6", job.job_id)).error.http_status == 409
+    peer.hello()
+    status = peer.ask(m.GetStatus("7")).status
+    assert (status.worker_pid, status.num_queued, status.num_routers) == (os.getpid(), 0, 1)
+    assert status.worker_boot_id == shared.worker_boot_id
+
+    peer.send(m.SyncCheckpoint("8"))
+    future = shared.sync_requests.get(timeout=2)
+    future.set_result(m.SyncResult(3, 1.0, 1, 1, 1, 10, 10, 0.1))
+    assert peer.receive(m.Reply).sync.weight_version == 3
+
+
+def test_a_users_mistake_and_a_bug_cross_the_wire_with_what_is_needed(peer):
+    mistake = peer.ask(m.Submit("1", request_of("bad"))).error
+    assert (mistake.type, mistake.code, mistake.field) == (
+        "UserError",
+        "invalid_example",
+        "examples[0].completion",
+    )
+    assert mistake.traceback is None
+    bug = peer.ask(m.Submit("2", request_of("bug"))).error
+    assert (bug.type, bug.message, bug.http_status) == ("ZeroDivisionError", "a bug in admit", 500)
+    assert "in admit" in bug.traceback
+    assert peer.ask(m.GetStatus("3")).status is not None
+
+
+def test_the_ack_comes_within_800_ms_while_admitting_takes_2_s_and_order_is_kept(served, peer):
+    _, _, queue = served
+    for name, text in (("a", "slow"), ("b", "fast")):
+        started = time.monotonic()
+        peer.send(m.Submit(name, request_of(text)))
+        assert peer.receive(m.Ack).request_id == name
+        assert time.monotonic() - started < m.ACK_TIMEOUT_S
+    peer.send(m.GetStatus("c"))  # is not behind the slow one
+    assert [peer.receive(m.Reply, timeout_s=5).request_id for _ in range(3)] == ["c", "a", "b"]
+    assert [queue.take().request.examples[0].completion] == ["slow"]
+
+
+GARBAGE = [
+    b"",
+    b"\x00" * 100,
+    b"GET / HTTP/1.1\r\n\r\n",
+    pickle.dumps({"type": "GetStatus", "request_id": "x"}),
+    b"\x91" * 1_000_000,  # arrays in arrays
+    b"\x82\xa4type\xa6Submit\xa7request" + b"\x81\xa1a" * 500_000,
+    b"\xdd\xff\xff\xff\xff",  # claims four thousand million elements
+    b"\xc6\xff\xff\xff\xff",  # claims 4 GB
+    msgspec.msgpack.encode({"type": "Reboot", "request_id": "x"}),
+    msgspec.msgpack.encode({"type": "GetJob", "request_id": 3}),
+    msgspec.msgpack.encode({"type": "Submit", "request_id": "x", "request": {"examples": []}}),
+    m.encode(m.Heartbeat(1, "x", None, True, 1, m.Progress("x", 1))),
+]
+
+
+def test_bytes_that_are_no_message_are_dropped_and_counted_and_the_next_one_is_answered(served, peer):
+    for data in GARBAGE:
+        peer.send(data)
+    peer.socket.send_multipart([b"two", b"frames"])
+    status = peer.ask(m.GetStatus("1")).status
+    assert status.num_bad_messages == len(GARBAGE) + 1
+
+
+def test_a_raw_unix_connection_that_speaks_no_zmtp_does_no_harm(served, peer, directory):
+    for data in (b"\xff" * 1000, b"", b"hello\n"):
+        with unix.socket(unix.AF_UNIX) as raw:
+            raw.connect(str(directory / "worker.sock"))
+            raw.sendall(data)
+    assert peer.ask(m.GetStatus("1")).status is not None
+
+
+def test_an_oversize_message_costs_its_sender_the_connection_and_nobody_else_anything(
+    served, peer, directory
+):
+    assert peer.ask(m.GetStatus("1")).status is not None
+    with Peer(directory) as rude:
+        rude.send(b"x" * (m.MAX_MESSAGE_BYTES + 1))
+        assert peer.ask(m.GetStatus("2")).status.num_bad_messages == 0
+        time.sleep(0.3)  # libzmq reconnects
+        assert rude.ask(m.GetStatus("3")).status is not None
+
+
+def test_heartbeats_go_to_those_who_said_hello_and_carry_boot_ids_and_progress(served, peer, directory):
+    _, shared, _ = served
+    assert peer.receive(m.Heartbeat, timeout_s=0.6) is None
+    peer.hello()
+    first = peer.receive(m.Heartbeat, timeout_s=0.2)  # at once
+    assert (first.worker_boot_id, first.vllm_boot_id) == (shared.worker_boot_id, None)
+    shared.vllm_boot_id, shared.attached, shared.weight_version = "vllm-1", True, 7
+    shared.show("training", job_id="job-1", steps_done=2, num_steps=3)
+    beats, deadline = [], time.monotonic() + 1.5
+    while time.monotonic() < deadline:
+        beats += filter(None, [peer.receive(m.Heartbeat, timeout_s=0.5)])
+    assert 4 <= len(beats) <= 8  # every 250 ms
+    last = beats[-1]
+    assert (last.vllm_boot_id, last.attached, last.weight_version) == ("vllm-1", True, 7)
+    assert (last.progress.activity, last.progress.activity_count) == ("training", 1)
+
+
+def test_a_client_of_another_protocol_version_is_told_both_versions_and_gets_no_heartbeat(peer):
+    peer.hello(protocol=99)
+    refusal = peer.receive(m.Reply)
+    assert refusal.request_id == ""
+    assert refusal.error.code == "protocol_mismatch"
+    assert f"version {m.PROTOCOL_VERSION}," in refusal.error.message
+    assert "99" in refusal.error.message
+    assert peer.receive(m.Heartbeat, timeout_s=0.6) is None
+    assert peer.ask(m.GetStatus("1")).error.code == "protocol_mismatch"
+
+
+def test_a_silent_client_is_forgotten_and_a_new_hello_brings_it_back(served, peer, monkeypatch):
+    monkeypatch.setattr("apollo_worker.peers.PEER_TIMEOUT_S", 0.5)
+    peer.hello()
+    time.sleep(1.0)
+    while peer.receive(m.Heartbeat, timeout_s=0.1):
+        pass
+    assert peer.receive(m.Heartbeat, timeout_s=0.6) is None
+    assert peer.ask(m.GetStatus("1")).status.num_routers == 0
+    peer.hello()
+    assert peer.receive(m.Heartbeat) is not None
+
+
+def test_a_second_worker_is_refused_by_pid_and_the_first_goes_on(served, peer, directory):
+    with pytest.raises(AlreadyRunning, match=f"pid {os.getpid()}"):
+        start_service(directory)
+    assert peer.ask(m.GetStatus("1")).status is not None
+    with Peer(directory) as late:
+        assert late.ask(m.GetStatus("1")).status is not None
+
+
+def test_the_socket_file_of_a_killed_worker_is_no_obstacle(directory):
+    child = start_worker(directory)
+    end(child, signal.SIGKILL)
+    assert (directory / "worker.sock").exists()
+    with serving(directory), Peer(directory) as peer:
+        assert peer.ask(m.GetStatus("1")).status.worker_pid == os.getpid()
+
+
+def test_socket_lock_and_directory_are_private_and_a_long_path_is_explained(served, directory):
+    assert directory.stat().st_mode & 0o777 == 0o700
+    for name in ("worker.sock", "worker.lock"):
+        assert (directory / name).stat().st_mode & 0o777 == 0o600
+    long = directory / ("x" * 100)
+    with pytest.raises(ConfigError, match="107"):
+        Endpoint(long, long / "worker.sock").lock()
+
+
+FOREIGN = """
+import os, sys, zmq
+os.setuid(int(sys.argv[3]))
+context = zmq.Context()
+socket = context.socket(zmq.DEALER)
+socket.setsockopt(zmq.LINGER, 0)
+socket.connect("ipc://" + sys.argv[1])
+socket.send(bytes.fromhex(sys.argv[2]))
+print("answered" if socket.poll(1000) else "silence")
+"""
+
+
+def test_another_users_process_is_not_heard_even_where_the_directory_lets_it_in(served, peer, directory):
+    if os.geteuid() != 0:
+        pytest.skip("only root can start a process of another user")
+    directory.chmod(0o755)
+    (directory / "worker.sock").chmod(0o777)
+    for uid, outcome in ((os.getuid(), "answered"), (65534, "silence")):
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                FOREIGN,
+                str(directory / "worker.sock"),
+                m.encode(m.GetStatus("1")).hex(),
+                str(uid),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+        assert done.stdout == f"{outcome}\n", done.stderr
+    assert peer.ask(m.GetStatus("1")).status.num_bad_messages == 0
+
+
+def test_a_watcher_sees_the_job_at_once_then_its_changes_then_its_end_with_the_history(served, peer):
+    _, _, queue = served
+    job = peer.ask(m.Submit("1", request_of(num=50))).job
+    peer.hello()
+    peer.send(m.Watch("w", job.job_id))
+    assert peer.receive(m.JobEvent, timeout_s=0.5) == m.JobEvent("w", job, False)
+    queue.take()
+    for step in range(1, 51):
+        queue.record_step(job.job_id, step, float(step))
+        time.sleep(0.01)
+    queue.finish(job.job_id, "applied", weight_version=4)
+    events = []
+    while not events or not events[-1].ended:
+        events.append(peer.receive(m.JobEvent))
+    assert 2 <= len(events) <= 12  # 0.5 s of changes at ten a second
+    steps = [event.job.steps_done for event in events]
+    assert steps == sorted(steps)
+    assert events[-1].job.loss_history == [float(step) for step in range(1, 51)]
+    assert events[-1].job.weight_version == 4
+    queue.mark_durable(job.seq)
+    assert peer.receive(m.JobEvent, timeout_s=0.4) is None  # the watch ended with the job
+    peer.send(m.Watch("late", job.job_id))
+    assert peer.receive(m.JobEvent).ended
+
+
+def test_watches_can_be_ended_are_limited_and_need_a_job(served, peer):
+    _, _, queue = served
+    job = peer.ask(m.Submit("1", request_of())).job
+    peer.hello()
+    assert peer.ask(m.Watch("x", "job-x")).error.type == "NotFound"
+    for i in range(MAX_WATCHES_PER_PEER):
+        peer.send(m.Watch(f"w{i}", job.job_id))
+    peer.send(m.Watch("one more", job.job_id))
+    refused = peer.receive(m.Reply)
+    assert (refused.request_id, refused.error.code) == ("one more", "too_many_watches")
+    for i in range(MAX_WATCHES_PER_PEER):
+        peer.send(m.Unwatch(f"w{i}"))
+    time.sleep(0.3)
+    while peer.receive(m.JobEvent, timeout_s=0.1):
+        pass
+    queue.take()
+    assert peer.receive(m.JobEvent, timeout_s=0.4) is None
+
+
+def publish_in_background(service, version, timeout_s):
+    result = []
+    thread = threading.Thread(target=lambda: result.append(service.publish(version, timeout_s)))
+    thread.start()
+    return thread, result
+
+
+def test_publishing_without_a_router_returns_at_once(served, peer, directory):
+    service, shared, _ = served
+    shared.vllm_boot_id = "here"
+    peer.hello(role="cli")
+    with Peer(directory) as other:
+        other.hello(vllm_boot_id="another vLLM")
+        assert other.receive(m.Heartbeat)
+        assert peer.receive(m.Heartbeat)
+        started = time.monotonic()
+        assert service.publish(1, timeout_s=5.0) is False
+        assert time.monotonic() - started < 0.5
+
+
+@pytest.mark.parametrize("first_does", ["nothing", "fails", "leaves"])
+def test_publishing_asks_the_next_router_where_the_first_does_not_confirm(
+    served, peer, directory, first_does
+):
+    service, shared, _ = served
+    shared.vllm_boot_id = "here"
+    peer.hello(vllm_boot_id=None)  # not known yet: asked last
+    assert peer.receive(m.Heartbeat)
+    with Peer(directory) as first:
+        first.hello(vllm_boot_id="here")
+        assert first.receive(m.Heartbeat)
+        thread, result = publish_in_background(service, 5, timeout_s=2.0)
+        assert first.receive(m.DropCache) == m.DropCache(5)
+        assert peer.receive(m.DropCache, timeout_s=0.2) is None  # one router at a time
+        if first_does == "fails":
+            first.send(m.CacheDropped(5, ok=False, error="no"))
+        elif first_does == "leaves":
+            first.context.destroy(linger=0)
+        assert peer.receive(m.DropCache, timeout_s=2.0) == m.DropCache(5)
+        peer.send(m.CacheDropped(4, ok=True))  # an older version does not count
+        time.sleep(0.1)
+        assert result == []
+        peer.send(m.CacheDropped(5, ok=True))
+        thread.join(timeout=3)
+        assert result == [True]
+
+
+def test_publishing_to_routers_that_never_answer_ends_in_time(served, peer):
+    service, _, _ = served
+    peer.hello()
+    assert peer.receive(m.Heartbeat)
+    started = time.monotonic()
+    assert service.publish(1, timeout_s=0.5) is False
+    assert 0.4 < time.monotonic() - started < 1.5
+
+
+def test_a_client_that_does_not_read_holds_nobody_up(served, peer, directory):
+    _, _, queue = served
+    job = peer.ask(m.Submit("1", request_of("x" * 100_000))).job
+    queue.take()
+    with Peer(directory) as lazy:
+        lazy.hello()
+        for i in range(400):  # more replies than its queue holds
+            lazy.send(m.ListJobs(f"l{i}"))
+        peer.hello()
+        assert peer.ask(m.GetJob("2", job.job_id)).job.state == "running"
+        assert peer.receive(m.Heartbeat)
+
+
+def test_stopping_answers_open_requests_and_frees_the_directory(directory):
+    service, shared, queue = start_service(directory)
+    with Peer(directory) as peer:
+        peer.send(m.SyncCheckpoint("s"))
+        assert peer.receive(m.Ack)
+        # Beside it, as a client reads: libzmq drops what lies unread when an IMMEDIATE connection closes.
+        stopping = threading.Thread(target=service.stop)
+        stopping.start()
+        assert peer.receive(m.Reply).error.code == "stopping"
+        stopping.join(timeout=5)
+        shared.sync_requests.get(timeout=1).set_result(None)  # the main loop's answer harms nothing
+    assert service.publish(1) is False
+    service.stop()
+    queue.close()
+    with serving(directory):
+        pass
