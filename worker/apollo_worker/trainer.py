@@ -52,7 +52,8 @@ class Trainer:
     def __init__(self, live: LiveModel, options: Train):
         self.live = live
         self.options = options
-        self.optimizer = make_optimizer(live, options)
+        # The configured rank's moments, which outlive jobs; a job with a rank of its own borrows the weights.
+        self.main_optimizer = self.optimizer = make_optimizer(live, options, options.rank)
         for parameter in live.model.parameters():
             # Before the optimizer's own hook: a dead exporter must stop the write, not follow it.
             parameter.register_post_accumulate_grad_hook(self._require_vllm)
@@ -82,6 +83,22 @@ class Trainer:
                 return StepResult(value, is_bad=True)
             loss.backward()
         return StepResult(value, is_bad=self.optimizer.take_bad_updates() > 0)
+
+    def use_rank(self, rank: int | None) -> None:
+        """None: the configured rank. Another one trains with moments that start at zero and end with the job."""
+        rank = rank or self.options.rank
+        if rank == self.optimizer.rank:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        is_main = rank == self.options.rank
+        self.optimizer = self.main_optimizer if is_main else make_optimizer(self.live, self.options, rank)
+        self._hooks = self.optimizer.attach_hooks()
+
+    def matrices_below(self, rank: int) -> list[str]:
+        """Names of the matrices whose smaller dimension is below `rank`: Adam updates those."""
+        named = self.live.model.named_parameters()
+        return [name for name, p in named if p.dim() == 2 and min(p.shape) < rank]
 
     def _require_vllm(self, _: Tensor | None = None) -> None:
         if not self.live.is_alive():
@@ -150,14 +167,14 @@ class Trainer:
         )
 
 
-def make_optimizer(live: LiveModel, options: Train) -> Apollo:
+def make_optimizer(live: LiveModel, options: Train, rank: int) -> Apollo:
     return Apollo(
         live.model.named_parameters(),
         lr=options.lr,
         betas=(options.beta1, options.beta2),
         eps=options.eps,
         weight_decay=options.weight_decay,
-        rank=options.rank,
+        rank=rank,
         refresh_steps=options.refresh_steps,
         limiter_ratio=options.limiter_ratio,
         rounding=options.rounding,

@@ -1,0 +1,177 @@
+"""Keeps the worker attached to whatever vLLM is there, and brings jobs and weights to one state at each attach."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from apollo_ipc.checkpoint import Commit, read_commit, recover
+from apollo_ipc.config import Config
+from apollo_ipc.errors import AttachError, UserError
+from apollo_ipc.manifest import Manifest, read_manifest
+from apollo_ipc.shards import shard_index
+from apollo_worker.live_model import LiveModel, attach
+from apollo_worker.marks import StepMarks
+from apollo_worker.queue import JobQueue
+from apollo_worker.shared import Shared
+from apollo_worker.state import LiveState, check_same_model, read_state, write_state
+from apollo_worker.sync import CheckpointWriter, read_optimizer
+from apollo_worker.tokenise import Tokeniser, load_tokeniser
+from apollo_worker.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+class Attachment:
+    """live, trainer and writer are set while attached; tokeniser stays after vLLM has gone, to accept jobs."""
+
+    def __init__(self, config: Config, shared: Shared, queue: JobQueue, marks: StepMarks):
+        self._config, self._shared, self._queue, self._marks = config, shared, queue, marks
+        self.live: LiveModel | None = None
+        self.trainer: Trainer | None = None
+        self.writer: CheckpointWriter | None = None
+        self.tokeniser: Tokeniser | None = None
+        self._refused_boot: str | None = None  # a manifest that was refused is not tried again and again
+
+    def ensure(self) -> bool:
+        """True when attached to the vLLM that runs now. False: `shared.attach_error` says what is missing."""
+        if self.live is not None and self.live.is_alive():
+            return True
+        if self.live is not None:
+            log.warning("vLLM (boot %s) has ended; its weights are let go", self.live.boot_id[:8])
+            self.detach("vLLM has ended; waiting for the next one")
+        try:
+            manifest = read_manifest(self._config.runtime_dir)
+            if manifest is None:
+                self._wait_for_vllm("vLLM has not started here yet (no weights manifest in the runtime directory)")
+            elif manifest.boot_id != self._refused_boot:
+                self._attach(manifest)
+        except AttachError as error:
+            self._wait_for_vllm(error.message, error.refused)
+        return self.live is not None
+
+    def detach(self, reason: str) -> None:
+        """Drops every view of the weights. Nothing is written to them any more."""
+        self._shared.attached = False
+        self._shared.attach_error = reason
+        self.trainer = self.writer = None
+        if self.live is not None:
+            self.live.close()
+            self.live = None
+
+    def _wait_for_vllm(self, reason: str, refused: list[str] | None = None) -> None:
+        if reason != self._shared.attach_error:
+            log.info("not attached: %s", reason)
+        self._shared.attach_error = reason
+        self._shared.refused = refused or []
+
+    def _attach(self, manifest: Manifest) -> None:
+        """Raises AttachError; one that will not go away without another vLLM is remembered by its boot_id."""
+        config, shared = self._config, self._shared
+        shared.show("attaching")
+        before = read_state(config.state_dir)
+        check_same_model(before, manifest.model_path, config.state_dir)
+        model_dir = Path(manifest.model_path)
+        recover(model_dir)
+        is_new_boot = before is None or before.boot_id != manifest.boot_id
+        try:
+            # Weights that were trained since vLLM loaded them differ from the disk, and rightly so.
+            live = attach(manifest, verify=is_new_boot and config.worker.verify_checkpoint)
+        except AttachError as error:
+            if error.refused:
+                self._refused_boot = manifest.boot_id
+            raise
+        self.live = live
+        self.trainer = Trainer(live, config.train)
+        self.writer = CheckpointWriter(live.model_dir, live.trained_tensors())
+        self.tokeniser = read_tokeniser(live, config)
+        commit = read_commit(model_dir)
+        version = max(before.weight_version if before else 0, commit.weight_version if commit else 0)
+        if is_new_boot:
+            version += self._reconcile(commit)
+        elif (last := self._marks.read()) is not None and last.boot_id == manifest.boot_id:
+            version += self._mend_last_step(last, commit)
+        self._load_optimizer(commit)
+        self.set_version(version)
+        shared.durable_version = commit.weight_version if commit else 0
+        shared.vllm_boot_id, shared.vllm_pid = manifest.boot_id, manifest.pid
+        shared.model_path = manifest.model_path
+        shared.num_parameters = shared.num_parameters_mapped = live.num_parameters
+        shared.optimizer_state_bytes = self.trainer.optimizer.state_size_bytes()
+        shared.attach_error, shared.refused = None, []
+        shared.attached = True
+        log.info(
+            "attached to vLLM pid %d (boot %s): %d of %d parameters of %s, weight version %d",
+            *(manifest.pid, manifest.boot_id[:8], live.num_parameters, live.num_parameters),
+            *(manifest.model_path, version),
+        )
+
+    def set_version(self, version: int) -> None:
+        assert self.live is not None
+        self._shared.weight_version = version
+        write_state(
+            self._config.state_dir, LiveState(str(self.live.model_dir), self.live.boot_id, version)
+        )
+
+    def _reconcile(self, commit: Commit | None) -> int:
+        """The weights are those of the last commit: jobs after it are queued again. 1 if there were any."""
+        self._marks.clear()
+        running = (commit.extra.get("running") or {}) if commit else {}
+        # Without a commit the directory holds none of our jobs, but those called durable were in one that
+        # the user has replaced since: they are not trained into the new one unasked.
+        durable = self._queue.list(limit=1, state="durable")
+        applied_seq = commit.applied_seq if commit else (durable[0].seq if durable else 0)
+        lost = self._queue.reconcile(applied_seq, running.get("job_id"), running.get("steps_done", 0))
+        again = [job for job in lost if job.state == "queued"]
+        if again:
+            log.warning("%d jobs had not been synced when vLLM ended: they are trained again", len(again))
+        return 1 if again else 0
+
+    def _mend_last_step(self, last, commit: Commit | None) -> int:
+        """After a crash of the worker alone. 1 where the weights had to be restored.
+
+        A step that ended but was not recorded is recorded; one that did not end left weights that are neither
+        before nor after it: they are restored from the last commit, and what came after it is trained again.
+        """
+        job = next((j for j in self._queue.list(limit=1, state="running") if j.job_id.endswith(last.job_id)), None)
+        if last.is_torn:
+            log.warning("step %d of job %s was cut off; restoring the last checkpoint", last.begun, last.job_id)
+            restore(self.live)
+            self._reconcile(commit)
+            return 1
+        if job is not None and last.ended == job.steps_done + 1:
+            self._queue.record_step(job.job_id, last.ended, last.loss)
+        return 0
+
+    def _load_optimizer(self, commit: Commit | None) -> None:
+        assert self.live is not None and self.trainer is not None
+        if commit is None or (saved := read_optimizer(self.live.model_dir, commit)) is None:
+            return
+        tensors, meta = saved
+        try:
+            self.trainer.main_optimizer.load_state(tensors, meta)
+        except UserError as error:
+            log.warning("the saved optimizer state does not fit, its moments start anew: %s", error.message)
+
+
+@torch.no_grad()
+def restore(live: LiveModel | None) -> None:
+    """Writes the checkpoint on disk back into the live weights, in place."""
+    assert live is not None
+    index = shard_index(live.model_dir)
+    for name, tensor in live.trained_tensors().items():
+        if name in index:
+            with safe_open(live.model_dir / index[name].shard, "pt") as shard:
+                tensor.copy_(shard.get_tensor(name))
+
+
+def read_tokeniser(live: LiveModel, config: Config) -> Tokeniser:
+    """Examples may be as long as both the configuration and the model's positions allow."""
+    positions = getattr(live.model.config, "max_position_embeddings", None) or config.train.max_tokens
+    vocab_size = live.model.get_input_embeddings().weight.shape[0]
+    return load_tokeniser(
+        live.model_dir, vocab_size=vocab_size, max_tokens=min(config.train.max_tokens, positions)
+    )

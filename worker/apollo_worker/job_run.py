@@ -1,0 +1,74 @@
+"""The plan of one job: which example each step trains on, and at what learning rate."""
+
+from __future__ import annotations
+
+import msgspec
+
+from apollo_ipc.config import Train
+from apollo_ipc.requests import Example, TrainRequest
+from apollo_worker.queue import JobQueue
+from apollo_worker.schedule import learning_rate, resolve_schedule
+from apollo_worker.shared import Admission
+from apollo_worker.tokenise import TokenisedExample, Tokeniser, content_hash
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """examples: those to train, in order; hashes: of their contents; num_steps: over all epochs."""
+
+    examples: list[TokenisedExample]
+    hashes: list[bytes]
+    num_steps: int
+    num_skipped: int
+    lr: float
+    weight_decay: float
+    schedule: str
+    warmup_fraction: float
+
+    def example(self, step: int) -> TokenisedExample:
+        """The example of step number `step` (from 0): in the order sent, epoch after epoch."""
+        return self.examples[step % len(self.examples)]
+
+    def learning_rate(self, step: int) -> float:
+        return learning_rate(
+            step,
+            self.num_steps,
+            peak=self.lr,
+            schedule=self.schedule,  # pyright: ignore[reportArgumentType]
+            warmup_fraction=self.warmup_fraction,
+        )
+
+
+def plan(request: TrainRequest, tokeniser: Tokeniser, queue: JobQueue, defaults: Train) -> Plan:
+    """Tokenises every example. Raises UserError with the path of the field that is wrong."""
+    options = request.options
+    kept, skipped = _without_duplicates(request, queue, options.on_duplicate or defaults.on_duplicate)
+    num_steps = len(kept) * (options.epochs or defaults.epochs)
+    if options.max_steps is not None:
+        num_steps = min(num_steps, options.max_steps)
+    return Plan(
+        examples=[tokeniser.encode(example, f"examples[{i}]") for i, example in kept],
+        hashes=[content_hash(example) for _, example in kept],
+        num_steps=num_steps,
+        num_skipped=skipped,
+        lr=defaults.lr if options.lr is None else options.lr,
+        weight_decay=defaults.weight_decay if options.weight_decay is None else options.weight_decay,
+        schedule=resolve_schedule(options.schedule or defaults.schedule, len(kept)),
+        warmup_fraction=defaults.warmup_fraction,
+    )
+
+
+def _without_duplicates(
+    request: TrainRequest, queue: JobQueue, on_duplicate: str
+) -> tuple[list[tuple[int, Example]], int]:
+    """((index in the request, example) to train, how many were left out as trained before)."""
+    numbered = list(enumerate(request.examples))
+    if on_duplicate == "train":
+        return numbered, 0
+    known = queue.known_examples(content_hash(example) for example in request.examples)
+    kept = [(i, example) for i, example in numbered if content_hash(example) not in known]
+    return kept, len(numbered) - len(kept)
+
+
+def admission(made: Plan, notes: list[str]) -> Admission:
+    return Admission(num_steps=made.num_steps, num_skipped=made.num_skipped, notes=notes)
+

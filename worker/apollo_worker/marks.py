@@ -1,0 +1,67 @@
+"""Begin and end marks of training steps: what a worker that was killed leaves behind about its last step.
+
+One page of a file, mapped: a store survives the death of this process, and nothing more is needed, since the
+live weights that it speaks of do not outlive a power cut either. Tied to one boot of vLLM.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from pathlib import Path
+
+import msgspec
+
+_LAYOUT = struct.Struct("<32s24sQQd")  # boot_id, job_id's tail, begun, ended, loss of the step that ended
+
+
+class LastStep(msgspec.Struct, frozen=True):
+    """The last step that a worker began on the weights of vLLM boot `boot_id`."""
+
+    boot_id: str
+    job_id: str
+    begun: int  # step number in its job, from 1
+    ended: int  # equal to `begun` when the step's last write was done
+    loss: float
+
+    @property
+    def is_torn(self) -> bool:
+        return self.begun != self.ended
+
+
+class StepMarks:
+    def __init__(self, path: Path):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            os.ftruncate(fd, mmap.PAGESIZE)
+            self._page = mmap.mmap(fd, mmap.PAGESIZE)
+        finally:
+            os.close(fd)
+
+    def read(self) -> LastStep | None:
+        boot, job, begun, ended, loss = _LAYOUT.unpack_from(self._page)
+        boot_id = boot.rstrip(b"\0").decode("ascii", "replace")
+        if not boot_id:
+            return None
+        return LastStep(boot_id, job.rstrip(b"\0").decode("ascii", "replace"), begun, ended, loss)
+
+    def begin(self, boot_id: str, job_id: str, step: int) -> None:
+        self._write(boot_id, job_id, step, step - 1, 0.0)
+
+    def end(self, boot_id: str, job_id: str, step: int, loss: float) -> None:
+        """Only after the device has done the step's last write."""
+        self._write(boot_id, job_id, step, step, loss)
+
+    def clear(self) -> None:
+        self._page[: _LAYOUT.size] = bytes(_LAYOUT.size)
+
+    def _write(self, boot_id: str, job_id: str, begun: int, ended: int, loss: float) -> None:
+        # One slice assignment; a kill between two of its bytes would need a kill inside memcpy of 80 bytes,
+        # and then `begun` and `ended` differ or the job is unknown: both are read as torn.
+        self._page[: _LAYOUT.size] = _LAYOUT.pack(
+            boot_id.encode()[:32], job_id.removeprefix("job-").encode()[:24], begun, ended, loss
+        )
+
+    def close(self) -> None:
+        self._page.close()

@@ -1,0 +1,114 @@
+"""`apollo-ipc train --offline MODEL_DIR FILE`: the same trainer on the directory itself, without a server.
+
+Prints JSON lines: {"step", "num_steps", "loss"} a step, and {"job": ...} at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from apollo_ipc.checkpoint import read_commit, recover
+from apollo_ipc.config import Config, load_config
+from apollo_ipc.errors import ApolloError, UserError
+from apollo_ipc.messages import JobInfo
+from apollo_ipc.requests import TrainRequest, parse_train_body
+from apollo_worker.attachment import read_tokeniser
+from apollo_worker.job_run import plan
+from apollo_worker.live_model import load_offline
+from apollo_worker.queue import JobQueue
+from apollo_worker.sync import CheckpointWriter, read_optimizer
+from apollo_worker.trainer import Trainer
+
+
+def train(
+    model_dir: Path,
+    request: TrainRequest,
+    config: Config,
+    on_step: Callable[[int, int, float], None] | None = None,
+) -> JobInfo:
+    """Trains on `request` and syncs the directory once, at the end: it holds the old weights or the new ones.
+
+    on_step: called with (step from 1, number of steps, loss). Raises UserError for a bad example, AttachError
+    for a model that cannot be trained, CheckpointError when the sync fails.
+    """
+    recover(model_dir)
+    live = load_offline(model_dir)
+    trainer = Trainer(live, config.train)
+    trainer.use_rank(request.options.rank)
+    commit = read_commit(model_dir)
+    if commit is not None and (saved := read_optimizer(model_dir, commit)) is not None:
+        trainer.main_optimizer.load_state(*saved)
+    with tempfile.TemporaryDirectory(prefix="apollo-offline-") as scratch:
+        queue = JobQueue(Path(scratch) / "queue.sqlite", 1)
+        todo = plan(request, read_tokeniser(live, config), queue, config.train)
+        queue.close()
+    started, losses, num_bad = time.time(), [], 0
+    for step in range(todo.num_steps):
+        result = trainer.step(todo.example(step), todo.learning_rate(step), todo.weight_decay)
+        losses.append(result.loss)
+        num_bad = num_bad + 1 if result.is_bad else 0
+        if num_bad >= config.train.max_bad_steps:
+            raise UserError(f"{num_bad} steps in a row were not finite; nothing was saved", code="not_finite")
+        if on_step is not None:
+            on_step(step + 1, todo.num_steps, result.loss)
+    version = (commit.weight_version if commit else 0) + 1
+    optimizer = trainer.main_optimizer
+    CheckpointWriter(model_dir, live.trained_tensors()).sync(
+        weight_version=version,
+        applied_seq=commit.applied_seq if commit else 0,
+        optimizer=(optimizer.state_tensors(), optimizer.state_meta()),
+        extra=dict(commit.extra) if commit else {},
+    )
+    return JobInfo(
+        job_id="offline",
+        seq=0,
+        state="durable",
+        created_at=started,
+        started_at=started,
+        ended_at=time.time(),
+        num_examples=len(request.examples),
+        num_steps=todo.num_steps,
+        steps_done=todo.num_steps,
+        loss_first=losses[0] if losses else None,
+        loss_last=losses[-1] if losses else None,
+        weight_version=version,
+        num_skipped=todo.num_skipped,
+        loss_history=losses,
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m apollo_worker.offline", description=__doc__)
+    parser.add_argument("model_dir", type=Path)
+    parser.add_argument("request", help="a JSON file with the body of POST /train, - for standard input")
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--json", action="store_true", help="the only form of output; accepted for symmetry")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+
+    def show(step: int, num_steps: int, loss: float) -> None:
+        print(json.dumps({"step": step, "num_steps": num_steps, "loss": loss}), flush=True)
+
+    try:
+        body = sys.stdin.buffer.read() if options.request == "-" else Path(options.request).read_bytes()
+        request = parse_train_body(body)
+        job = train(options.model_dir, request, load_config(options.config), show)
+    except ApolloError as error:
+        where = f"{error.field}: " if error.field else ""
+        print(f"apollo-ipc: {where}{error.message}", file=sys.stderr)
+        return error.exit_code
+    print(msgspec.json.encode({"job": job}).decode())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
