@@ -219,14 +219,14 @@ async def run(num_requests: int) -> dict:
 def show(figures: dict) -> None:
     title = f"POST /train against a handler that answers at once ({figures['requests']} requests each)"
     table = Table(title=title)
-    for name in ("connections", "request", "p50 ms", "p99 ms", "p50 / floor", "p99 / floor"):
+    for name in ("conns", "request", "p50 ms", "p99 ms", "p50/floor", "p99/floor"):
         table.add_column(name, justify="left" if name == "request" else "right", no_wrap=True)
     floor: dict = {}
     for row in figures["rows"]:
         if row["kind"] == "direct":
             floor = row
         ratios = [f"{row[q] / floor[q]:.2f}x" for q in ("p50_ms", "p99_ms")]
-        name = KINDS[row["kind"]] + (" (floor)" if row is floor else "")
+        name = KINDS[row["kind"]] + (" = floor" if row is floor else "")
         table.add_row(str(row["connections"]), name, f"{row['p50_ms']:.2f}", f"{row['p99_ms']:.2f}", *ratios)
     console = Console()
     console.print(table)
