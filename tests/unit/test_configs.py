@@ -1,0 +1,144 @@
+"""The files that a person edits: configs/*.toml and the systemd units."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from apollo_ipc.config import DEFAULT_RANK, Config, load_config
+from apollo_ipc.errors import ConfigError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+UNITS = sorted((CONFIGS / "systemd").glob("*.service"))
+SECTIONS = {field.name: field.type for field in msgspec.structs.fields(Config)}
+
+
+def load(file: Path, **more) -> Config:
+    return load_config(file, **{"environ": {}, **more})
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.toml")), ids=lambda file: file.name)
+def test_every_configuration_file_is_valid(file):
+    load(file)
+
+
+def test_the_default_file_says_every_key_with_its_default():
+    file = CONFIGS / "default.toml"
+    assert load(file) == Config()
+    said = {(section, key) for section, keys in tomllib.loads(file.read_text()).items() for key in keys}
+    known = {
+        (section, field.name) for section, kind in SECTIONS.items() for field in msgspec.structs.fields(kind)
+    }
+    assert said == known
+
+
+def test_the_model_files_say_only_what_they_are_for():
+    for name in ("cpu.toml", "qwen3.5-27b.toml"):
+        config = load(CONFIGS / name)
+        assert config != Config()
+        assert config.train.rank == DEFAULT_RANK
+    assert load(CONFIGS / "qwen3.5-27b.toml").train.activation_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[train]\nrnak = 64", "train.rnak: unknown field 'rnak'; did you mean 'rank'?"),
+        ("[trian]\nrank = 64", "trian: unknown field 'trian'; did you mean 'train'?"),
+        ("port = 1", "unknown field 'port'; known here: checkpoint, http, paths, train, worker"),
+        ('[train]\nrank = "64"', "train.rank: Expected `int`, got `str`"),
+        ("[train]\nlr = 0.0", "train.lr: Expected `float` > 0.0"),
+        ('[train]\nrounding = "up"', "train.rounding: Invalid enum value 'up'"),
+        ("[train", "is not TOML"),
+    ],
+)
+def test_a_wrong_file_is_named_with_its_key_and_what_would_be_right(tmp_path, text, words):
+    file = tmp_path / "my.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as raised:
+        load(file)
+    assert str(file) in str(raised.value)
+    assert words in str(raised.value)
+
+
+def test_the_environment_wins_over_the_file_and_a_flag_over_both(tmp_path):
+    file = tmp_path / "my.toml"
+    file.write_text('[train]\nlr = 2e-5\nrank = 8\nepochs = 2\n[paths]\nstate_dir = "/file"\n')
+    environ = {
+        "APOLLO_TRAIN__RANK": "16",
+        "APOLLO_TRAIN__EPOCHS": "3",
+        "APOLLO_PATHS__STATE_DIR": "/environment",
+        "APOLLO_CONFIG": "/not/this/one.toml",
+    }
+    config = load(file, environ=environ, overrides={"train.epochs": 4, "train.lr": None})
+    assert (config.train.lr, config.train.rank, config.train.epochs) == (2e-5, 16, 4)
+    assert str(config.state_dir) == "/environment"
+
+
+def test_a_wrong_variable_or_flag_is_named_as_such():
+    with pytest.raises(ConfigError, match=r"APOLLO_TRAIN__RNAK.*did you mean 'rank'"):
+        load_config(environ={"APOLLO_TRAIN__RNAK": "1"})
+    with pytest.raises(ConfigError, match=r"flag for train\.rank.*Expected `int` >= 1"):
+        load_config(environ={}, overrides={"train.rank": 0})
+
+
+def test_the_file_may_come_from_the_environment(tmp_path):
+    file = tmp_path / "my.toml"
+    file.write_text("[train]\nrank = 8\n")
+    assert load_config(environ={"APOLLO_CONFIG": str(file)}).train.rank == 8
+    with pytest.raises(ConfigError, match="No such file"):
+        load_config(environ={"APOLLO_CONFIG": str(tmp_path / "none.toml")})
+
+
+# --- systemd ---
+
+
+def test_systemd_finds_nothing_wrong_with_the_units(tmp_path):
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed (Debian: apt-get install systemd)")
+    # It checks that the programs exist, so the place that the units name becomes the one where they are.
+    for unit in UNITS:
+        text = unit.read_text().replace("/opt/apollo-ipc/.venv/bin", str(Path(sys.executable).parent))
+        (tmp_path / unit.name).write_text(text)
+    units = [tmp_path / unit.name for unit in UNITS]
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", *units], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
+def test_the_units_let_the_worker_reach_vllms_memory(unit):
+    settings = [
+        line.partition("=")[::2] for line in unit.read_text().splitlines() if "=" in line and line[0] != "#"
+    ]
+    for hides in (
+        "ProtectProc",
+        "PrivatePIDs",
+        "PrivateUsers",
+        "PrivateDevices",
+        "DeviceAllow",
+        "PrivateIPC",
+    ):
+        assert hides not in dict(settings)
+    wanted = {"RuntimeDirectory": "apollo-ipc", "RuntimeDirectoryPreserve": "yes", "NoNewPrivileges": "yes"}
+    assert wanted.items() <= dict(settings).items()
+    # What the units give is what the configuration beside them uses.
+    config = load(CONFIGS / "qwen3.5-27b.toml")
+    assert (str(config.runtime_dir), str(config.state_dir)) == ("/run/apollo-ipc", "/var/lib/apollo-ipc")
+
+
+def test_when_memory_runs_out_the_worker_dies_first():
+    score = {
+        unit.stem: int(line.partition("=")[2])
+        for unit in UNITS
+        for line in unit.read_text().splitlines()
+        if line.startswith("OOMScoreAdjust=")
+    }
+    assert score["apollo-worker"] > 0 > score["apollo-vllm"]
