@@ -5,7 +5,8 @@
 Three processes on one machine, loopback only: this client, a uvicorn server (our routes and a plain `/direct`
 route that parses the same body and answers), a worker's service with a real queue. All kinds of request are
 interleaved in blocks within one run, through one client whose cost is the same for each. `GET /train/status`
-takes the same way without the commit, whose own time is measured alone, before, on the same file system.
+takes the same way without the commit, whose own time is measured between the blocks of requests, in a second
+queue on the same file system.
 """
 
 from __future__ import annotations
@@ -21,18 +22,27 @@ import tempfile
 import time
 from pathlib import Path
 
+from apollo_worker.queue import JobQueue
 from fastapi import FastAPI
 from rich.console import Console
 from rich.table import Table
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
+from apollo_ipc.requests import parse_train_body
+
 KEY = "benchmark"
 BODY = json.dumps({"examples": [{"prompt": "What is 2 + 2?", "completion": "2 + 2 is 4."}]}).encode()
-KINDS = {"direct": "POST /direct", "status": "GET /train/status", "train": "POST /train"}
+KINDS = {
+    "direct": "POST /direct",
+    "status": "GET /train/status",
+    "train": "POST /train",
+    "commit": "SQLite's commit, alone",
+}
 CONNECTIONS = (1, 32)
 BLOCK = 50  # requests of one kind before the next kind's turn
 WARM_UP = 50
+MAX_QUEUED = 10**9
 TIMEOUT_S = 120.0
 
 
@@ -43,8 +53,6 @@ def serve() -> None:
     """Prints its port; ends when it is told to."""
     import uvicorn
     from apollo_router.plugin import ApolloEndpoints
-
-    from apollo_ipc.requests import parse_train_body
 
     app = FastAPI()
     ApolloEndpoints().attach_router(app)
@@ -67,24 +75,17 @@ def serve() -> None:
 
 
 def work() -> None:
-    """Prints the commit's times alone (s), then serves until stdin closes."""
-    from apollo_worker.queue import JobQueue
+    """Prints a line when it serves; ends when stdin closes."""
     from apollo_worker.service import Service
     from apollo_worker.shared import Admission, Shared
 
     from apollo_ipc.config import load_config
-    from apollo_ipc.requests import parse_train_body
 
     config = load_config()
-    queue = JobQueue(config.state_dir / "queue.sqlite", max_queued=10**9)
-    request, times_s = parse_train_body(BODY), []
-    for _ in range(WARM_UP + 300):
-        started = time.perf_counter()
-        queue.submit(request, num_steps=1)
-        times_s.append(time.perf_counter() - started)
+    queue = JobQueue(config.state_dir / "queue.sqlite", max_queued=MAX_QUEUED)
     service = Service(config, Shared(lambda _: Admission(num_steps=1)), queue)
     service.start()
-    print(json.dumps(times_s[WARM_UP:]), flush=True)
+    print("serving", flush=True)
     sys.stdin.read()
     service.stop()
 
@@ -121,14 +122,23 @@ class Connection:
         return duration_s
 
 
-async def measure(port: int, num_connections: int, num_requests: int) -> dict[str, list[float]]:
-    """Latencies (s) of `num_requests` requests of each kind, in interleaved blocks."""
+async def measure(
+    port: int, queue: JobQueue, num_connections: int, num_requests: int
+) -> dict[str, list[float]]:
+    """Times (s) of `num_requests` requests of each kind, and of as many commits, in interleaved blocks."""
     connections = [await Connection().open(port) for _ in range(num_connections)]
     times_s: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    encoded = {kind: encode(kind) for kind in KINDS}
+    encoded = {kind: encode(kind) for kind in KINDS if kind != "commit"}
+    job = parse_train_body(BODY)
 
     async def block(kind: str, num: int) -> None:
         left = iter(range(num))
+        if kind == "commit":
+            for _ in left:
+                started = time.perf_counter()
+                queue.submit(job, num_steps=1)
+                times_s[kind].append(time.perf_counter() - started)
+            return
 
         async def one(connection: Connection) -> None:
             for _ in left:  # shared: whichever connection is free takes the next
@@ -191,14 +201,14 @@ async def run(num_requests: int) -> dict:
                 raise SystemExit(f"the {role} process did not start")
             return line
 
+        queue = JobQueue(Path(base) / "alone" / "queue.sqlite", max_queued=MAX_QUEUED)
         try:
-            commit_s = json.loads(await start("work"))
+            await start("work")
             port = int(await start("serve"))
             figures = {"requests": num_requests, "cores": os.cpu_count(), "rows": []}
-            figures["commit"] = {"p50_ms": quantile_ms(commit_s, 0.5), "p99_ms": quantile_ms(commit_s, 0.99)}
             for num_connections in CONNECTIONS:
                 async with asyncio.timeout(TIMEOUT_S):
-                    times_s = await measure(port, num_connections, num_requests)
+                    times_s = await measure(port, queue, num_connections, num_requests)
                 for kind, times in times_s.items():
                     figures["rows"].append(
                         {
@@ -211,6 +221,7 @@ async def run(num_requests: int) -> dict:
                     )
             return figures
         finally:
+            queue.close()
             for process in processes:
                 process.terminate()
                 process.wait(10)
@@ -230,16 +241,14 @@ def show(figures: dict) -> None:
         table.add_row(str(row["connections"]), name, f"{row['p50_ms']:.2f}", f"{row['p99_ms']:.2f}", *ratios)
     console = Console()
     console.print(table)
-    commit_ms = figures["commit"]["p50_ms"]
-    console.print(f"SQLite's commit alone: p50 {commit_ms:.2f} ms, p99 {figures['commit']['p99_ms']:.2f} ms")
-    for row in figures["rows"]:
-        if row["kind"] == "train":
-            # One thread commits: with n requests at once each waits for n commits.
-            commits_ms = commit_ms * row["connections"]
-            share = min(1.0, commits_ms / row["p50_ms"])
-            console.print(
-                f"  {row['connections']} connections: {commits_ms:.2f} ms of commits, {share:.0%} of the p50"
-            )
+    mean_ms = {(row["kind"], row["connections"]): row["mean_ms"] for row in figures["rows"]}
+    for num in CONNECTIONS:
+        # One thread commits: of n requests at once each waits for n commits. Means, since those add up.
+        commits_ms, train_ms = mean_ms["commit", num] * num, mean_ms["train", num]
+        console.print(
+            f"{num} connections: POST /train {train_ms:.2f} ms on average, "
+            f"{num} commits {commits_ms:.2f} ms ({commits_ms / train_ms:.0%})"
+        )
 
 
 if __name__ == "__main__":
