@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -11,12 +12,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from apollo_worker.queue import JobQueue
 from apollo_worker.service import Service
 from apollo_worker.shared import Admission, Shared
 
+from apollo_ipc.cli.main import main
 from apollo_ipc.config import Config, Paths
 from apollo_ipc.keys import key_path
 from apollo_ipc.manifest import Manifest, start_ticks, write_manifest
@@ -36,22 +39,32 @@ def config(tmp_path):
 
 
 @pytest.fixture
-def apollo(config, tmp_path):
-    """`apollo("train", "x.jsonl")` -> the finished process."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("APOLLO_")}
-    environment["APOLLO_PATHS__RUNTIME_DIR"] = str(config.runtime_dir)
-    environment["APOLLO_PATHS__STATE_DIR"] = str(config.state_dir)
+def environment(config, monkeypatch):
+    for name in os.environ:
+        if name.startswith("APOLLO_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("APOLLO_PATHS__RUNTIME_DIR", str(config.runtime_dir))
+    monkeypatch.setenv("APOLLO_PATHS__STATE_DIR", str(config.state_dir))
 
-    def run(*arguments, stdin: str = "", **more):
-        return subprocess.run(
-            [COMMAND, *map(str, arguments)],
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            cwd=tmp_path,
-            env=environment | more,
-        )
+
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def apollo(environment, tmp_path, monkeypatch, capfd):
+    """`apollo("train", "x.jsonl")` -> what it did, in this process: starting one takes half a second."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments, stdin: str = "") -> Done:
+        monkeypatch.setattr(sys, "argv", ["apollo-ipc", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            main()
+        return Done(exit.value.code, *capfd.readouterr())
 
     return run
 
@@ -158,18 +171,9 @@ def test_status_and_jobs_and_cancel_and_sync(apollo, worker):
     assert "600 B written" in apollo("checkpoint", "sync").stdout
 
 
-def test_status_watch_follows_the_worker_until_interrupted(config, worker):
-    watching = subprocess.Popen(
-        [COMMAND, "status", "--watch", "--json"],
-        env=os.environ
-        | {
-            "APOLLO_PATHS__RUNTIME_DIR": str(config.runtime_dir),
-            "APOLLO_PATHS__STATE_DIR": str(config.state_dir),
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def test_status_watch_follows_the_worker_until_interrupted(environment, worker):
+    command = [COMMAND, "status", "--watch", "--json"]
+    watching = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert watching.stdout is not None
         for _ in range(2):
@@ -243,7 +247,6 @@ def test_a_file_that_windows_wrote_is_read(apollo, worker, tmp_path):
         (("serve", "nowhere"), "nowhere: no such directory"),
         (("serve", "Qwen/Qwen3-8B"), "hf download Qwen/Qwen3-8B --local-dir Qwen3-8B"),
         (("serve", "--max-model-len", "64"), "comes first"),
-        (("worker", "--model-dir", "nowhere"), "no such directory"),
         (("check", "nowhere"), "no such directory"),
     ],
 )
@@ -311,12 +314,12 @@ def test_serve_leaves_a_living_vllms_runtime_directory_alone(apollo, config, mod
 # --- the rest ---
 
 
-def test_the_key_is_made_once_and_shown(apollo, config):
+def test_the_key_is_made_once_and_shown(apollo, config, monkeypatch):
     first = apollo("key").stdout.strip()
     assert first == key_path(config).read_text() == apollo("key").stdout.strip()
     assert apollo("key", "--path").stdout.strip() == str(key_path(config))
-    configured = json.loads(apollo("key", "--json", APOLLO_HTTP__TRAIN_KEY="mine").stdout)
-    assert configured == {"train_key": "mine", "path": None}
+    monkeypatch.setenv("APOLLO_HTTP__TRAIN_KEY", "mine")
+    assert json.loads(apollo("key", "--json").stdout) == {"train_key": "mine", "path": None}
 
 
 def test_a_directory_that_was_never_synced_is_told_so(apollo, model_dir):
@@ -328,32 +331,37 @@ def test_a_directory_that_was_never_synced_is_told_so(apollo, model_dir):
     assert "nothing was synced here yet" in verified.stderr
 
 
-def test_offline_training_hands_the_request_to_a_process_of_its_own(apollo, model_dir, tmp_path):
+def test_offline_training_hands_the_request_to_a_process_of_its_own(apollo, model_dir, tmp_path, monkeypatch):
     """Stands in for apollo_worker.offline: says what it was given, as the real one would say what it did."""
     package = tmp_path / "stand_in" / "apollo_worker"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
     (package / "offline.py").write_text(
         "import json, sys\n"
-        "request = json.load(sys.stdin)\n"
-        "assert sys.argv[2:] == ['-', '--json'], sys.argv\n"
+        "request = json.load(open(sys.argv[2]))\n"
         "print(json.dumps({'step': 1, 'num_steps': 1, 'loss': 0.5}), flush=True)\n"
-        "if request['options'].get('rank') == 3: sys.exit('no such rank')\n"
+        "if rank := request['options'].get('rank'):\n"
+        "    if rank == 3: print(json.dumps({'error': dict(message='bad', field='rank', code='x')}))\n"
+        "    sys.exit(2 if rank == 3 else 'it crashed')\n"
         "job = dict(job_id='offline', seq=0, state='durable', created_at=0, num_examples=1, num_steps=1,\n"
         "           steps_done=1, loss_last=request['options']['lr'], notes=[sys.argv[1]])\n"
         "print(json.dumps({'job': job}))\n"
     )
-    path = f"{package.parent}:{os.environ.get('PYTHONPATH', '')}"
+    monkeypatch.setenv("PYTHONPATH", f"{package.parent}:{os.environ.get('PYTHONPATH', '')}")
     arguments = ("train", "-", "--offline", model_dir, "--lr", "0.01", "--json")
-    done = apollo(*arguments, stdin=json.dumps(EXAMPLE), PYTHONPATH=path)
+    done = apollo(*arguments, stdin=json.dumps(EXAMPLE))
     assert done.returncode == 0, done.stderr
     job = json.loads(done.stdout)
     assert (job["state"], job["loss_last"], job["notes"]) == ("durable", 0.01, [str(model_dir)])
-    failed = apollo(*arguments, "--rank", "3", stdin=json.dumps(EXAMPLE), PYTHONPATH=path)
-    assert (failed.returncode, failed.stdout, failed.stderr.strip()) == (1, "", "no such rank")
+    refused = apollo(*arguments, "--rank", "3", stdin=json.dumps(EXAMPLE))
+    assert refused.returncode == 2
+    assert json.loads(refused.stdout) == {"error": {"message": "bad", "param": "rank", "code": "x"}}
+    crashed = apollo(*arguments, "--rank", "4", stdin=json.dumps(EXAMPLE))
+    assert (crashed.returncode, crashed.stderr.strip()) == (1, "it crashed")
+    assert json.loads(crashed.stdout)["error"]["code"] == "offline_failed"
 
 
-def test_every_command_has_help_and_the_version_is_known(apollo):
+def test_every_command_has_help(apollo):
     listing = apollo("--help").stdout
     for name in (
         "serve",
@@ -369,5 +377,9 @@ def test_every_command_has_help_and_the_version_is_known(apollo):
     ):
         assert name in listing
         assert "Usage" in apollo(name, "--help").stdout
-    assert apollo("--version").stdout.startswith("apollo-ipc 0.")
     assert apollo("trian").returncode == 2
+
+
+def test_the_installed_command_is_this_one():
+    done = subprocess.run([COMMAND, "--version"], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.startswith("apollo-ipc 0.")

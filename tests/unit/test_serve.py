@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from apollo_ipc.cli import serve, supervise
-from apollo_ipc.cli.processes import shared_environment, worker_command, worker_environment
+from apollo_ipc.cli.processes import vllm_environment, worker_command, worker_environment
 from apollo_ipc.config import Config, Paths, load_config
+from apollo_ipc.serving import vllm_command
 
 # Notes its pid, its own child's pid and its end. argv: directory, name, exit status or "-" for "goes on".
 CHILD = """
@@ -163,7 +164,7 @@ def test_both_processes_read_the_configuration_that_serve_read(config, tmp_path,
     file.write_text("[train]\nlr = 5e-5\n")
     monkeypatch.setenv("APOLLO_TRAIN__RANK", "32")
     config = load_config(file, {"paths.runtime_dir": str(tmp_path / "run")})
-    for environment in (serve.vllm_environment(config, file), worker_environment(config, file)):
+    for environment in (vllm_environment(config, file), worker_environment(config, file)):
         read = load_config(environ=environment)
         assert (read.train.lr, read.train.rank) == (5e-5, 32)
         assert (read.runtime_dir, read.state_dir) == (config.runtime_dir, config.state_dir)
@@ -175,18 +176,19 @@ def test_our_plugins_join_an_allowlist_that_is_there(config, monkeypatch, before
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     if before is not None:
         monkeypatch.setenv("VLLM_PLUGINS", before)
-    assert serve.vllm_environment(config, None)["VLLM_PLUGINS"] == after
+    assert vllm_environment(config, None)["VLLM_PLUGINS"] == after
 
 
-def test_what_the_user_set_in_the_environment_stays(config):
-    given = {"HF_HUB_OFFLINE": "0", "OMP_WAIT_POLICY": "ACTIVE"}
-    assert shared_environment(config, None, given)["HF_HUB_OFFLINE"] == "0"
-    assert worker_environment(config, None, given)["OMP_WAIT_POLICY"] == "ACTIVE"
+def test_what_the_user_set_in_the_environment_stays(config, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    environment = worker_environment(config, None)
+    assert (environment["HF_HUB_OFFLINE"], environment["OMP_WAIT_POLICY"]) == ("0", "ACTIVE")
 
 
 def test_vllms_own_flags_go_to_it_unchanged():
     flags = ["--max-model-len", "2048", "-O3", "--compilation-config={}"]
-    command = serve.vllm_command(Path("/m"), "127.0.0.1", 8001, serve.check_vllm_flags(flags))
+    command = vllm_command(Path("/m"), "127.0.0.1", 8001, serve.check_vllm_flags(flags))
     assert command[-4:] == flags
     assert command[command.index("--load-format") + 1] == "apollo"
 

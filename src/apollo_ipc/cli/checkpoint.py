@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from apollo_ipc.cli.model_dir import check_is_dir
 from apollo_ipc.cli.options import AsJson, ConfigFile
 from apollo_ipc.cli.output import describe_ago, describe_sync, print_json
 from apollo_ipc.config import load_config
 from apollo_ipc.errors import UserError
 from apollo_ipc.manifest import read_manifest
 from apollo_ipc.messages import SyncCheckpoint
+from apollo_ipc.model_dir import check_is_dir
 
 SYNC_TIMEOUT_S = 3600.0
 

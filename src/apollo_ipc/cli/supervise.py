@@ -7,7 +7,6 @@ has to write to disk, is still there. A child whose supervisor is killed gets SI
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -17,6 +16,7 @@ from contextlib import contextmanager, suppress
 
 from apollo_ipc.cli.output import say
 from apollo_ipc.errors import AlreadyRunning, ConfigError
+from apollo_ipc.serving import die_with_parent
 
 TICK_S = 0.1
 STOP_WORKER_S = 300.0  # it finishes its step and writes the checkpoint
@@ -24,9 +24,6 @@ STOP_VLLM_S = 30.0
 RESTART_AFTER_S = (1.0, 2.0, 5.0, 15.0, 60.0)  # after the first, the second, ... death in a row
 STEADY_AFTER_S = 120.0  # a worker that ran this long has not died "in a row"
 FINAL_STATUSES = (ConfigError.exit_code, AlreadyRunning.exit_code)  # starting again would end the same way
-
-PR_SET_PDEATHSIG = 1  # prctl(2)
-_libc = ctypes.CDLL(None)
 
 
 class Child:
@@ -39,15 +36,8 @@ class Child:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        supervisor = os.getpid()
-
-        def die_with_supervisor() -> None:
-            _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-            if os.getppid() != supervisor:  # it died before the line above
-                os._exit(1)
-
         self._process = subprocess.Popen(
-            self._command, env=self._environment, start_new_session=True, preexec_fn=die_with_supervisor
+            self._command, env=self._environment, start_new_session=True, preexec_fn=die_with_parent
         )
 
     @property

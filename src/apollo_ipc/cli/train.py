@@ -14,13 +14,13 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from apollo_ipc.cli.examples import read_examples
-from apollo_ipc.cli.model_dir import check_model_dir
 from apollo_ipc.cli.options import AsJson, ConfigFile
 from apollo_ipc.cli.output import FAILED_STATES, console, describe_job, print_json, say
 from apollo_ipc.cli.processes import worker_environment
 from apollo_ipc.config import Config, load_config
-from apollo_ipc.errors import UserError
+from apollo_ipc.errors import ApolloError, UserError
 from apollo_ipc.messages import ENDED_STATES, JobInfo, Submit
+from apollo_ipc.model_dir import check_model_dir
 from apollo_ipc.requests import TrainOptions, TrainRequest, convert
 
 WORKER_AWAY_S = 60.0  # --wait outlasts a worker that restarts
@@ -111,11 +111,12 @@ async def _submit(request: TrainRequest, idempotency_key: str | None, wait: bool
 def _train_offline(
     model_dir: Path, request: TrainRequest, config: Config, config_file: Path | None
 ) -> JobInfo:
-    """Runs apollo_worker.offline, which takes the request on standard input and writes JSON lines: one
-    {"step", "num_steps", "loss"} a step, then {"job": {...}}."""
-    command = [sys.executable, "-m", "apollo_worker.offline", str(model_dir), "-", "--json"]
+    """Runs apollo_worker.offline, which writes JSON lines: {"step", "num_steps", "loss"} for each step, then
+    {"job": ...} or {"error": ...}. Raises ApolloError with what it said and its exit status."""
+    # The request may be larger than a command line, and no copy of it shall stay on the disk.
+    command = [sys.executable, "-m", "apollo_worker.offline", str(model_dir), "/dev/stdin"]
     environment = worker_environment(config, config_file)
-    job = None
+    job = error = None
     with (
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as trainer,
         _progress() as progress,
@@ -129,11 +130,17 @@ def _train_offline(
             event = msgspec.json.decode(line)
             if "job" in event:
                 job = msgspec.convert(event["job"], JobInfo)
+            elif "error" in event:
+                error = ApolloError(**event["error"])
             else:
                 _advance(progress, bar, "training", event["step"], event["num_steps"], event["loss"])
-    if trainer.returncode or job is None:
-        raise typer.Exit(trainer.returncode if trainer.returncode > 0 else 1)  # it has said why on stderr
-    return job
+    if trainer.returncode == 0 and job is not None:
+        return job
+    error = error or ApolloError(
+        "training ended before its time; what it said is above", code="offline_failed"
+    )
+    error.exit_code = trainer.returncode if trainer.returncode > 0 else 1
+    raise error
 
 
 def _progress() -> Progress:
