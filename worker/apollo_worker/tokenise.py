@@ -177,6 +177,9 @@ def _mask_by_prefix(
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
+        if i == 0:
+            message = "the conversation begins with an assistant turn: put a system or user message before it"
+            raise _invalid(message, f"{field}[0]")
         end = None
         if (start := _turn_start(tokenizer, ids, messages, i, tokens)) is not None:
             end = _turn_end(tokenizer, ids, start, tokens(messages[: i + 1]))
