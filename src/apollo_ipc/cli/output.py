@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from apollo_ipc.errors import ApolloError
 from apollo_ipc.messages import JobInfo, Status, SyncResult
@@ -93,7 +93,8 @@ def describe_ago(at: float) -> str:
 
 
 def jobs_table(jobs: list[JobInfo]) -> Table:
-    table = Table("job", "state", "steps", "loss", "examples", "accepted", "error", box=None)
+    whole = ("job", "state", "steps", "loss", "examples", "accepted")  # where room is short, the error folds
+    table = Table(*(Column(name, no_wrap=True) for name in whole), "error", box=None, pad_edge=False)
     for job in jobs:
         table.add_row(
             job.job_id,
@@ -139,4 +140,8 @@ def status_table(status: Status) -> Table:
 
 
 def console(stderr: bool = False) -> Console:
-    return Console(stderr=stderr, highlight=False, markup=False, soft_wrap=True)
+    """As wide as the terminal, and wide enough for a line a row where there is none."""
+    console = Console(stderr=stderr, highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = 200
+    return console
