@@ -130,7 +130,7 @@ class _TargetLoss(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias += dlogits.sum(dim=0)
         ctx.grads = [
-            None if grad is None else grad.to(like.dtype)
+            None if grad is None or like is None else grad.to(like.dtype)
             for grad, like in zip((grad_hidden, grad_weight, grad_bias), (hidden, weight, bias), strict=True)
         ]
         return total / len(targets)
