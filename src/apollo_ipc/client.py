@@ -248,7 +248,8 @@ class WorkerClient:
         if self._socket.closed:
             return False
         # zmq.asyncio resolves a NOBLOCK send before it returns.
-        return self._socket.send(data, zmq.NOBLOCK).exception() is None
+        sending: Any = self._socket.send(data, zmq.NOBLOCK)
+        return sending.exception() is None
 
     async def _send_by(self, data: bytes, deadline: float) -> bool:
         while not (self._said_hello.is_set() and self._send(data)):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 import zmq
@@ -176,6 +177,12 @@ def test_the_heartbeat_tells_who_is_alive_and_a_new_worker_has_a_new_boot_id(pat
     asyncio.run(main())
 
 
+def thread_states(pid):
+    """Field 3 of proc(5)'s stat, for each thread."""
+    stats = (task / "stat" for task in Path(f"/proc/{pid}/task").iterdir())
+    return [stat.read_text().rpartition(")")[2].split()[0] for stat in stats]
+
+
 def test_a_stopped_worker_is_noticed_within_a_second_and_works_again_when_it_goes_on(path, directory):
     child = start_worker(directory)
 
@@ -183,10 +190,13 @@ def test_a_stopped_worker_is_noticed_within_a_second_and_works_again_when_it_goe
         async with WorkerClient(path, "router") as client:
             assert (await client.request(m.GetStatus(""))).status.worker_pid == child.pid
             os.kill(child.pid, signal.SIGSTOP)
+            # One thread takes the signal and stops the others; until then they may still send an Ack.
+            await until(lambda: set(thread_states(child.pid)) == {"T"})
             started = time.monotonic()
-            with pytest.raises(NotReady):
+            with pytest.raises(NotReady) as caught:
                 await client.request(m.GetStatus(""))
             assert time.monotonic() - started < 1.0
+            assert caught.value.code == "worker_not_running"
             await until(lambda: not client.is_alive, 2.0)
             os.kill(child.pid, signal.SIGCONT)
             await until(lambda: client.is_alive, 2.0)

@@ -330,6 +330,7 @@ class Service:
     def _on_cache_dropped(self, identity: bytes, message: CacheDropped) -> None:
         if not message.ok:
             logger.warning("a router could not drop its cache: %s", message.error)
-        version, confirmed = self._confirming.get(identity, (None, None))
-        if confirmed is not None and message.weight_version >= version and not confirmed.done():
-            confirmed.set_result(message.ok)
+        if identity in self._confirming:
+            version, confirmed = self._confirming[identity]
+            if message.weight_version >= version and not confirmed.done():
+                confirmed.set_result(message.ok)
