@@ -3,7 +3,8 @@ and in `views.py`.
 
 A model loader registered as `apollo` (`--load-format apollo`) that delegates to vLLM's own and then, before
 profiling, compilation and graph capture, publishes where every parameter lies. Leans on
-vllm/model_executor/model_loader/{base_loader,default_loader}.py and layers/{linear,vocab_parallel_embedding}.py.
+vllm/model_executor/model_loader/{base_loader,default_loader}.py and layers/linear.py,
+layers/vocab_parallel_embedding.py.
 """
 
 from __future__ import annotations
@@ -177,11 +178,7 @@ def export(model, vllm_config, model_dir: Path, runtime_dir: Path, rank: int, re
     unshareable = _changed_after_loading(recorded["layout"], parameters)
     unshareable += _derived_copies(recorded["attributes"], model)
     unshareable += _unsupported_settings(vllm_config)
-    device = next(model.parameters()).device
-    if device.type == "cpu":
-        memory = share_cpu(model)
-    else:
-        memory = share_cuda(model, vllm_config)
+    memory = share_cpu(model) if _on_cpu(model) else share_cuda(model, vllm_config)
     refused += unshareable + memory.refused
     changed = {r.name for r in unshareable}
     manifest = Manifest(

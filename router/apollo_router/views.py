@@ -30,7 +30,7 @@ _SAME_ELEMENTS = {aten.clone.default, aten._to_copy.default, aten.lift_fresh_cop
 class Copy:
     """`dst[...] = src[...]` into a live tensor. Offsets and strides in elements."""
 
-    dst_storage: int  # address of the live storage
+    dst_storage: int  # identity of the live storage
     dst_offset: int
     dst_stride: tuple[int, ...]
     src_offset: int
@@ -55,7 +55,7 @@ def record_loading(model: nn.Module, checkpoint: Mapping[str, ShardTensor]) -> R
         for name, t in checkpoint.items()
     }
     recording = Recording({n: tuple(t.shape) for n, t in sources.items()}, defaultdict(list), {})
-    live = {t.untyped_storage().data_ptr() for t in _all_tensors(model)}
+    live = {_storage(t) for t in _all_tensors(model)}
     with torch.no_grad(), _Recorder(sources, live, recording):
         try:
             model.load_weights(iter(sources.items()))
@@ -69,13 +69,18 @@ def _all_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
     yield from model.buffers()
 
 
+def _storage(tensor: torch.Tensor) -> int:
+    """Identity of the storage, shared by a tensor and its views; unlike an address it exists on meta too."""
+    return tensor.untyped_storage()._cdata
+
+
 class _Recorder(TorchDispatchMode):
     def __init__(self, sources: Mapping[str, torch.Tensor], live: set[int], recording: Recording):
         super().__init__()
         self._recording = recording
-        self._live = live - {0}
+        self._live = live
         # meta storage -> (checkpoint name, element of it at the storage's start)
-        self._origin = {t.untyped_storage()._cdata: (name, 0) for name, t in sources.items()}
+        self._origin = {_storage(t): (name, 0) for name, t in sources.items()}
         self._changed: dict[int, tuple[str, str]] = {}  # meta storage -> (name, operation that changed it)
         self._kept: list[torch.Tensor] = list(sources.values())  # a freed storage's address would be reused
         self._scalar_from: str | None = None
@@ -100,11 +105,7 @@ class _Recorder(TorchDispatchMode):
         return out
 
     def _is_live(self, tensor: Any) -> bool:
-        return (
-            isinstance(tensor, torch.Tensor)
-            and tensor.device.type != "meta"
-            and tensor.untyped_storage().data_ptr() in self._live
-        )
+        return isinstance(tensor, torch.Tensor) and _storage(tensor) in self._live
 
     def _live_target(self, func, args, kwargs) -> torch.Tensor | None:
         for argument, value in zip(func._schema.arguments, args, strict=False):
@@ -115,21 +116,21 @@ class _Recorder(TorchDispatchMode):
     def _name_of(self, tensor: Any) -> str | None:
         if not isinstance(tensor, torch.Tensor) or tensor.device.type != "meta":
             return None
-        origin = self._origin.get(tensor.untyped_storage()._cdata)
+        origin = self._origin.get(_storage(tensor))
         return origin[0] if origin else None
 
     def _follow(self, func, args, out) -> None:
         """Notes for new meta storages which checkpoint tensor they came from, and whether still as it was."""
         if not isinstance(out, torch.Tensor) or out.device.type != "meta":
             return
-        key = out.untyped_storage()._cdata
+        key = _storage(out)
         if key in self._origin or key in self._changed:
             return
         inputs = [a for arg in args for a in (arg if isinstance(arg, list | tuple) else [arg])]
         for tensor in inputs:
             if not isinstance(tensor, torch.Tensor) or tensor.device.type != "meta":
                 continue
-            source = tensor.untyped_storage()._cdata
+            source = _storage(tensor)
             if source in self._origin:
                 name, start = self._origin[source]
                 self._kept.append(out)
@@ -146,7 +147,7 @@ class _Recorder(TorchDispatchMode):
     def _note(self, dst: torch.Tensor, src: Any) -> None:
         if not isinstance(src, torch.Tensor) or src.device.type != "meta":
             return
-        key = src.untyped_storage()._cdata
+        key = _storage(src)
         if key in self._changed:
             name, operation = self._changed[key]
             self._recording.derived[name] = operation
@@ -157,7 +158,7 @@ class _Recorder(TorchDispatchMode):
         src = src.expand(dst.shape) if src.shape != dst.shape else src
         self._recording.copies[name].append(
             Copy(
-                dst_storage=dst.untyped_storage().data_ptr(),
+                dst_storage=_storage(dst),
                 dst_offset=dst.storage_offset(),
                 dst_stride=dst.stride(),
                 src_offset=start + src.storage_offset(),
@@ -170,7 +171,7 @@ class _Recorder(TorchDispatchMode):
         name, self._scalar_from = self._scalar_from, None
         assert name is not None
         self._recording.copies[name].append(
-            Copy(dst.untyped_storage().data_ptr(), dst.storage_offset(), (), 0, (), ())
+            Copy(_storage(dst), dst.storage_offset(), (), 0, (), ())
         )
 
 
@@ -187,7 +188,7 @@ def derive_views(
         return {}, [Refusal("*", f"replaying the model's load_weights failed: {recording.error}")]
     by_storage: dict[int, str] = {}
     for name, parameter in parameters.items():
-        by_storage.setdefault(parameter.untyped_storage().data_ptr(), name)
+        by_storage.setdefault(_storage(parameter), name)
     views: dict[str, View] = {}
     refused: list[Refusal] = []
     for name, shape in recording.shapes.items():

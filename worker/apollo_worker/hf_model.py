@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, rename_source_key
 
 from apollo_ipc.errors import AttachError
 
@@ -67,38 +69,34 @@ def parameter_names(model: PreTrainedModel) -> dict[str, list[str]]:
 
 
 def checkpoint_names(model: PreTrainedModel, available: set[str]) -> tuple[dict[str, str], list[str]]:
-    """(parameter -> checkpoint tensor, parameters without one).
+    """(parameter -> checkpoint tensor, parameters without one), of the tensors `available`.
 
-    A text model's names differ from a multimodal checkpoint's by a prefix (`model.` against
-    `model.language_model.`): the one substitution under which the most parameters are found is taken.
+    A checkpoint may use other names than the model's parameters (`embed_out` for `lm_head`,
+    `model.language_model.` for `model.`): transformers' own loading rules translate them.
     """
-    groups = parameter_names(model)
-    best: tuple[dict[str, str], list[str]] = ({}, list(groups))
-    for old, new in _prefix_candidates(groups, available):
-        found, missing = {}, []
-        for first, names in groups.items():
-            spellings = [*names, *(new + n.removeprefix(old) for n in names if n.startswith(old))]
-            hit = next((n for n in spellings if n in available), None)
-            if hit is None:
-                missing.append(first)
-            else:
-                found[first] = hit
-        if len(missing) < len(best[1]):
-            best = found, missing
-    return best
+    own = _names_by_parameter(model, available)
+    found, missing = {}, []
+    for first, names in parameter_names(model).items():
+        hit = next((own[name] for name in names if name in own), None)
+        if hit is None:
+            missing.append(first)
+        else:
+            found[first] = hit
+    return found, missing
 
 
-def _prefix_candidates(groups: Mapping[str, list[str]], available: set[str]) -> list[tuple[str, str]]:
-    """(own prefix, checkpoint's prefix) pairs worth trying: what is left when a shared tail is cut off."""
-    candidates = {("", "")}
-    for name in list(groups)[:8]:  # the first few parameters show every prefix that there is
-        head, _, tail = name.partition(".")
-        for other in available:
-            if tail and other.endswith("." + tail):
-                candidates.add((f"{head}.", other.removesuffix(tail)))
-            elif other == tail or other.endswith("." + name):
-                candidates.add(("", other.removesuffix(name)) if other != tail else (f"{head}.", ""))
-    return sorted(candidates)
+def _names_by_parameter(model: PreTrainedModel, available: set[str]) -> dict[str, str]:
+    """Model's name -> checkpoint's name. Tensors that transformers merges or splits in loading have none."""
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    declared = model.state_dict()
+    found = {name: name for name in available if name in declared}
+    for name in available:
+        own, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, declared)
+        if converter is None:
+            found.setdefault(own, name)
+    return found
 
 
 def fill_parameters(
