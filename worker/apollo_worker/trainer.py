@@ -81,13 +81,18 @@ class Trainer:
             value = float(loss.detach())
             if not math.isfinite(value):
                 return StepResult(value, is_bad=True)
-            loss.backward()
+            try:
+                loss.backward()
+            except BaseException:
+                # What this step has left must not become part of the next one.
+                self.live.model.zero_grad(set_to_none=True)
+                raise
         return StepResult(value, is_bad=self.optimizer.take_bad_updates() > 0)
 
     def use_rank(self, rank: int | None) -> None:
         """None: the configured rank. Another one trains with moments that start at 0 and end with the job."""
         rank = rank or self.options.rank
-        if rank == self.optimizer.rank:
+        if self.optimizer is self.main_optimizer and rank == self.options.rank:
             return
         for hook in self._hooks:
             hook.remove()
