@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
-from apollo_ipc.checkpoint import Commit, read_commit, recover
+from apollo_ipc.checkpoint import Commit, is_current, read_commit, recover
 from apollo_ipc.config import Config
 from apollo_ipc.errors import AttachError, UserError
 from apollo_ipc.manifest import Manifest, read_manifest
 from apollo_ipc.shards import shard_index
+from apollo_worker.link import ModelFacts
 from apollo_worker.live_model import LiveModel, attach
 from apollo_worker.marks import StepMarks
 from apollo_worker.queue import JobQueue
@@ -26,10 +28,18 @@ log = logging.getLogger(__name__)
 
 
 class Attachment:
-    """live, trainer and writer are set while attached; tokeniser stays after vLLM has gone, to accept jobs."""
+    """live, trainer, writer and tokeniser are set while attached. tell_model: gets the facts at each attach."""
 
-    def __init__(self, config: Config, shared: Shared, queue: JobQueue, marks: StepMarks):
+    def __init__(
+        self,
+        config: Config,
+        shared: Shared,
+        queue: JobQueue,
+        marks: StepMarks,
+        tell_model: Callable[[ModelFacts], None],
+    ):
         self._config, self._shared, self._queue, self._marks = config, shared, queue, marks
+        self._tell_model = tell_model
         self.live: LiveModel | None = None
         self.trainer: Trainer | None = None
         self.writer: CheckpointWriter | None = None
@@ -87,8 +97,12 @@ class Attachment:
         self.live = live
         self.trainer = Trainer(live, config.train)
         self.writer = CheckpointWriter(live.model_dir, live.trained_tensors())
-        self.tokeniser = read_tokeniser(live, config)
-        commit = read_commit(model_dir)
+        facts = model_facts(live, self.trainer, config)
+        self._tell_model(facts)
+        self.tokeniser = load_tokeniser(
+            live.model_dir, vocab_size=facts.vocab_size, max_tokens=facts.max_tokens
+        )
+        commit = current_commit(model_dir)
         version = max(before.weight_version if before else 0, commit.weight_version if commit else 0)
         if is_new_boot:
             version += self._reconcile(commit)
@@ -127,7 +141,8 @@ class Attachment:
         lost = self._queue.reconcile(applied_seq, running.get("job_id"), running.get("steps_done", 0))
         again = [job for job in lost if job.state == "queued"]
         if again:
-            log.warning("%d jobs had not been synced when vLLM ended: they are trained again", len(again))
+            jobs = "1 job was" if len(again) == 1 else f"{len(again)} jobs were"
+            log.warning("%s in the lost weights only, not in the checkpoint: training again", jobs)
         return 1 if again else 0
 
     def _mend_last_step(self, last, commit: Commit | None) -> int:
@@ -168,10 +183,25 @@ def restore(live: LiveModel | None) -> None:
                 tensor.copy_(shard.get_tensor(name))
 
 
-def read_tokeniser(live: LiveModel, config: Config) -> Tokeniser:
+def current_commit(model_dir: Path) -> Commit | None:
+    """The last commit, or None where there is none or the shards are not the ones that it left any more."""
+    commit = read_commit(model_dir)
+    if commit is not None and not is_current(model_dir, commit):
+        log.warning(
+            "%s: the shards were replaced since the commit of weight version %d; its optimizer state and its "
+            "record of jobs are not used",
+            *(model_dir, commit.weight_version),
+        )
+        return None
+    return commit
+
+
+def model_facts(live: LiveModel, trainer: Trainer, config: Config) -> ModelFacts:
     """Examples may be as long as both the configuration and the model's positions allow."""
     positions = getattr(live.model.config, "max_position_embeddings", None) or config.train.max_tokens
-    vocab_size = live.model.get_input_embeddings().weight.shape[0]
-    return load_tokeniser(
-        live.model_dir, vocab_size=vocab_size, max_tokens=min(config.train.max_tokens, positions)
+    return ModelFacts(
+        model_dir=str(live.model_dir),
+        vocab_size=live.model.get_input_embeddings().weight.shape[0],
+        max_tokens=min(config.train.max_tokens, positions),
+        smaller_dims=trainer.smaller_dims(),
     )
