@@ -56,7 +56,9 @@ class Attachment:
         try:
             manifest = read_manifest(self._config.runtime_dir)
             if manifest is None:
-                self._wait_for_vllm("vLLM has not started here yet (no weights manifest in the runtime directory)")
+                self._wait_for_vllm(
+                    "vLLM has not started here yet (no weights manifest in the runtime directory)"
+                )
             elif manifest.boot_id != self._refused_boot:
                 self._attach(manifest)
         except AttachError as error:
@@ -97,11 +99,8 @@ class Attachment:
         self.live = live
         self.trainer = Trainer(live, config.train)
         self.writer = CheckpointWriter(live.model_dir, live.trained_tensors())
-        facts = model_facts(live, self.trainer, config)
-        self._tell_model(facts)
-        self.tokeniser = load_tokeniser(
-            live.model_dir, vocab_size=facts.vocab_size, max_tokens=facts.max_tokens
-        )
+        self.tokeniser = read_tokeniser(live, config)
+        self._tell_model(model_facts(live, self.trainer, self.tokeniser))
         commit = current_commit(model_dir)
         version = max(before.weight_version if before else 0, commit.weight_version if commit else 0)
         if is_new_boot:
@@ -126,9 +125,7 @@ class Attachment:
     def set_version(self, version: int) -> None:
         assert self.live is not None
         self._shared.weight_version = version
-        write_state(
-            self._config.state_dir, LiveState(str(self.live.model_dir), self.live.boot_id, version)
-        )
+        write_state(self._config.state_dir, LiveState(str(self.live.model_dir), self.live.boot_id, version))
 
     def _reconcile(self, commit: Commit | None) -> int:
         """The weights are those of the last commit: jobs after it are queued again. 1 if there were any."""
@@ -151,9 +148,13 @@ class Attachment:
         A step that ended but was not recorded is recorded; one that did not end left weights that are neither
         before nor after it: they are restored from the last commit, and what came after it is trained again.
         """
-        job = next((j for j in self._queue.list(limit=1, state="running") if j.job_id.endswith(last.job_id)), None)
+        job = next(
+            (j for j in self._queue.list(limit=1, state="running") if j.job_id.endswith(last.job_id)), None
+        )
         if last.is_torn:
-            log.warning("step %d of job %s was cut off; restoring the last checkpoint", last.begun, last.job_id)
+            log.warning(
+                "step %d of job %s was cut off; restoring the last checkpoint", last.begun, last.job_id
+            )
             restore(self.live)
             self._reconcile(commit)
             return 1
@@ -196,12 +197,19 @@ def current_commit(model_dir: Path) -> Commit | None:
     return commit
 
 
-def model_facts(live: LiveModel, trainer: Trainer, config: Config) -> ModelFacts:
+def read_tokeniser(live: LiveModel, config: Config) -> Tokeniser:
     """Examples may be as long as both the configuration and the model's positions allow."""
     positions = getattr(live.model.config, "max_position_embeddings", None) or config.train.max_tokens
+    vocab_size = live.model.get_input_embeddings().weight.shape[0]
+    return load_tokeniser(
+        live.model_dir, vocab_size=vocab_size, max_tokens=min(config.train.max_tokens, positions)
+    )
+
+
+def model_facts(live: LiveModel, trainer: Trainer, tokeniser: Tokeniser) -> ModelFacts:
     return ModelFacts(
         model_dir=str(live.model_dir),
-        vocab_size=live.model.get_input_embeddings().weight.shape[0],
-        max_tokens=min(config.train.max_tokens, positions),
+        vocab_size=tokeniser.vocab_size,
+        max_tokens=tokeniser.max_tokens,
         smaller_dims=trainer.smaller_dims(),
     )

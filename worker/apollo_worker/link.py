@@ -186,7 +186,13 @@ class Link:
             try:
                 return self._decoder.decode(data)
             # The same as in apollo_ipc.messages._decode, which says what each stands for.
-            except (msgspec.DecodeError, RecursionError, MemoryError, OverflowError, UnicodeDecodeError) as error:
+            except (
+                msgspec.DecodeError,
+                RecursionError,
+                MemoryError,
+                OverflowError,
+                UnicodeDecodeError,
+            ) as error:
                 self.num_bad_messages += 1
                 logger.warning("dropped a message on the link: %s", str(error)[:200])
 

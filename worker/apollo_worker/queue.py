@@ -315,7 +315,9 @@ class JobQueue:
     def is_cancel_requested(self, job_id: str) -> bool:
         """From the file, since another process may have been asked: some 10 us, so it may precede every step."""
         with self._reader_lock:
-            row = self._reader.execute("SELECT cancel_requested FROM jobs WHERE job_id = ?", (job_id,)).fetchone()
+            row = self._reader.execute(
+                "SELECT cancel_requested FROM jobs WHERE job_id = ?", (job_id,)
+            ).fetchone()
         return row is not None and row[0] is not None
 
     # --- looking ---
@@ -355,7 +357,9 @@ class JobQueue:
                 marks = ", ".join("?" * len(some))
                 known.update(
                     row[0]
-                    for row in self._reader.execute(f"SELECT hash FROM examples WHERE hash IN ({marks})", some)
+                    for row in self._reader.execute(
+                        f"SELECT hash FROM examples WHERE hash IN ({marks})", some
+                    )
                 )
         return known
 
@@ -387,7 +391,9 @@ class JobQueue:
                 raise
 
     def _info(self, job_id: str, db: sqlite3.Connection | None = None) -> JobInfo:
-        row = (db or self._db).execute(f"SELECT {JOB_COLUMNS} FROM jobs WHERE job_id = ?", (job_id,)).fetchone()
+        row = (
+            (db or self._db).execute(f"SELECT {JOB_COLUMNS} FROM jobs WHERE job_id = ?", (job_id,)).fetchone()
+        )
         if row is None:
             raise NotFound(f"no job {job_id!r}")
         return job_info(row)

@@ -19,7 +19,6 @@ from apollo_ipc.messages import Progress, Status, SyncResult
 from apollo_ipc.requests import TrainRequest
 from apollo_worker.link import State
 
-
 _KNOWN_BEFORE_ATTACHING = ("progress", "attached", "attach_error", "refused")
 
 

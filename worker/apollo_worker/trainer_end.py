@@ -77,7 +77,9 @@ class TrainerEnd:
             if not self._link.send(Publish(weight_version)):
                 return False
             answered = self._confirmed.wait_for(
-                lambda: not self.has_front or (self._answer and self._answer.weight_version == weight_version),
+                lambda: (
+                    not self.has_front or (self._answer and self._answer.weight_version == weight_version)
+                ),
                 timeout_s,
             )
             return bool(answered and self._answer and self._answer.ok)

@@ -36,7 +36,9 @@ class TrainingWorker:
         self.front, self.shared = end, end.shared
         # The front answers clients and never holds the file for long; a job must not fail on it.
         busy_timeout_s = config.worker.step_timeout_s
-        self.queue = JobQueue(config.state_dir / "queue.sqlite", config.worker.max_queued_jobs, busy_timeout_s)
+        self.queue = JobQueue(
+            config.state_dir / "queue.sqlite", config.worker.max_queued_jobs, busy_timeout_s
+        )
         self.queue.on_change = end.on_change
         self.marks = StepMarks(config.state_dir / "step.marks")
         self.attachment = Attachment(config, self.shared, self.queue, self.marks, end.tell_model)
@@ -66,7 +68,10 @@ class TrainingWorker:
             version = self.publish()
             self.queue.remember_examples(job.info.job_id, todo.hashes)
             self.queue.finish(job.info.job_id, "applied", weight_version=version)
-            if todo.num_steps >= self.config.checkpoint.bulk_job_steps and self.config.checkpoint.sync_after_bulk_job:
+            if (
+                todo.num_steps >= self.config.checkpoint.bulk_job_steps
+                and self.config.checkpoint.sync_after_bulk_job
+            ):
                 self.sync()
         except VllmDied:
             log.warning("job %s waits for the next vLLM", job.info.job_id)  # it stays the running one
@@ -121,7 +126,10 @@ class TrainingWorker:
         if reason == "cancelled":
             version = self.publish()
             self.queue.finish(
-                job.info.job_id, "cancelled", weight_version=version, notes=["steps already done stay in the weights"]
+                job.info.job_id,
+                "cancelled",
+                weight_version=version,
+                notes=["steps already done stay in the weights"],
             )
         else:
             self.queue.release(job.info.job_id)  # the next worker goes on with it
