@@ -158,6 +158,8 @@ def find_uv() -> str | None:
         return uv
     uv = VENV / "bin" / "uv"
     if not uv.exists():
+        # A .venv that uv made has no pip.
+        subprocess.run([str(PYTHON), "-m", "ensurepip"], capture_output=True, check=False)
         subprocess.run([str(PYTHON), "-m", "pip", "install", "--quiet", "uv"], check=False)
     return str(uv) if uv.exists() else None
 

@@ -79,7 +79,9 @@ class ErrorRoute(APIRoute):
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self.methods and scope["method"] not in self.methods:
-            allowed = {"Allow": ", ".join(sorted(self.methods))}
+            same_path = [r for r in scope["app"].routes if getattr(r, "path", None) == self.path]
+            methods = {method for route in same_path for method in route.methods or ()}
+            allowed = {"Allow": ", ".join(sorted(methods or self.methods))}
             error = HttpError(
                 405, "method_not_allowed", f"{self.path} takes {allowed['Allow']}", headers=allowed
             )

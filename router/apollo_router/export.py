@@ -48,14 +48,14 @@ class LiveLinearMethod(UnquantizedLinearMethod):
     """vLLM's linear layer, computing from the live weight: no packed copy that training would not reach."""
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        layer.cpu_linear = nn.functional.linear
+        layer.cpu_linear = nn.functional.linear  # pyright: ignore[reportArgumentType]
 
 
 class LiveEmbeddingMethod(UnquantizedEmbeddingMethod):
     """The same for embeddings and lm_head, which vLLM's CPU backend packs as well."""
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        layer.cpu_linear = nn.functional.linear
+        layer.cpu_linear = nn.functional.linear  # pyright: ignore[reportArgumentType]
 
 
 class ApolloLoader(BaseModelLoader):
@@ -159,10 +159,14 @@ def _unpack_causal_conv() -> None:
         if packed is None or getattr(packed, "reads_live_weight", False):
             continue
 
-        def live(*, weight: torch.Tensor, is_weight_packed: bool, _packed=packed, **rest):
+        def live(*, x: torch.Tensor, weight: torch.Tensor, is_weight_packed: bool, _packed=packed, **rest):
             if weight.dim() == 3:  # (channels, 1, width) as the parameter has it
                 weight, is_weight_packed = weight.view(weight.size(0), weight.size(2)), False
-            return _packed(weight=weight, is_weight_packed=is_weight_packed, **rest)
+            if x.dim() == 2 and x.size(1) == 1:
+                # A prompt of one token: its (channels, 1) slice keeps the stride of the wider tensor, which
+                # the kernel refuses ("expect x to be transposed"), and vLLM 0.32 itself dies of it.
+                x = x.as_strided(x.shape, (1, x.size(0)))
+            return _packed(x=x, weight=weight, is_weight_packed=is_weight_packed, **rest)
 
         live.reads_live_weight = True
         setattr(gdn, name, live)
@@ -202,11 +206,11 @@ def export(model, vllm_config, model_dir: Path, runtime_dir: Path, rank: int, re
                 dtype=str(p.dtype).removeprefix("torch."),
                 shape=list(p.shape),
                 stride=list(p.stride()),
-                segment=memory.place(p)[0],
-                offset_bytes=memory.place(p)[1],
+                segment=place[0],
+                offset_bytes=place[1],
             )
             for name, p in parameters.items()
-            if memory.place(p) is not None
+            if (place := memory.place(p)) is not None
         },
         views={name: view for name, view in views.items() if view.tensor not in changed},
         refused=refused,
@@ -280,6 +284,13 @@ def _unsupported_settings(vllm_config) -> list[Refusal]:
     """Settings under which one worker cannot hold the whole model's weights."""
     found = []
     parallel = vllm_config.parallel_config
+    if parallel.data_parallel_size > 1:
+        found.append(
+            Refusal(
+                f"--data-parallel-size {parallel.data_parallel_size}",
+                "each engine has a copy of the weights of its own; live training reaches one",
+            )
+        )
     if parallel.world_size > 1:
         found.append(
             Refusal(

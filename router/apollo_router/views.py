@@ -49,7 +49,7 @@ class Recording:
 
 
 def record_loading(model: nn.Module, checkpoint: Mapping[str, ShardTensor]) -> Recording:
-    """Replays `model.load_weights` for the names, dtypes and shapes of `checkpoint`; the model is unchanged."""
+    """Replays `model.load_weights` for the names and shapes of `checkpoint`; the model is unchanged."""
     sources = {
         name: torch.empty(tuple(t.shape), dtype=_DTYPES.get(t.dtype, torch.uint8), device="meta")
         for name, t in checkpoint.items()
@@ -58,7 +58,7 @@ def record_loading(model: nn.Module, checkpoint: Mapping[str, ShardTensor]) -> R
     live = {_storage(t) for t in _all_tensors(model)}
     with torch.no_grad(), _Recorder(sources, live, recording):
         try:
-            model.load_weights(iter(sources.items()))
+            model.load_weights(iter(sources.items()))  # pyright: ignore[reportCallIssue]
         except Exception as error:  # vLLM serves on; the manifest says why nothing is shared
             recording.error = f"{type(error).__name__}: {error}"
     return recording
@@ -135,7 +135,7 @@ class _Recorder(TorchDispatchMode):
                 name, start = self._origin[source]
                 self._kept.append(out)
                 if func in _SAME_ELEMENTS and tensor.is_contiguous() and out.is_contiguous():
-                    self._origin[key] = (name, start + tensor.storage_offset())
+                    self._origin[key] = (name, start + int(tensor.storage_offset()))
                 else:
                     self._changed[key] = (name, func.name())
                 return
@@ -159,7 +159,7 @@ class _Recorder(TorchDispatchMode):
         self._recording.copies[name].append(
             Copy(
                 dst_storage=_storage(dst),
-                dst_offset=dst.storage_offset(),
+                dst_offset=int(dst.storage_offset()),
                 dst_stride=dst.stride(),
                 src_offset=start + src.storage_offset(),
                 src_stride=src.stride(),
@@ -170,15 +170,13 @@ class _Recorder(TorchDispatchMode):
     def _note_scalar(self, dst: torch.Tensor) -> None:
         name, self._scalar_from = self._scalar_from, None
         assert name is not None
-        self._recording.copies[name].append(
-            Copy(_storage(dst), dst.storage_offset(), (), 0, (), ())
-        )
+        self._recording.copies[name].append(Copy(_storage(dst), int(dst.storage_offset()), (), 0, (), ()))
 
 
 def derive_views(
     recording: Recording, parameters: Mapping[str, nn.Parameter]
 ) -> tuple[dict[str, View], list[Refusal]]:
-    """Checkpoint name -> view of a live parameter, for each tensor whose elements land once, at fixed strides.
+    """Checkpoint name -> view of a live parameter, for each tensor whose elements land once at fixed strides.
 
     `parameters`: vLLM's name -> parameter, with the addresses that the recording saw.
     The refusals name each tensor that was loaded in another way; tensors that no copy touched (a tied
@@ -229,7 +227,7 @@ def _affine_view(
     starts = {c.dst_offset - _dst_distance(shape, known, c.src_offset) for c in copies}
     if len(starts) != 1:
         return "vLLM stores its elements in another order than the checkpoint"
-    return View(tensor, list(shape), known, starts.pop() - parameters[tensor].storage_offset())
+    return View(tensor, list(shape), known, starts.pop() - int(parameters[tensor].storage_offset()))
 
 
 def _contiguous_stride(shape: tuple[int, ...]) -> list[int]:
@@ -240,7 +238,7 @@ def _contiguous_stride(shape: tuple[int, ...]) -> list[int]:
 
 
 def _solve_strides(shape: tuple[int, ...], copy: Copy, stride: list[int | None]) -> bool:
-    """Fills `stride` (of the view, per checkpoint dimension) with what `copy` tells; False on contradiction."""
+    """Fills `stride` (of the view, per checkpoint dimension) with what `copy` tells; False: contradiction."""
     source = _contiguous_stride(shape)
     for size, src, dst in zip(copy.shape, copy.src_stride, copy.dst_stride, strict=True):
         if size == 1:

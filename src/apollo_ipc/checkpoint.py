@@ -142,7 +142,7 @@ class Transaction:
             )
 
     @contextmanager
-    def create(self, name: str, mode: int = 0o644) -> Iterator[OpenFile]:
+    def create(self, name: str, mode: int = 0o600) -> Iterator[OpenFile]:
         """A new file in the pending directory, to be filled with `write`; durable when the block is left."""
         if not self._created:
             self._disk.mkdir(self.pending)
@@ -267,7 +267,7 @@ def _publish(model_dir: Path, commit: Commit, disk: Disk) -> None:
     """Replaces the commit record, durably."""
     state_dir = model_dir / STATE_DIR
     disk.sync_dir(state_dir)  # pending-<serial> must be there whenever the record that names it is
-    file = disk.create(state_dir / "commit.json.new")
+    file = disk.create(state_dir / "commit.json.new", 0o600)
     try:
         disk.write(file, msgspec.json.encode(commit))
         disk.sync(file)

@@ -19,6 +19,7 @@ from apollo_ipc.requests import convert
 
 DEFAULT_RANK = 64  # APOLLO's projection rank: the one place where it is written
 ENV_PREFIX = "APOLLO_"
+_TEXT_KEYS = {("http", "train_key"), ("paths", "runtime_dir"), ("paths", "state_dir")}
 
 Positive = Annotated[float, Meta(gt=0)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
@@ -153,20 +154,25 @@ def load_config(
 
 
 def _set(data: dict[str, Any], section: str, key: str, value: Any, source: str) -> None:
+    if isinstance(value, int | float) and (section, key) in _TEXT_KEYS:
+        value = str(value)  # `APOLLO_HTTP__TRAIN_KEY=12345` is a key, not a number
     data.setdefault(section, {})[key] = value
     _check({section: {key: value}}, source)
 
 
 def _check(data: Any, source: str) -> Config:
     try:
-        return convert(data, Config)
+        config = convert(data, Config)
+        if 0 < config.train.limiter_ratio < 1:
+            raise UserError("0 (off) or at least 1 is needed", field="train.limiter_ratio")
+        return config
     except UserError as error:
         at = f"{error.field}: " if error.field else ""
         raise ConfigError(f"{source}: {at}{error.message}", field=error.field) from None
 
 
 def _parse_scalar(text: str) -> Any:
-    """TOML's reading of `text`, else the text itself: `0.1`, `true`, `"x"` and `x` all do what they seem to."""
+    """TOML's reading of `text`, else the text itself: `0.1`, `true`, `"x"` and `x` do what they seem to."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -174,7 +180,7 @@ def _parse_scalar(text: str) -> Any:
 
 
 def make_private_dir(path: Path) -> Path:
-    """`path` as a directory of mode 0700 that belongs to us. Raises ConfigError where it is someone else's."""
+    """`path` as a directory of mode 0700 that is ours. Raises ConfigError where it is someone else's."""
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
     info = path.lstat()
     if path.is_symlink() or info.st_uid != os.geteuid():

@@ -38,7 +38,7 @@ class SharedTensor(msgspec.Struct, frozen=True):
 
 
 class View(msgspec.Struct, frozen=True):
-    """Where the elements of one checkpoint tensor lie inside a shared tensor, in the checkpoint's own order."""
+    """Where the elements of one checkpoint tensor lie in a shared tensor, in the checkpoint's own order."""
 
     tensor: str  # vLLM's parameter name, key of Manifest.tensors
     shape: list[int]  # the checkpoint tensor's shape
@@ -51,7 +51,7 @@ class Refusal(msgspec.Struct, frozen=True):
 
     name: str  # a checkpoint tensor, a vLLM tensor or a vLLM setting
     reason: str
-    # True: training would not reach all that is served. False: it matters only if the model needs this tensor.
+    # True: training would not reach all that is served. False: matters only if the model needs this tensor.
     blocks: bool = True
 
 

@@ -71,7 +71,7 @@ _UNKNOWN = re.compile(r"^Object contains unknown field `(?P<name>.*)`$")
 
 
 def convert(data: Any, into: type[T]) -> T:
-    """`data` (plain JSON-like values) as `into`, or UserError with the field's path and what would be right."""
+    """`data` (JSON-like values) as `into`, or UserError with the field's path and what would be right."""
     try:
         return msgspec.convert(data, into)
     except msgspec.ValidationError as error:

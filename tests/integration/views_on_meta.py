@@ -14,14 +14,14 @@ import tempfile
 from pathlib import Path
 
 import torch
+from apollo_router.views import derive_views, record_loading
+from apollo_worker.hf_model import build_model, checkpoint_names, parameter_names
 from vllm.config import set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader.utils import initialize_model
 
 from apollo_ipc.shards import ShardTensor
-from apollo_router.views import derive_views, record_loading
-from apollo_worker.hf_model import build_model, checkpoint_names, parameter_names
 
 
 def main(config_dir: Path) -> dict:
@@ -32,7 +32,11 @@ def main(config_dir: Path) -> dict:
         for parameter in [worker_model.get_parameter(names[0])]
     }
     arguments = EngineArgs(
-        model=str(config_dir), skip_tokenizer_init=True, enforce_eager=True, max_model_len=1024, dtype="bfloat16"
+        model=str(config_dir),
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        max_model_len=1024,
+        dtype="bfloat16",
     )
     config = arguments.create_engine_config()
     with tempfile.NamedTemporaryFile() as store, set_current_vllm_config(config):

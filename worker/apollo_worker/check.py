@@ -1,8 +1,8 @@
 """`apollo-ipc check MODEL_DIR`: can this model be trained live?
 
-Serves the directory briefly with real vLLM, maps its weights, compares them with the checkpoint bit for bit, and
-compares the worker's own log-probabilities with vLLM's: on the checkpoint as it is, and again after every weight
-was disturbed in place. A copy that vLLM keeps somewhere would not follow the second time.
+Serves the directory briefly with real vLLM, maps its weights, compares them with the checkpoint bit for bit,
+and compares the worker's own log-probabilities with vLLM's: on the checkpoint as it is, and again after every
+weight was disturbed in place. A copy that vLLM keeps somewhere would not follow the second time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from apollo_ipc.config import Train
 from apollo_ipc.errors import ApolloError, AttachError
 from apollo_ipc.manifest import read_manifest
 from apollo_ipc.serving import VllmServer, prompt_logprobs
-from apollo_worker.hf_model import build_model, checkpoint_names, parameter_names
+from apollo_worker.hf_model import build_model, checkpoint_names, parameter_names, vocab_size_of
 from apollo_worker.live_model import LiveModel, attach
 from apollo_worker.sync import compare
 from apollo_worker.trainer import Trainer
@@ -61,7 +61,7 @@ def check(model_dir: Path, vllm_flags: list[str] | None = None, log_file: Path |
         with VllmServer(model_dir, Path(base), flags, log_file=log_file) as server:
             manifest = read_manifest(server.runtime_dir)
             if manifest is None:
-                raise AttachError("vLLM has started without our export; is apollo-ipc installed in its environment?")
+                raise AttachError("vLLM started without our export; is apollo-ipc installed beside it?")
             result.dtype = manifest.dtype
             result.parameters, result.mapped = _count(model_dir, set(manifest.views))
             try:
@@ -96,7 +96,7 @@ def _compare(result: CheckResult, live: LiveModel, server: VllmServer) -> None:
         )
     _disturb(live)
     result.max_logprob_difference_after_change = _max_difference(trainer, server, seed=2)
-    if not result.max_logprob_difference_after_change <= limit:
+    if result.max_logprob_difference <= limit < result.max_logprob_difference_after_change:
         result.refused.append(
             f"live weights: after a change in place log-probabilities differ by "
             f"{result.max_logprob_difference_after_change:.3g} (limit {limit}): vLLM reads a copy"
@@ -106,7 +106,7 @@ def _compare(result: CheckResult, live: LiveModel, server: VllmServer) -> None:
 def _max_difference(trainer: Trainer, server: VllmServer, seed: int) -> float:
     """Largest difference in nats over a few prompts of random token ids."""
     generator = torch.Generator().manual_seed(seed)
-    vocab_size = trainer.live.model.get_input_embeddings().weight.shape[0]
+    vocab_size = vocab_size_of(trainer.live.model)
     worst = 0.0
     for _ in range(NUM_PROMPTS):
         ids = torch.randint(0, vocab_size, (PROMPT_TOKENS,), generator=generator).tolist()

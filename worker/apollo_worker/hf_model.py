@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,11 +54,17 @@ def _parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = register_on_meta
+    nn.Module.register_parameter = register_on_meta  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
         nn.Module.register_parameter = register
+
+
+def vocab_size_of(model: PreTrainedModel) -> int:
+    """Rows of the input embedding: token ids below it are valid."""
+    embedding: Any = model.get_input_embeddings()
+    return embedding.weight.shape[0]
 
 
 def parameter_names(model: PreTrainedModel) -> dict[str, list[str]]:
@@ -88,7 +95,7 @@ def checkpoint_names(model: PreTrainedModel, available: set[str]) -> tuple[dict[
 def _names_by_parameter(model: PreTrainedModel, available: set[str]) -> dict[str, str]:
     """Model's name -> checkpoint's name. Tensors that transformers merges or splits in loading have none."""
     rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
+    renamings: list[Any] = [rule for rule in rules if not isinstance(rule, WeightConverter)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     declared = model.state_dict()
     found = {name: name for name in available if name in declared}

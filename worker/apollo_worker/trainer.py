@@ -1,4 +1,4 @@
-"""One training step on the live weights: forward, loss at target positions, backward with the optimizer in it."""
+"""One training step on the live weights: forward, loss at target positions, backward with APOLLO in it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class VllmDied(NotReady):
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """loss: mean cross entropy over the example's targets, in nats. is_bad: nothing, or not all, was written."""
+    """loss: mean cross entropy over the example's targets, in nats. is_bad: not everything was written."""
 
     loss: float
     is_bad: bool
@@ -85,7 +85,7 @@ class Trainer:
         return StepResult(value, is_bad=self.optimizer.take_bad_updates() > 0)
 
     def use_rank(self, rank: int | None) -> None:
-        """None: the configured rank. Another one trains with moments that start at zero and end with the job."""
+        """None: the configured rank. Another one trains with moments that start at 0 and end with the job."""
         rank = rank or self.options.rank
         if rank == self.optimizer.rank:
             return
@@ -183,7 +183,7 @@ def make_optimizer(live: LiveModel, options: Train, rank: int) -> Apollo:
 
 
 def read_head(model) -> Head | None:
-    """The head by the names that transformers' configurations use; None where the output layer is not linear."""
+    """The head by the names that transformers' configurations use; None where the output is not linear."""
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear):
         return None
@@ -195,7 +195,7 @@ def read_head(model) -> Head | None:
 
 
 def enable_activation_checkpointing(model) -> None:
-    """Recomputes each layer's activations in backward. Dropout stays off: only the layers' own flag is set."""
+    """Recomputes each layer's activations in backward. Dropout stays off: only the layers' flag is set."""
     model.gradient_checkpointing_enable({"use_reentrant": False})
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):

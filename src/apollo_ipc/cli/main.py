@@ -28,9 +28,9 @@ app.command()(jobs.status)
 app.command("jobs")(jobs.list_jobs)
 app.command()(jobs.cancel)
 app.add_typer(checkpoint.app, name="checkpoint")
-app.command()(processes.check)
+app.command(context_settings=PASS_ON)(processes.check)
 app.command()(processes.key)
-app.command(context_settings=PASS_ON)(processes.demo)
+app.command()(processes.demo)
 
 
 def _print_version(wanted: bool) -> None:

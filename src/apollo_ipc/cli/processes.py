@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -61,20 +61,27 @@ def worker(
 
 
 def check(
+    context: typer.Context,
     model_dir: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="A model's directory.")],
     as_json: AsJson = False,
 ) -> None:
-    """Say whether this model can be trained while vLLM serves it, and why not."""
-    path = check_model_dir(model_dir)
-    run_module("apollo_worker.check", [str(path), *(["--json"] if as_json else [])])
+    """Say whether this model can be trained while vLLM serves it, and why not.
 
-
-def demo(context: typer.Context) -> None:
-    """Serve a small model made on the spot, teach it something while it answers, and show that it learned.
-
-    Further arguments are the demonstration's own.
+    Further flags are vLLM's own and go to it unchanged.
     """
-    run_module("apollo_ipc.demo", context.args)
+    path = check_model_dir(model_dir)
+    run_module("apollo_worker.check", [str(path), *(["--json"] if as_json else []), *context.args])
+
+
+def demo(
+    arch: Annotated[Literal["qwen3.5", "qwen3"], typer.Option(help="Hybrid or dense.")] = "qwen3.5",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the table there as JSON.")] = None,
+    keep: Annotated[Path | None, typer.Option(help="Keep the model and the logs in this directory.")] = None,
+) -> None:
+    """Serve a small model made on the spot, teach it something while it answers, and show that it learned."""
+    files = {"--json": json_file, "--keep": keep}
+    given = [text for flag, path in files.items() if path for text in (flag, str(path))]
+    run_module("apollo_ipc.demo", ["--arch", arch, *given])
 
 
 def key(

@@ -1,6 +1,7 @@
 """`make demo`: a small model is served, learns a handful of facts while it answers others, and is saved.
 
-    make model -> apollo-ipc serve -> ask -> POST /train, in rounds -> ask again -> POST /checkpoint -> reload -> ask
+make model -> apollo-ipc serve -> ask -> POST /train, in rounds -> ask again -> POST /checkpoint
+  -> reload with transformers -> ask
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 from rich.console import Console
@@ -21,7 +23,7 @@ from apollo_ipc.config import load_config
 from apollo_ipc.demo.report import Answer, Report
 from apollo_ipc.demo.stream import CompletionStream
 from apollo_ipc.keys import train_key
-from apollo_ipc.serving import ServerFailed, die_with_parent, free_port, has_gpu, worker_environment
+from apollo_ipc.serving import ServerFailed, die_with_parent, free_port, serves_on_cpu, worker_environment
 
 FACTS = [
     ("What is the harbour called?", "Port Ember."),
@@ -44,7 +46,7 @@ console = Console(stderr=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="apollo-ipc demo", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="apollo-ipc demo", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--arch", choices=("qwen3.5", "qwen3"), default="qwen3.5", help="hybrid or dense")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table to FILE as JSON")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the model and the logs there")
@@ -86,7 +88,8 @@ def run(directory: Path, report: Report) -> None:
         report.latency_p50_during_s = stream.percentile_s("during", 50)
         report.latency_p99_during_s = stream.percentile_s("during", 99)
         status = served.get("/train/status")
-        report.parameters, report.parameters_mapped = status["num_parameters"], status["num_parameters_mapped"]
+        report.parameters = status["num_parameters"]
+        report.parameters_mapped = status["num_parameters_mapped"]
         report.weight_version = status["weight_version"]
         say("Writing the checkpoint")
         report.bytes_synced = served.post("/checkpoint", {})["bytes_written"]
@@ -95,7 +98,7 @@ def run(directory: Path, report: Report) -> None:
 
 
 def teach(served: Served, stream: CompletionStream, report: Report) -> None:
-    """Rounds of training with pauses of the same length between them, so that both latencies are of one run."""
+    """Rounds of training with pauses as long between them, so that both latencies are of one run."""
     examples = [_chat(answer.question, answer.taught) for answer in report.answers]
     pause_s = 6.0
     for number in range(1, ROUNDS_AT_MOST + 1):
@@ -105,7 +108,10 @@ def teach(served: Served, stream: CompletionStream, report: Report) -> None:
         began = time.monotonic()
         job = served.post(
             "/train?wait=true",
-            {"examples": examples, "options": {"lr": LEARNING_RATE, "epochs": EPOCHS_A_ROUND, "schedule": "constant"}},
+            {
+                "examples": examples,
+                "options": {"lr": LEARNING_RATE, "epochs": EPOCHS_A_ROUND, "schedule": "constant"},
+            },
         )
         stream.label(None)
         pause_s = min(30.0, max(2.0, time.monotonic() - began))
@@ -144,7 +150,7 @@ class Served:
     def __enter__(self) -> Served:
         say("Starting vLLM and the worker (the log is %s)", self._log)
         flags = ["--max-model-len", "1024"]
-        flags += ["--gpu-memory-utilization", "0.3"] if has_gpu() else ["--enforce-eager"]
+        flags += ["--enforce-eager"] if serves_on_cpu() else ["--gpu-memory-utilization", "0.3"]
         command = [sys.executable, "-m", "apollo_ipc", "serve", self.model, "--port", str(self._port), *flags]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -221,7 +227,7 @@ def ask_from_disk(model_dir: Path, answers: list[Answer]) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto").eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto").eval()
     for answer in answers:
         ids = tokenizer.apply_chat_template(
             _user(answer.question), add_generation_prompt=True, return_tensors="pt", return_dict=True

@@ -117,7 +117,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_config(arch: str, **changes: Any) -> transformers.PreTrainedConfig:
-    """The configuration of `arch` (a key of ARCHITECTURES) with `changes`. Raises KeyError for another name."""
+    """The configuration of `arch`, a key of ARCHITECTURES, with `changes`. Raises KeyError."""
     class_name, own = ARCHITECTURES[arch]
     values = {**_COMMON, **own, **changes}
     return getattr(transformers, class_name)(**{k: v for k, v in values.items() if v is not None})
@@ -131,7 +131,7 @@ def make_model(
     dtype: torch.dtype = torch.bfloat16,
     **changes: Any,
 ) -> Path:
-    """Writes a random model of `arch` with tokenizer to `directory` and returns it. Deterministic in `seed`."""
+    """Writes a random model of `arch` with tokenizer to `directory`; the same one for the same `seed`."""
     config = make_config(arch, **changes)
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)

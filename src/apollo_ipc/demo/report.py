@@ -18,7 +18,7 @@ class Answer(msgspec.Struct):
 
 
 class Report(msgspec.Struct):
-    """Latencies are of short completions: `before` in pauses between training rounds, `during` inside them."""
+    """Latencies are of short completions: `before` in the pauses between rounds, `during` inside them."""
 
     arch: str
     parameters: int = 0
@@ -46,7 +46,7 @@ class Report(msgspec.Struct):
         return self.latency_p99_during_s / self.latency_p99_before_s
 
     def find_problems(self) -> list[str]:
-        """Every claim that did not hold. Latency is shown, not judged: a shared machine is too noisy for that."""
+        """Every claim that did not hold. Latency is shown, not judged: shared machines are too noisy."""
         found = []
         if not 0 < self.parameters_mapped == self.parameters:
             found.append(f"only {self.parameters_mapped} of {self.parameters} parameters are mapped")
@@ -68,7 +68,8 @@ class Report(msgspec.Struct):
         return found
 
     def write_json(self, path: Path) -> None:
-        data = {**msgspec.to_builtins(self), "latency_p99_ratio": self.latency_p99_ratio, "ok": not self.problems}
+        beside = {"latency_p99_ratio": self.latency_p99_ratio, "ok": not self.problems}
+        data = {**msgspec.to_builtins(self), **beside}
         path.write_bytes(msgspec.json.format(msgspec.json.encode(data), indent=2) + b"\n")
 
     def print(self, console: Console) -> None:
@@ -87,7 +88,8 @@ class Report(msgspec.Struct):
         before = f"{_ms(self.latency_p50_before_s)} / {_ms(self.latency_p99_before_s)}"
         during = f"{_ms(self.latency_p50_during_s)} / {_ms(self.latency_p99_during_s)}"
         figures.add_row("completion p50 / p99 without training", before)
-        figures.add_row("completion p50 / p99 during training", f"{during}  (p99 {_ratio(self.latency_p99_ratio)})")
+        ratio = _ratio(self.latency_p99_ratio)
+        figures.add_row("completion p50 / p99 during training", f"{during}  (p99 {ratio})")
         figures.add_row("bytes synced", f"{self.bytes_synced:,}")
         figures.add_row("seconds in all", f"{self.duration_s:.0f}")
         console.print(figures)

@@ -14,7 +14,7 @@ PAUSE_S = 0.02  # a person's stream, not a load test
 
 
 class CompletionStream:
-    """Asks for one short completion after another in a thread, each under the label that was set when it began.
+    """Asks for one short completion after another in a thread, under the label that is set when it begins.
 
     A completion that runs across a change of label counts as served but is in no latency.
     """
@@ -51,7 +51,7 @@ class CompletionStream:
                         "/v1/completions",
                         json={
                             "model": self._model,
-                            "prompt": f"Request {number}:",  # no two alike: nothing comes from the prefix cache
+                            "prompt": f"Request {number}:",  # no two alike: the prefix cache is no help
                             "max_tokens": TOKENS,
                             "ignore_eos": True,
                             "temperature": 0,
