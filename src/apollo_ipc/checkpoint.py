@@ -102,7 +102,7 @@ def read_commit(model_dir: Path) -> Commit | None:
 
 
 def is_current(model_dir: Path, commit: Commit) -> bool:
-    """Whether the shards in place are those that `commit` left, by size and mtime. To be asked after `recover`."""
+    """Whether the shards in place are those that `commit` left, by size and mtime. Ask after `recover`."""
     for name, shard in commit.shards.items():
         try:
             info = (model_dir / name).stat()

@@ -1,5 +1,6 @@
-"""The real front with tests/unit/fake_trainer.py: python fake_front.py DIRECTORY SECONDS_PER_STEP STEP_TIMEOUT_S"""
+"""The real front with fake_trainer.py: python fake_front.py DIRECTORY SECONDS_PER_STEP STEP_TIMEOUT_S"""
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import signal

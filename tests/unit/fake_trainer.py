@@ -1,9 +1,10 @@
-"""A trainer without a model, for tests of the front: the real link, lock and queue, and steps that only sleep.
+"""A trainer without a model, for tests of the front: the real link, lock and queue; steps only sleep.
 
     python fake_trainer.py DIRECTORY SECONDS_PER_STEP FD
 
-It writes its pid to DIRECTORY/trainers (one line each) at start and `PID STEP begin|end` to DIRECTORY/steps. A CRASH
-job kills it in its first step; a HANG job stops it from getting on, while its link lives.
+It writes its pid to DIRECTORY/trainers at start, `PID STEP begin|end` to DIRECTORY/steps, and
+`PID HAS_FRONT` to DIRECTORY/ends. A CRASH job kills it in its first step; a HANG job stops it from getting on, while its link
+lives.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 This process is the front (apollo_worker.front); it starts the trainer (apollo_worker.training_process).
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import argparse
@@ -10,8 +11,8 @@ import signal
 import sys
 from pathlib import Path
 
-# transformers would load torch for a tokenizer: 335 MB and five seconds, part of them with the interpreter's lock
-# held, in the process that must answer at once. Marked as absent, tokenizers do without it.
+# transformers would load torch for a tokenizer: 335 MB and five seconds, part of them with the interpreter's
+# lock held, in the process that must answer at once. Marked as absent, tokenizers do without it.
 sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
 
 from apollo_ipc.config import load_config

@@ -1,4 +1,4 @@
-"""What the front says of a request before it is queued: tokenised as the trainer will, by facts that it sent."""
+"""What the front says of a request before it is queued: tokenised as the trainer will do it."""
 
 from __future__ import annotations
 

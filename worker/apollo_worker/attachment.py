@@ -1,4 +1,4 @@
-"""Keeps the worker attached to whatever vLLM is there, and brings jobs and weights to one state at each attach."""
+"""Keeps the trainer attached to the vLLM that is there; brings jobs and weights to one state at each attach."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class Attachment:
-    """live, trainer, writer and tokeniser are set while attached. tell_model: gets the facts at each attach."""
+    """live, trainer and writer are set while attached. tell_model: gets the facts at each attach."""
 
     def __init__(
         self,
@@ -163,7 +163,8 @@ class Attachment:
         return 0
 
     def _load_optimizer(self, commit: Commit | None) -> None:
-        assert self.live is not None and self.trainer is not None
+        assert self.live is not None
+        assert self.trainer is not None
         if commit is None or (saved := read_optimizer(self.live.model_dir, commit)) is None:
             return
         tensors, meta = saved

@@ -4,8 +4,8 @@
                                      link (socket pair)
                         TrainingWorker | Attachment | JobQueue | Shared      trainer, SCHED_IDLE on a CPU
 
-Two processes, since two threads share the interpreter's lock: on a busy CPU a trainer in SCHED_IDLE was put off
-for seconds while it held it, and status took as long (p99 1-2.6 s). No torch here, and no weights.
+Two processes, since two threads share the interpreter's lock: on a busy CPU a trainer in SCHED_IDLE was put
+off for seconds while it held it, and status took as long (p99 1-2.6 s). No torch here, and no weights.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ TELL_INTERVAL_S = 1.0
 
 
 class Front:
-    """trainer_command: a program that speaks the trainer's part of apollo_worker.link over the descriptor that
-    it gets as its last argument."""
+    """trainer_command: a program that speaks the trainer's part of apollo_worker.link over the descriptor
+    that it gets as its last argument."""
 
     def __init__(self, config: Config, trainer_command: tuple[str, ...] = COMMAND):
         make_private_dir(config.state_dir)
@@ -102,7 +102,7 @@ class Front:
 
     def tell_supervisor(self) -> None:
         """systemd: ready after the first attach, then a sign of life of this process. A trainer that hangs is
-        our own affair."""
+        the front's own affair."""
         if time.monotonic() - self._told_at < TELL_INTERVAL_S and self._is_ready:
             return
         self._told_at = time.monotonic()
@@ -114,7 +114,7 @@ class Front:
         notify("WATCHDOG=1")
 
     def stop(self) -> None:
-        """The trainer first: it finishes its step and syncs what changed, and clients may ask how far it is."""
+        """The trainer first: it finishes its step and syncs what changed; clients may ask how far it is."""
         notify("STOPPING=1")
         self.trainer.stop(on_wait=lambda: notify("EXTEND_TIMEOUT_USEC=30000000"))
         self._fail_syncs("the worker is stopping; send the request again", code="stopping")

@@ -11,8 +11,8 @@
             <------------------------------ SyncDone | SyncFailed
       Wake, Stop ------------------------->
 
-Four bytes of length, then a msgpack map tagged with the type's name. Neither end ever waits for the other: a
-thread of its own writes, and what waits for it is bounded. End of file means that the other process has ended.
+Four bytes of length, then a msgpack map tagged with the type's name. Neither end ever waits for the other:
+a thread of its own writes, and what waits for it is bounded. End of file: the other process has ended.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -151,7 +152,7 @@ class Link:
         self._writer.start()
 
     def send(self, message: Any) -> bool:
-        """Never waits. False: the link is closed, or the other end takes nothing and too much waits for it."""
+        """Never waits. False: the link is closed, or too much waits for an end that takes nothing."""
         with self._news:
             if self.is_closed.is_set() or len(self._waiting) >= MAX_WAITING:
                 return False
@@ -160,7 +161,7 @@ class Link:
         return True
 
     def note(self, key: Any, make: Callable[[], Any]) -> None:
-        """Sends `make()` before long; one message for many notes of the same key, and before any later `send`."""
+        """Sends `make()` soon, and before any later `send`: one message for many notes of the same key."""
         with self._news:
             self._updates[key] = make
             self._news.notify()
@@ -250,10 +251,8 @@ class Link:
     def close(self) -> None:
         """Wakes both threads of this end, and tells the other end's reader."""
         self.is_closed.set()
-        try:
+        with suppress(OSError):  # closed by the other end already
             self._connection.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # closed by the other end already
         with self._news:
             self._news.notify()
 

@@ -7,8 +7,8 @@ A method returns after its commit, and with synchronous=FULL a commit in WAL mod
        |         |-----> failed | cancelled
        |---------|-----> cancelled, quarantined    quarantined: crashed the worker MAX_CRASHES times
 
-Two processes have the file open: the front submits and cancels, the trainer does the rest. Every change is one
-IMMEDIATE transaction; reads have a connection of their own and wait for no writer (WAL).
+Two processes have the file open: the front submits and cancels, the trainer does the rest. Every change is
+one IMMEDIATE transaction; reads have a connection of their own and wait for no writer (WAL).
 
 This file is the API; apollo_worker.queue_file knows the file, its schema and what a row means.
 """
@@ -57,8 +57,9 @@ class JobQueue:
     """Thread-safe. `on_change`, where set, is called with each changed job after the commit, in the thread
     that changed it and without the lock: two threads' calls may arrive in either order.
 
-    path: made where there is none. max_queued: how many jobs may wait. busy_timeout_s: how long a change waits
-    for the other process's; then it raises NotReady (code `busy`). Raises QueueDamaged (see queue_file).
+    path: made where there is none. max_queued: how many jobs may wait. busy_timeout_s: how long a change
+    waits for the other process's, before it raises NotReady (code `busy`). Raises QueueDamaged (see
+    queue_file).
     """
 
     def __init__(self, path: Path, max_queued: int, busy_timeout_s: float = BUSY_TIMEOUT_S):
@@ -313,7 +314,7 @@ class JobQueue:
         return self._changed(job_id)
 
     def is_cancel_requested(self, job_id: str) -> bool:
-        """From the file, since another process may have been asked: some 10 us, so it may precede every step."""
+        """From the file, since the front is asked: some 10 us, so it may precede every step."""
         with self._reader_lock:
             row = self._reader.execute(
                 "SELECT cancel_requested FROM jobs WHERE job_id = ?", (job_id,)

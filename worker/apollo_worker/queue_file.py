@@ -67,7 +67,7 @@ class QueueDamaged(ApolloError):
 
 
 def connect(path: Path, busy_timeout_s: float) -> sqlite3.Connection:
-    """Usable from every thread, one at a time. busy_timeout_s: how long a write waits for another process's."""
+    """Usable from every thread, one at a time. busy_timeout_s: how long a write waits for another's."""
     db = sqlite3.connect(path, timeout=busy_timeout_s, isolation_level=None, check_same_thread=False)
     db.row_factory = sqlite3.Row
     return db

@@ -35,7 +35,10 @@ def admit_nothing(request: TrainRequest) -> Admission:
 
 
 class Shared:
-    """Every attribute is replaced whole (an atomic store), never changed in place. on_show: called by `show`."""
+    """Every attribute is replaced whole (an atomic store), never changed in place.
+
+    on_show: called by `show`, once it has changed `progress`.
+    """
 
     def __init__(
         self,
@@ -77,7 +80,7 @@ class Shared:
         return State(**{name: getattr(self, name) for name in State.__struct_fields__})
 
     def mirror(self, state: State) -> None:
-        """Front: what the trainer says now. What it learns by attaching is kept until a new one has attached."""
+        """Front: what the trainer says. What it learns by attaching is kept until a new one has attached."""
         has_attached = state.model_path is not None
         for name in State.__struct_fields__ if has_attached else _KNOWN_BEFORE_ATTACHING:
             if name != "last_sync" or state.last_sync is not None:

@@ -91,7 +91,7 @@ class TrainerChild:
         return time.monotonic() - self._moved_at > limit_s or self._has_lost_its_link()
 
     def _has_lost_its_link(self) -> bool:
-        """It still runs, but we cannot talk any more (an impossible message): it stops by itself, or is killed."""
+        """It runs, but we cannot talk any more (an impossible message): it stops by itself, or is killed."""
         if self.link is None or not self.link.is_closed.is_set():
             return False
         self._closed_at = self._closed_at or time.monotonic()

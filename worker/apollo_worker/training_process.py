@@ -4,6 +4,7 @@ FD: its end of the link. It ends by itself when the front does: SIGTERM comes fr
 from the link.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import os

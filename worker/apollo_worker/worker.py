@@ -1,7 +1,7 @@
 """The trainer's main loop: take -> tokenise -> train -> publish -> record, one job at a time, for ever.
 
-It runs in a process of its own. On a CPU this thread is put off while vLLM computes, with the interpreter's lock
-in its hand: what must answer in time is in the front (apollo_worker.front).
+It runs in a process of its own. On a CPU this thread is put off while vLLM computes, with the interpreter's
+lock in its hand: what must answer in time is in the front (apollo_worker.front).
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ class TrainingWorker:
     def train_steps(self, job: Job, todo: Plan) -> None:
         """Raises JobStopped (cancel, stop of the worker), VllmDied, or UserError after too many bad steps."""
         live, trainer, job_id = self.attachment.live, self.attachment.trainer, job.info.job_id
-        assert live is not None and trainer is not None
+        assert live is not None
+        assert trainer is not None
         trainer.use_rank(job.request.options.rank)
         num_bad, num_steps = 0, todo.num_steps
         self.shared.show("training", job_id=job_id, steps_done=job.info.steps_done, num_steps=num_steps)
@@ -148,7 +149,7 @@ class TrainingWorker:
             self.publish()
 
     def sync_if_asked_or_due(self) -> None:
-        """Answers every waiting `POST /checkpoint` with one sync; syncs by the clock while something changed."""
+        """One sync for every waiting `POST /checkpoint`; else by the clock while something changed."""
         waiting = []
         while not self.shared.sync_requests.empty():
             waiting.append(self.shared.sync_requests.get())
@@ -169,11 +170,12 @@ class TrainingWorker:
         return self.shared.weight_version != self.shared.durable_version or self._running() is not None
 
     def sync(self) -> SyncResult:
-        """Writes the live weights, the optimizer state and what they hold as one commit. Raises CheckpointError."""
+        """Live weights, optimizer state and what they hold, as one commit. Raises CheckpointError."""
         attached = self.attachment
         if attached.live is None or not attached.live.is_alive():
             raise NotReady("not attached to vLLM: there are no live weights to sync")
-        assert attached.writer is not None and attached.trainer is not None
+        assert attached.writer is not None
+        assert attached.trainer is not None
         self.shared.show("syncing")
         self._synced_at = time.monotonic()  # a failing disk is tried again by the clock, not at every step
         optimizer, model_dir = attached.trainer.main_optimizer, attached.live.model_dir
@@ -216,7 +218,7 @@ class TrainingWorker:
         self.shared.wake.clear()
 
     def stop(self) -> None:
-        """Syncs what changed, lets go of the weights. Without a front, the next trainer is waiting: no sync."""
+        """Syncs what changed, lets go of the weights. Without a front the next trainer waits: no sync."""
         is_attached = self.attachment.live is not None and self.attachment.live.is_alive()
         is_wanted = self.config.checkpoint.sync_at_stop and self.front.has_front
         try:
