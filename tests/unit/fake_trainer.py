@@ -3,8 +3,8 @@
     python fake_trainer.py DIRECTORY SECONDS_PER_STEP FD
 
 It writes its pid to DIRECTORY/trainers at start, `PID STEP begin|end` to DIRECTORY/steps, and
-`PID HAS_FRONT` to DIRECTORY/ends. A CRASH job kills it in its first step; a HANG job stops it from getting on, while its link
-lives.
+`PID HAS_FRONT` to DIRECTORY/ends. A CRASH job kills it in its first step; a HANG job stops it from getting
+on, while its link lives.
 """
 
 from __future__ import annotations

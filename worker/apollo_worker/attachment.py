@@ -1,4 +1,4 @@
-"""Keeps the trainer attached to the vLLM that is there; brings jobs and weights to one state at each attach."""
+"""Keeps the trainer attached to the vLLM that is there; brings jobs and weights to one state each time."""
 
 from __future__ import annotations
 
