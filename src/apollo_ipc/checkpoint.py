@@ -39,6 +39,7 @@ __all__ = [
     "ShardTensor",
     "Transaction",
     "begin",
+    "is_current",
     "read_commit",
     "recover",
     "shard_index",
@@ -98,6 +99,18 @@ def read_commit(model_dir: Path) -> Commit | None:
     for name in [*commit.shards, *([commit.optimizer.name] if commit.optimizer else [])]:
         check_plain(name, path)
     return commit
+
+
+def is_current(model_dir: Path, commit: Commit) -> bool:
+    """Whether the shards in place are those that `commit` left, by size and mtime. Ask after `recover`."""
+    for name, shard in commit.shards.items():
+        try:
+            info = (model_dir / name).stat()
+        except FileNotFoundError:
+            return False
+        if (info.st_size, info.st_mtime_ns) != (shard.size_bytes, shard.mtime_ns):
+            return False
+    return True
 
 
 def pending_dir(model_dir: Path, serial: int) -> Path:

@@ -67,6 +67,9 @@ class Worker(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     idle_priority: bool = True  # CPU: training threads run only when serving leaves time (SCHED_IDLE)
     max_queued_jobs: Annotated[int, Meta(ge=1)] = 10_000
     verify_checkpoint: bool = True  # compare views with the checkpoint at the first attach to a vLLM
+    step_timeout_s: Positive = (
+        600.0  # a trainer whose step or sync takes longer hangs: it is killed and restarted
+    )
 
 
 class Checkpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

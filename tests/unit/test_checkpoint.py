@@ -553,3 +553,23 @@ def test_the_header_is_kept_byte_for_byte(model_dir):
     assert (model_dir / NAMES[0]).read_bytes().startswith(header := read_shard(model_dir / NAMES[0]).header)
     sync(model_dir)
     assert read_shard(model_dir / NAMES[0]).header == header
+
+
+def test_a_commit_is_current_until_a_shard_is_replaced_or_touched(model_dir):
+    sync(model_dir)
+    commit = read_commit(model_dir)
+    assert checkpoint.is_current(model_dir, commit)
+    recover(model_dir)
+    assert checkpoint.is_current(model_dir, commit)
+    path, info = model_dir / NAMES[0], (model_dir / NAMES[0]).stat()
+    for replace in (
+        lambda: path.write_bytes(path.read_bytes() + b"x"),
+        lambda: os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns + 1)),
+        path.unlink,
+    ):
+        data = path.read_bytes()
+        replace()
+        assert not checkpoint.is_current(model_dir, commit)
+        path.write_bytes(data)
+        os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
+        assert checkpoint.is_current(model_dir, commit)

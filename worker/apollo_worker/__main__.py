@@ -1,21 +1,24 @@
-"""`python -m apollo_worker --config FILE`: the worker under systemd or `apollo-ipc serve`."""
+"""`python -m apollo_worker --config FILE`: the worker under systemd or `apollo-ipc serve`.
 
+This process is the front (apollo_worker.front); it starts the trainer (apollo_worker.training_process).
+"""
+
+# ruff: noqa: E402
 from __future__ import annotations
 
-import os
-
-# Before torch is loaded, which starts OpenMP: a spinning thread would take the CPU from serving.
-for _name, _value in (("OMP_WAIT_POLICY", "PASSIVE"), ("GOMP_SPINCOUNT", "0"), ("KMP_BLOCKTIME", "0")):
-    os.environ.setdefault(_name, _value)
-
 import argparse
-import logging
 import signal
 import sys
 from pathlib import Path
 
+# transformers would load torch for a tokenizer: 335 MB and five seconds, part of them with the interpreter's
+# lock held, in the process that must answer at once. Marked as absent, tokenizers do without it.
+sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
+
 from apollo_ipc.config import load_config
 from apollo_ipc.errors import ApolloError
+from apollo_worker.front import Front
+from apollo_worker.roles import log_as
 
 
 def main() -> int:
@@ -24,25 +27,16 @@ def main() -> int:
     parser.add_argument("--runtime-dir")
     parser.add_argument("--state-dir")
     options = parser.parse_args()
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
+    log_as("front")
     try:
         config = load_config(
             options.config,
             {"paths.runtime_dir": options.runtime_dir, "paths.state_dir": options.state_dir},
         )
-        from apollo_worker.worker import TrainingWorker
-
-        worker = TrainingWorker(config)
-
-        def stop(number: int, frame: object) -> None:
-            worker.shared.stopping.set()
-            worker.shared.wake.set()
-
-        signal.signal(signal.SIGTERM, stop)
-        signal.signal(signal.SIGINT, stop)
-        worker.run()
+        front = Front(config)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: front.shared.stopping.set())
+        front.run()
     except ApolloError as error:
         print(f"apollo_worker: {error.message}", file=sys.stderr)
         return error.exit_code

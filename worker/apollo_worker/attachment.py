@@ -1,18 +1,20 @@
-"""Keeps the worker attached to whatever vLLM is there, and brings jobs and weights to one state at each attach."""
+"""Keeps the trainer attached to the vLLM that is there; brings jobs and weights to one state each time."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
-from apollo_ipc.checkpoint import Commit, read_commit, recover
+from apollo_ipc.checkpoint import Commit, is_current, read_commit, recover
 from apollo_ipc.config import Config
 from apollo_ipc.errors import AttachError, UserError
 from apollo_ipc.manifest import Manifest, read_manifest
 from apollo_ipc.shards import shard_index
+from apollo_worker.link import ModelFacts
 from apollo_worker.live_model import LiveModel, attach
 from apollo_worker.marks import StepMarks
 from apollo_worker.queue import JobQueue
@@ -26,10 +28,18 @@ log = logging.getLogger(__name__)
 
 
 class Attachment:
-    """live, trainer and writer are set while attached; tokeniser stays after vLLM has gone, to accept jobs."""
+    """live, trainer and writer are set while attached. tell_model: gets the facts at each attach."""
 
-    def __init__(self, config: Config, shared: Shared, queue: JobQueue, marks: StepMarks):
+    def __init__(
+        self,
+        config: Config,
+        shared: Shared,
+        queue: JobQueue,
+        marks: StepMarks,
+        tell_model: Callable[[ModelFacts], None],
+    ):
         self._config, self._shared, self._queue, self._marks = config, shared, queue, marks
+        self._tell_model = tell_model
         self.live: LiveModel | None = None
         self.trainer: Trainer | None = None
         self.writer: CheckpointWriter | None = None
@@ -46,7 +56,9 @@ class Attachment:
         try:
             manifest = read_manifest(self._config.runtime_dir)
             if manifest is None:
-                self._wait_for_vllm("vLLM has not started here yet (no weights manifest in the runtime directory)")
+                self._wait_for_vllm(
+                    "vLLM has not started here yet (no weights manifest in the runtime directory)"
+                )
             elif manifest.boot_id != self._refused_boot:
                 self._attach(manifest)
         except AttachError as error:
@@ -88,7 +100,8 @@ class Attachment:
         self.trainer = Trainer(live, config.train)
         self.writer = CheckpointWriter(live.model_dir, live.trained_tensors())
         self.tokeniser = read_tokeniser(live, config)
-        commit = read_commit(model_dir)
+        self._tell_model(model_facts(live, self.trainer, self.tokeniser))
+        commit = current_commit(model_dir)
         version = max(before.weight_version if before else 0, commit.weight_version if commit else 0)
         if is_new_boot:
             version += self._reconcile(commit)
@@ -112,9 +125,7 @@ class Attachment:
     def set_version(self, version: int) -> None:
         assert self.live is not None
         self._shared.weight_version = version
-        write_state(
-            self._config.state_dir, LiveState(str(self.live.model_dir), self.live.boot_id, version)
-        )
+        write_state(self._config.state_dir, LiveState(str(self.live.model_dir), self.live.boot_id, version))
 
     def _reconcile(self, commit: Commit | None) -> int:
         """The weights are those of the last commit: jobs after it are queued again. 1 if there were any."""
@@ -127,7 +138,8 @@ class Attachment:
         lost = self._queue.reconcile(applied_seq, running.get("job_id"), running.get("steps_done", 0))
         again = [job for job in lost if job.state == "queued"]
         if again:
-            log.warning("%d jobs had not been synced when vLLM ended: they are trained again", len(again))
+            jobs = "1 job was" if len(again) == 1 else f"{len(again)} jobs were"
+            log.warning("%s in the lost weights only, not in the checkpoint: training again", jobs)
         return 1 if again else 0
 
     def _mend_last_step(self, last, commit: Commit | None) -> int:
@@ -136,9 +148,13 @@ class Attachment:
         A step that ended but was not recorded is recorded; one that did not end left weights that are neither
         before nor after it: they are restored from the last commit, and what came after it is trained again.
         """
-        job = next((j for j in self._queue.list(limit=1, state="running") if j.job_id.endswith(last.job_id)), None)
+        job = next(
+            (j for j in self._queue.list(limit=1, state="running") if j.job_id.endswith(last.job_id)), None
+        )
         if last.is_torn:
-            log.warning("step %d of job %s was cut off; restoring the last checkpoint", last.begun, last.job_id)
+            log.warning(
+                "step %d of job %s was cut off; restoring the last checkpoint", last.begun, last.job_id
+            )
             restore(self.live)
             self._reconcile(commit)
             return 1
@@ -147,7 +163,8 @@ class Attachment:
         return 0
 
     def _load_optimizer(self, commit: Commit | None) -> None:
-        assert self.live is not None and self.trainer is not None
+        assert self.live is not None
+        assert self.trainer is not None
         if commit is None or (saved := read_optimizer(self.live.model_dir, commit)) is None:
             return
         tensors, meta = saved
@@ -168,10 +185,32 @@ def restore(live: LiveModel | None) -> None:
                 tensor.copy_(shard.get_tensor(name))
 
 
+def current_commit(model_dir: Path) -> Commit | None:
+    """The last commit, or None where there is none or the shards are not the ones that it left any more."""
+    commit = read_commit(model_dir)
+    if commit is not None and not is_current(model_dir, commit):
+        log.warning(
+            "%s: the shards were replaced since the commit of weight version %d; its optimizer state and its "
+            "record of jobs are not used",
+            *(model_dir, commit.weight_version),
+        )
+        return None
+    return commit
+
+
 def read_tokeniser(live: LiveModel, config: Config) -> Tokeniser:
     """Examples may be as long as both the configuration and the model's positions allow."""
     positions = getattr(live.model.config, "max_position_embeddings", None) or config.train.max_tokens
     vocab_size = live.model.get_input_embeddings().weight.shape[0]
     return load_tokeniser(
         live.model_dir, vocab_size=vocab_size, max_tokens=min(config.train.max_tokens, positions)
+    )
+
+
+def model_facts(live: LiveModel, trainer: Trainer, tokeniser: Tokeniser) -> ModelFacts:
+    return ModelFacts(
+        model_dir=str(live.model_dir),
+        vocab_size=tokeniser.vocab_size,
+        max_tokens=tokeniser.max_tokens,
+        smaller_dims=trainer.smaller_dims(),
     )

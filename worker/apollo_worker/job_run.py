@@ -8,7 +8,6 @@ from apollo_ipc.config import Train
 from apollo_ipc.requests import Example, TrainRequest
 from apollo_worker.queue import JobQueue
 from apollo_worker.schedule import learning_rate, resolve_schedule
-from apollo_worker.shared import Admission
 from apollo_worker.tokenise import TokenisedExample, Tokeniser, content_hash
 
 
@@ -67,8 +66,3 @@ def _without_duplicates(
     known = queue.known_examples(content_hash(example) for example in request.examples)
     kept = [(i, example) for i, example in numbered if content_hash(example) not in known]
     return kept, len(numbered) - len(kept)
-
-
-def admission(made: Plan, notes: list[str]) -> Admission:
-    return Admission(num_steps=made.num_steps, num_skipped=made.num_skipped, notes=notes)
-

@@ -7,6 +7,9 @@ A method returns after its commit, and with synchronous=FULL a commit in WAL mod
        |         |-----> failed | cancelled
        |---------|-----> cancelled, quarantined    quarantined: crashed the worker MAX_CRASHES times
 
+Two processes have the file open: the front submits and cancels, the trainer does the rest. Every change is
+one IMMEDIATE transaction; reads have a connection of their own and wait for no writer (WAL).
+
 This file is the API; apollo_worker.queue_file knows the file, its schema and what a row means.
 """
 
@@ -15,6 +18,7 @@ from __future__ import annotations
 import json
 import math
 import secrets
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -27,8 +31,10 @@ from apollo_ipc.errors import Conflict, NotFound, NotReady
 from apollo_ipc.messages import ENDED_STATES, JobInfo, JobState
 from apollo_ipc.requests import TrainRequest
 from apollo_worker.queue_file import (
+    BUSY_TIMEOUT_S,
     JOB_COLUMNS,
     MAX_VARIABLES,
+    connect,
     decode_request,
     encode_request,
     job_info,
@@ -51,25 +57,23 @@ class JobQueue:
     """Thread-safe. `on_change`, where set, is called with each changed job after the commit, in the thread
     that changed it and without the lock: two threads' calls may arrive in either order.
 
-    path: made where there is none. max_queued: how many jobs may wait. Raises QueueDamaged (see queue_file).
+    path: made where there is none. max_queued: how many jobs may wait. busy_timeout_s: how long a change
+    waits for the other process's, before it raises NotReady (code `busy`). Raises QueueDamaged (see
+    queue_file).
     """
 
-    def __init__(self, path: Path, max_queued: int):
+    def __init__(self, path: Path, max_queued: int, busy_timeout_s: float = BUSY_TIMEOUT_S):
         self.on_change: Callable[[JobInfo], None] | None = None
         self._max_queued = max_queued
-        self._lock = threading.RLock()
-        self._db = open_file(path)
+        self._lock, self._reader_lock = threading.RLock(), threading.Lock()
+        self._db = open_file(path, busy_timeout_s)
+        self._reader = connect(path, busy_timeout_s)
         self._taken: set[str] = set()  # jobs whose attempt by this process has been counted
-        self._cancelled = {
-            row[0]
-            for row in self._db.execute(
-                "SELECT job_id FROM jobs WHERE cancel_requested AND state = 'running'"
-            )
-        }
 
     def close(self) -> None:
-        with self._lock:
+        with self._lock, self._reader_lock:
             self._db.close()
+            self._reader.close()
 
     # --- accepting ---
 
@@ -77,11 +81,12 @@ class JobQueue:
         """The job accepted under this key, or None. Raises Conflict (422) where its body was another."""
         if idempotency_key is None:
             return None
-        with self._lock:
-            return self._find_by_key(idempotency_key, encode_request(request)[1])
+        digest = encode_request(request)[1]
+        with self._reader_lock:
+            return self._find_by_key(self._reader, idempotency_key, digest)
 
-    def _find_by_key(self, key: str, digest: bytes) -> JobInfo | None:
-        row = self._db.execute(
+    def _find_by_key(self, db: sqlite3.Connection, key: str, digest: bytes) -> JobInfo | None:
+        row = db.execute(
             f"SELECT {JOB_COLUMNS}, request_digest FROM jobs WHERE idempotency_key = ?", (key,)
         ).fetchone()
         if row is None:
@@ -110,9 +115,11 @@ class JobQueue:
         # Sortable by time, unique without asking anyone.
         job_id = f"job-{time.time_ns() // 1_000_000:012x}-{secrets.token_hex(4)}"
         with self._transaction():
-            if idempotency_key is not None and (known := self._find_by_key(idempotency_key, digest)):
+            if idempotency_key is not None and (
+                known := self._find_by_key(self._db, idempotency_key, digest)
+            ):
                 return known
-            if (num_queued := self.count_queued()) >= self._max_queued:
+            if (num_queued := _count_queued(self._db)) >= self._max_queued:
                 raise NotReady(
                     f"{num_queued} jobs are waiting (limit worker.max_queued_jobs); send it again later",
                     code="queue_full",
@@ -218,7 +225,7 @@ class JobQueue:
             assert before.state == "running", f"{job_id} is {before.state}"
             self._db.execute(
                 "UPDATE jobs SET state = ?, ended_at = ?, weight_version = ?, error = ?, traceback = ?, "
-                "notes = ? WHERE job_id = ?",
+                "notes = ?, cancel_requested = NULL WHERE job_id = ?",
                 (
                     state,
                     time.time(),
@@ -229,15 +236,14 @@ class JobQueue:
                     job_id,
                 ),
             )
-        self._cancelled.discard(job_id)
         return self._changed(job_id)
 
     # --- the checkpoint's side ---
 
     def applied_seq(self) -> int:
         """The highest seq such that it and every job before it has ended; 0 where there is none."""
-        with self._lock:
-            return self._db.execute(
+        with self._reader_lock:
+            return self._reader.execute(
                 "SELECT coalesce((SELECT min(seq) - 1 FROM jobs WHERE state IN ('queued', 'running')), "
                 "(SELECT max(seq) FROM jobs), 0)"
             ).fetchone()[0]
@@ -305,52 +311,56 @@ class JobQueue:
                 else "UPDATE jobs SET cancel_requested = ? WHERE job_id = ?",
                 (time.time(), job_id),
             )
-        if info.state == "running":
-            self._cancelled.add(job_id)
         return self._changed(job_id)
 
     def is_cancel_requested(self, job_id: str) -> bool:
-        """From memory: cheap enough to ask before every step."""
-        return job_id in self._cancelled
+        """From the file, since the front is asked: some 10 us, so it may precede every step."""
+        with self._reader_lock:
+            row = self._reader.execute(
+                "SELECT cancel_requested FROM jobs WHERE job_id = ?", (job_id,)
+            ).fetchone()
+        return row is not None and row[0] is not None
 
     # --- looking ---
 
     def get(self, job_id: str, with_history: bool = False) -> JobInfo:
         """Raises NotFound. `with_history` fills loss_history (one loss for each step done)."""
-        with self._lock:
-            info = self._info(job_id)
+        with self._reader_lock:
+            info = self._info(job_id, self._reader)
             if not with_history:
                 return info
-            rows = self._db.execute("SELECT loss FROM losses WHERE seq = ? ORDER BY step", (info.seq,))
+            rows = self._reader.execute("SELECT loss FROM losses WHERE seq = ? ORDER BY step", (info.seq,))
             # SQLite stores NaN as NULL (its "Datatypes" page).
             history = [math.nan if row[0] is None else row[0] for row in rows]
         return msgspec.structs.replace(info, loss_history=history)
 
     def list(self, limit: int = 50, state: JobState | None = None) -> Jobs:
         """The newest `limit` jobs (of one state, if given), newest first."""
-        with self._lock:
-            rows = self._db.execute(
+        with self._reader_lock:
+            rows = self._reader.execute(
                 f"SELECT {JOB_COLUMNS} FROM jobs WHERE ?1 IS NULL OR state = ?1 ORDER BY seq DESC LIMIT ?2",
                 (state, max(0, limit)),
             )
             return [job_info(row) for row in rows]
 
     def count_queued(self) -> int:
-        with self._lock:
-            return self._db.execute("SELECT count(*) FROM jobs WHERE state = 'queued'").fetchone()[0]
+        with self._reader_lock:
+            return _count_queued(self._reader)
 
     # --- duplicates ---
 
     def known_examples(self, hashes: Iterable[bytes]) -> set[bytes]:
         """Those of `hashes` that were trained before."""
         todo, known = [*dict.fromkeys(hashes)], set()
-        with self._lock:
+        with self._reader_lock:
             for start in range(0, len(todo), MAX_VARIABLES):
                 some = todo[start : start + MAX_VARIABLES]
                 marks = ", ".join("?" * len(some))
                 known.update(
                     row[0]
-                    for row in self._db.execute(f"SELECT hash FROM examples WHERE hash IN ({marks})", some)
+                    for row in self._reader.execute(
+                        f"SELECT hash FROM examples WHERE hash IN ({marks})", some
+                    )
                 )
         return known
 
@@ -368,7 +378,12 @@ class JobQueue:
     def _transaction(self) -> Iterator[None]:
         """Commits at the end, rolls back on any exception. IMMEDIATE: the write lock is taken first."""
         with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                    raise
+                raise NotReady("the trainer is writing to the queue; send it again", code="busy") from error
             try:
                 yield
                 self._db.commit()  # may fail too: the disk is full
@@ -376,15 +391,20 @@ class JobQueue:
                 self._db.rollback()
                 raise
 
-    def _info(self, job_id: str) -> JobInfo:
-        row = self._db.execute(f"SELECT {JOB_COLUMNS} FROM jobs WHERE job_id = ?", (job_id,)).fetchone()
+    def _info(self, job_id: str, db: sqlite3.Connection | None = None) -> JobInfo:
+        row = (
+            (db or self._db).execute(f"SELECT {JOB_COLUMNS} FROM jobs WHERE job_id = ?", (job_id,)).fetchone()
+        )
         if row is None:
             raise NotFound(f"no job {job_id!r}")
         return job_info(row)
 
     def _changed(self, job_id: str) -> JobInfo:
-        with self._lock:
-            info = self._info(job_id)
+        info = self.get(job_id)
         if self.on_change is not None:
             self.on_change(info)
         return info
+
+
+def _count_queued(db: sqlite3.Connection) -> int:
+    return db.execute("SELECT count(*) FROM jobs WHERE state = 'queued'").fetchone()[0]

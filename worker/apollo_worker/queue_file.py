@@ -66,8 +66,15 @@ class QueueDamaged(ApolloError):
     exit_code = 78  # EX_CONFIG of sysexits.h: a supervisor must not loop on it
 
 
-def open_file(path: Path) -> sqlite3.Connection:
-    """The queue's database, made (mode 0600) where there is none; usable from every thread, one at a time.
+def connect(path: Path, busy_timeout_s: float) -> sqlite3.Connection:
+    """Usable from every thread, one at a time. busy_timeout_s: how long a write waits for another's."""
+    db = sqlite3.connect(path, timeout=busy_timeout_s, isolation_level=None, check_same_thread=False)
+    db.row_factory = sqlite3.Row
+    return db
+
+
+def open_file(path: Path, busy_timeout_s: float = BUSY_TIMEOUT_S) -> sqlite3.Connection:
+    """The queue's database, made (mode 0600) where there is none, checked and brought to this schema.
 
     Raises QueueDamaged where it is no database, damaged, or of a newer schema than this program knows.
     """
@@ -75,8 +82,7 @@ def open_file(path: Path) -> sqlite3.Connection:
     # SQLite gives its -wal and -shm files the mode of the main file (os_unix.c, findCreateFileMode).
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
     path.chmod(0o600)
-    db = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
-    db.row_factory = sqlite3.Row
+    db = connect(path, busy_timeout_s)
     try:
         _prepare(db, path)
     except (

@@ -8,6 +8,7 @@ Sends never wait: what a full or gone peer does not take is dropped, or sent aga
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import threading
@@ -63,8 +64,8 @@ GOODBYE_S = 0.05
 class Service:
     """`start` binds and returns; `stop` answers what is open with NotReady and closes.
 
-    Threads started here have the caller's scheduling class: start before the main thread lowers its own.
-    `publish` is for the main thread; everything else happens in the service's own.
+    `publish`, `start_publishing` and `note_change` are for other threads; everything else happens in the
+    service's own.
     """
 
     def __init__(self, config: Config, shared: Shared, queue: JobQueue):
@@ -111,14 +112,24 @@ class Service:
         True once a router confirmed. False when none is there (at once) or none confirmed in `timeout_s`:
         heartbeats go on telling routers the version, so they drop as soon as they can.
         """
+        return self.start_publishing(weight_version, timeout_s).result()
+
+    def start_publishing(self, weight_version: int, timeout_s: float = 5.0) -> Future[bool]:
+        """`publish` without waiting."""
         if self._thread is None or not self._thread.is_alive():
-            return False
-        publishing = asyncio.run_coroutine_threadsafe(self._publish(weight_version, timeout_s), self._loop)
-        return publishing.result()
+            stopped: Future[bool] = Future()
+            stopped.set_result(False)
+            return stopped
+        return asyncio.run_coroutine_threadsafe(self._publish(weight_version, timeout_s), self._loop)
+
+    def note_change(self, job_id: str) -> None:
+        """This job has changed in the queue's file, here or in the trainer: its watchers are told."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended: nobody watches any more
+            self._loop.call_soon_threadsafe(self._watches.note_change, job_id)
 
     def _on_change(self, job: JobInfo) -> None:
         """Called by the queue in whichever thread changed the job."""
-        self._loop.call_soon_threadsafe(self._watches.note_change, job.job_id)
+        self.note_change(job.job_id)
 
     # --- the loop ---
 

@@ -1,6 +1,7 @@
-"""What the worker's two threads share: the main loop (training) and the service (ZMQ).
+"""What a process's main loop and its service share: the trainer's own, and in the front a mirror of it.
 
-The main loop writes, the service reads and answers from it without waiting for a training step.
+The main loop writes, the service reads and answers from it without waiting for a training step. In the worker
+the two are processes: the trainer sends `state()` over the link, and the front's `mirror` takes it over.
 """
 
 from __future__ import annotations
@@ -13,8 +14,12 @@ from queue import SimpleQueue
 
 import msgspec
 
+from apollo_ipc.errors import NotReady
 from apollo_ipc.messages import Progress, Status, SyncResult
 from apollo_ipc.requests import TrainRequest
+from apollo_worker.link import State
+
+_KNOWN_BEFORE_ATTACHING = ("progress", "attached", "attach_error", "refused")
 
 
 class Admission(msgspec.Struct, frozen=True):
@@ -25,10 +30,22 @@ class Admission(msgspec.Struct, frozen=True):
     notes: list[str] = []
 
 
-class Shared:
-    """Every attribute is replaced whole (an atomic store), never changed in place."""
+def admit_nothing(request: TrainRequest) -> Admission:
+    raise NotReady("this process accepts no jobs")
 
-    def __init__(self, admit: Callable[[TrainRequest], Admission]):
+
+class Shared:
+    """Every attribute is replaced whole (an atomic store), never changed in place.
+
+    on_show: called by `show`, once it has changed `progress`.
+    """
+
+    def __init__(
+        self,
+        admit: Callable[[TrainRequest], Admission] = admit_nothing,
+        on_show: Callable[[], None] = lambda: None,
+    ):
+        self.on_show = on_show
         self.worker_boot_id = uuid.uuid4().hex
         # Raises UserError (bad example) or NotReady (no model known yet). Called off the service's loop.
         self.admit = admit
@@ -56,6 +73,18 @@ class Shared:
         self.progress = Progress(
             activity=activity, activity_count=self.progress.activity_count + 1, **details
         )
+        self.on_show()
+
+    def state(self) -> State:
+        """Trainer: all that the front needs to answer in its place."""
+        return State(**{name: getattr(self, name) for name in State.__struct_fields__})
+
+    def mirror(self, state: State) -> None:
+        """Front: what the trainer says. What it learns by attaching is kept until a new one has attached."""
+        has_attached = state.model_path is not None
+        for name in State.__struct_fields__ if has_attached else _KNOWN_BEFORE_ATTACHING:
+            if name != "last_sync" or state.last_sync is not None:
+                setattr(self, name, getattr(state, name))
 
     def request_sync(self) -> Future[SyncResult]:
         """Service: ask the main loop for a checkpoint sync between two steps."""

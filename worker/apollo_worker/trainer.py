@@ -100,10 +100,9 @@ class Trainer:
         self.optimizer = self.main_optimizer if is_main else make_optimizer(self.live, self.options, rank)
         self._hooks = self.optimizer.attach_hooks()
 
-    def matrices_below(self, rank: int) -> list[str]:
-        """Names of the matrices whose smaller dimension is below `rank`: Adam updates those."""
-        named = self.live.model.named_parameters()
-        return [name for name, p in named if p.dim() == 2 and min(p.shape) < rank]
+    def smaller_dims(self) -> dict[str, int]:
+        """Name of each matrix -> its smaller dimension: at a rank above it, Adam updates the matrix."""
+        return {name: min(p.shape) for name, p in self.live.model.named_parameters() if p.dim() == 2}
 
     def _require_vllm(self, _: Tensor | None = None) -> None:
         if not self.live.is_alive():

@@ -1,4 +1,8 @@
-"""The training worker: take -> tokenise -> train -> publish -> record, one job at a time, for ever."""
+"""The trainer's main loop: take -> tokenise -> train -> publish -> record, one job at a time, for ever.
+
+It runs in a process of its own. On a CPU this thread is put off while vLLM computes, with the interpreter's
+lock in its hand: what must answer in time is in the front (apollo_worker.front).
+"""
 
 from __future__ import annotations
 
@@ -7,19 +11,16 @@ import os
 import time
 import traceback
 
-from apollo_ipc.config import Config, make_private_dir
+from apollo_ipc.checkpoint import read_commit
 from apollo_ipc.errors import ApolloError, CheckpointError, NotReady, UserError
 from apollo_ipc.messages import SyncResult
-from apollo_ipc.notify import notify
-from apollo_ipc.requests import TrainRequest
 from apollo_worker.attachment import Attachment
-from apollo_worker.job_run import Plan, admission, plan
+from apollo_worker.job_run import Plan, plan
 from apollo_worker.marks import StepMarks
 from apollo_worker.priority import use_idle_priority
 from apollo_worker.queue import Job, JobQueue
-from apollo_worker.service import Service
-from apollo_worker.shared import Admission, Shared
 from apollo_worker.trainer import VllmDied
+from apollo_worker.trainer_end import TrainerEnd
 
 log = logging.getLogger(__name__)
 IDLE_WAIT_S = 0.25  # how long the loop sleeps at most before it looks whether vLLM still runs
@@ -30,27 +31,27 @@ class JobStopped(Exception):
 
 
 class TrainingWorker:
-    def __init__(self, config: Config):
-        self.config = config
-        make_private_dir(config.state_dir)
-        self.shared = Shared(self._admit)
-        self.queue = JobQueue(config.state_dir / "queue.sqlite", config.worker.max_queued_jobs)
+    def __init__(self, end: TrainerEnd):
+        self.config = config = end.config
+        self.front, self.shared = end, end.shared
+        # The front answers clients and never holds the file for long; a job must not fail on it.
+        busy_timeout_s = config.worker.step_timeout_s
+        self.queue = JobQueue(
+            config.state_dir / "queue.sqlite", config.worker.max_queued_jobs, busy_timeout_s
+        )
+        self.queue.on_change = end.on_change
         self.marks = StepMarks(config.state_dir / "step.marks")
-        self.attachment = Attachment(config, self.shared, self.queue, self.marks)
-        self.service = Service(config, self.shared, self.queue)
+        self.attachment = Attachment(config, self.shared, self.queue, self.marks, end.tell_model)
         self._synced_at = self._published_at = time.monotonic()
-        self._is_ready = False
 
     def run(self) -> None:
-        """Until `shared.stopping` is set. Raises AlreadyRunning or ConfigError before anything is touched."""
-        self.service.start()
-        use_idle_priority(self.config)  # after the service's thread was born: it stays at normal priority
+        """Until `shared.stopping` is set."""
+        use_idle_priority(self.config)  # before OpenMP's threads are born, which inherit it
         try:
             while not self.shared.stopping.is_set():
                 if not self.attachment.ensure():
                     self.wait("waiting for vLLM")
                     continue
-                self.tell_supervisor()
                 self.sync_if_asked_or_due()
                 if (job := self.queue.take()) is None:
                     self.wait("idle")
@@ -67,7 +68,10 @@ class TrainingWorker:
             version = self.publish()
             self.queue.remember_examples(job.info.job_id, todo.hashes)
             self.queue.finish(job.info.job_id, "applied", weight_version=version)
-            if todo.num_steps >= self.config.checkpoint.bulk_job_steps and self.config.checkpoint.sync_after_bulk_job:
+            if (
+                todo.num_steps >= self.config.checkpoint.bulk_job_steps
+                and self.config.checkpoint.sync_after_bulk_job
+            ):
                 self.sync()
         except VllmDied:
             log.warning("job %s waits for the next vLLM", job.info.job_id)  # it stays the running one
@@ -81,24 +85,26 @@ class TrainingWorker:
 
     def tokenise(self, job: Job) -> Plan:
         assert self.attachment.tokeniser is not None
+        self.shared.show("tokenising", job_id=job.info.job_id)
         return plan(job.request, self.attachment.tokeniser, self.queue, self.config.train)
 
     def train_steps(self, job: Job, todo: Plan) -> None:
         """Raises JobStopped (cancel, stop of the worker), VllmDied, or UserError after too many bad steps."""
         live, trainer, job_id = self.attachment.live, self.attachment.trainer, job.info.job_id
-        assert live is not None and trainer is not None
+        assert live is not None
+        assert trainer is not None
         trainer.use_rank(job.request.options.rank)
-        num_bad = 0
-        for step in range(job.info.steps_done, todo.num_steps):
+        num_bad, num_steps = 0, todo.num_steps
+        self.shared.show("training", job_id=job_id, steps_done=job.info.steps_done, num_steps=num_steps)
+        for step in range(job.info.steps_done, num_steps):
             self.between_steps(job_id)
             self.marks.begin(live.boot_id, job_id, step + 1)
             result = trainer.step(todo.example(step), todo.learning_rate(step), todo.weight_decay)
             self.marks.end(live.boot_id, job_id, step + 1, result.loss)
             self.queue.record_step(job_id, step + 1, result.loss)
             self.shared.show(
-                "training", job_id=job_id, steps_done=step + 1, num_steps=todo.num_steps, loss=result.loss
+                "training", job_id=job_id, steps_done=step + 1, num_steps=num_steps, loss=result.loss
             )
-            self.tell_supervisor()
             num_bad = num_bad + 1 if result.is_bad else 0
             if num_bad >= self.config.train.max_bad_steps:
                 raise UserError(
@@ -121,7 +127,10 @@ class TrainingWorker:
         if reason == "cancelled":
             version = self.publish()
             self.queue.finish(
-                job.info.job_id, "cancelled", weight_version=version, notes=["steps already done stay in the weights"]
+                job.info.job_id,
+                "cancelled",
+                weight_version=version,
+                notes=["steps already done stay in the weights"],
             )
         else:
             self.queue.release(job.info.job_id)  # the next worker goes on with it
@@ -130,7 +139,7 @@ class TrainingWorker:
         """A new weight version: routers drop the KV that older weights computed. Returns the version."""
         self.attachment.set_version(self.shared.weight_version + 1)
         version = self.shared.weight_version
-        if not self.service.publish(version):
+        if not self.front.publish(version):
             log.info("weight version %d: no router has confirmed yet", version)
         self._published_at = time.monotonic()
         return version
@@ -140,7 +149,7 @@ class TrainingWorker:
             self.publish()
 
     def sync_if_asked_or_due(self) -> None:
-        """Answers every waiting `POST /checkpoint` with one sync; syncs by the clock while something changed."""
+        """One sync for every waiting `POST /checkpoint`; else by the clock while something changed."""
         waiting = []
         while not self.shared.sync_requests.empty():
             waiting.append(self.shared.sync_requests.get())
@@ -161,14 +170,16 @@ class TrainingWorker:
         return self.shared.weight_version != self.shared.durable_version or self._running() is not None
 
     def sync(self) -> SyncResult:
-        """Writes the live weights, the optimizer state and what they hold as one commit. Raises CheckpointError."""
+        """Live weights, optimizer state and what they hold, as one commit. Raises CheckpointError."""
         attached = self.attachment
         if attached.live is None or not attached.live.is_alive():
             raise NotReady("not attached to vLLM: there are no live weights to sync")
-        assert attached.writer is not None and attached.trainer is not None
+        assert attached.writer is not None
+        assert attached.trainer is not None
         self.shared.show("syncing")
         self._synced_at = time.monotonic()  # a failing disk is tried again by the clock, not at every step
-        optimizer = attached.trainer.main_optimizer
+        optimizer, model_dir = attached.trainer.main_optimizer, attached.live.model_dir
+        before = read_commit(model_dir)
         applied_seq = self.queue.applied_seq()
         try:
             result = attached.writer.sync(
@@ -180,6 +191,10 @@ class TrainingWorker:
         except CheckpointError as error:
             log.error("sync failed: %s", error.message)
             self.shared.sync_error = error.message
+            # What failed may have come after the rename that commits: then the commit stands.
+            if (commit := read_commit(model_dir)) is not None and commit != before:
+                self.queue.mark_durable(commit.applied_seq)
+                self.shared.durable_version = commit.weight_version
             raise
         self.queue.mark_durable(applied_seq)
         self.shared.last_sync, self.shared.sync_error = result, None
@@ -195,54 +210,24 @@ class TrainingWorker:
         return {"job_id": running[0].job_id, "steps_done": running[0].steps_done}
 
     def wait(self, activity: str) -> None:
-        if self.shared.progress.activity != activity or self._is_ready:
-            self.shared.show(activity)
+        self.shared.show(activity)
         while not self.shared.sync_requests.empty() and self.attachment.live is None:
             reason = self.shared.attach_error or "not attached to vLLM"
             self.shared.sync_requests.get().set_exception(NotReady(reason))
-        self.tell_supervisor()
         self.shared.wake.wait(IDLE_WAIT_S)
         self.shared.wake.clear()
 
-    def tell_supervisor(self) -> None:
-        """systemd: ready after the first attach, then a sign of life each time the loop gets on."""
-        if self.attachment.live is not None and not self._is_ready:
-            self._is_ready = True
-            notify("READY=1")
-        elif not self._is_ready:
-            notify("EXTEND_TIMEOUT_USEC=30000000")  # vLLM may load for minutes
-        notify("WATCHDOG=1")
-
     def stop(self) -> None:
-        """Syncs what changed, lets go of the weights, closes the socket."""
-        notify("STOPPING=1")
+        """Syncs what changed, lets go of the weights. Without a front the next trainer waits: no sync."""
         is_attached = self.attachment.live is not None and self.attachment.live.is_alive()
+        is_wanted = self.config.checkpoint.sync_at_stop and self.front.has_front
         try:
-            if is_attached and self.config.checkpoint.sync_at_stop and self._has_changed():
-                notify("EXTEND_TIMEOUT_USEC=600000000")
+            if is_attached and is_wanted and self._has_changed():
                 self.sync()
         except ApolloError as error:
             log.error("the last sync failed, the checkpoint stays at version %d: %s",
                       self.shared.durable_version, error.message)  # fmt: skip
         self.attachment.detach("the worker is stopping")
-        self.service.stop()
         self.queue.close()
         self.marks.close()
-        log.info("worker %d stopped", os.getpid())
-
-    def _admit(self, request: TrainRequest) -> Admission:
-        """Called by the service, in its thread, before a job is queued."""
-        tokeniser, trainer = self.attachment.tokeniser, self.attachment.trainer
-        if tokeniser is None:
-            reason = self.shared.attach_error or "attaching to vLLM"
-            raise NotReady(f"the worker knows no model yet: {reason}")
-        made = plan(request, tokeniser, self.queue, self.config.train)
-        rank, notes = request.options.rank or self.config.train.rank, []
-        if trainer is not None and (small := trainer.matrices_below(rank)):
-            notes.append(
-                f"rank {rank} is above the smaller dimension of {len(small)} matrices (e.g. {small[0]}): "
-                "they fall back to Adam"
-            )
-        if rank != self.config.train.rank:
-            notes.append(f"rank {rank} is this job's own: its moments start at zero and end with it")
-        return admission(made, notes)
+        log.info("trainer %d stopped", os.getpid())

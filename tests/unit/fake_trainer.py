@@ -1,0 +1,85 @@
+"""A trainer without a model, for tests of the front: the real link, lock and queue; steps only sleep.
+
+    python fake_trainer.py DIRECTORY SECONDS_PER_STEP FD
+
+It writes its pid to DIRECTORY/trainers at start, `PID STEP begin|end` to DIRECTORY/steps, and
+`PID HAS_FRONT` to DIRECTORY/ends. A CRASH job kills it in its first step; a HANG job stops it from getting
+on, while its link lives.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from apollo_worker import training_process
+from apollo_worker.link import ModelFacts
+from apollo_worker.queue import JobQueue
+
+from apollo_ipc.messages import SyncResult
+
+CRASH, HANG, NORMAL = 66, 77, 1  # the first context id says what the job does
+
+
+def note(name, text):
+    with (DIRECTORY / name).open("a") as file:
+        file.write(f"{text}\n")
+
+
+class FakeWorker:
+    def __init__(self, end):
+        self.end, self.shared = end, end.shared
+        self.queue = JobQueue(end.config.state_dir / "queue.sqlite", 1000)
+        self.queue.on_change = end.on_change
+        note("trainers", os.getpid())
+
+    def run(self):
+        shared = self.shared
+        shared.vllm_boot_id, shared.vllm_pid, shared.model_path = "boot-a", 1, str(DIRECTORY)
+        shared.num_parameters = shared.num_parameters_mapped = 3
+        shared.attached = True
+        self.end.tell_model(ModelFacts(str(DIRECTORY), 100, 16, {"a": 8, "b": 128}))
+        while not shared.stopping.is_set():
+            self.answer_syncs()
+            if (job := self.queue.take()) is not None:
+                self.train(job)
+                continue
+            shared.show("idle")
+            shared.wake.wait(0.25)
+            shared.wake.clear()
+        note("ends", f"{os.getpid()} {self.end.has_front}")
+        self.queue.close()
+
+    def train(self, job):
+        job_id, text = job.info.job_id, job.request.examples[0].context_ids[0]
+        for step in range(job.info.steps_done + 1, job.info.num_steps + 1):
+            if self.shared.stopping.is_set():
+                self.queue.release(job_id)
+                return
+            if self.queue.is_cancel_requested(job_id):
+                self.queue.finish(job_id, "cancelled")
+                return
+            self.answer_syncs()
+            note("steps", f"{os.getpid()} {step} begin")
+            if text == CRASH:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(1000 if text == HANG else STEP_S)
+            note("steps", f"{os.getpid()} {step} end")
+            self.queue.record_step(job_id, step, 1.0 / step)
+            self.shared.show("training", job_id=job_id, steps_done=step, num_steps=job.info.num_steps)
+        self.shared.weight_version += 1
+        self.end.publish(self.shared.weight_version, timeout_s=2.0)
+        self.queue.finish(job_id, "applied", weight_version=self.shared.weight_version)
+
+    def answer_syncs(self):
+        while not self.shared.sync_requests.empty():
+            version = self.shared.weight_version
+            self.shared.sync_requests.get().set_result(SyncResult(version, 1.0, 1, 1, 1, 10, 10, 0.1))
+
+
+if __name__ == "__main__":
+    DIRECTORY, STEP_S = Path(sys.argv[1]), float(sys.argv[2])
+    sys.exit(training_process.run(int(sys.argv[3]), FakeWorker))
