@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from apollo_ipc import cuda_driver
 from apollo_ipc.manifest import Refusal, Segment
 
 ALIGN_BYTES = 64  # a cache line, and what vectorised kernels like best
@@ -87,53 +88,57 @@ def share_cpu(model: nn.Module) -> SharedMemory:
 
 
 def share_cuda(model: nn.Module, vllm_config) -> SharedMemory:
-    """One cudaIpcMemHandle per cudaMalloc segment that holds a parameter; nothing moves (graphs bake addresses).
+    """One IPC handle per cudaMalloc allocation that holds a parameter; nothing moves (graphs bake addresses).
 
-    Raw handles by NVIDIA's cuda.bindings rather than torch's reductions, whose reference counters go negative
-    when one export is opened twice. Segments from `expandable_segments` or from vLLM's sleep-mode allocator are
-    virtual-memory mappings, which cudaIpcGetMemHandle cannot export: refused by name.
+    Raw handles rather than torch's reductions, whose reference counters go negative when one export is opened
+    twice. The driver itself tells where an allocation begins and whether it can be shared: memory of
+    `expandable_segments` and of vLLM's cumem allocator is mapped by other means and cannot, and weights
+    offloaded to the host are no GPU memory at all. Each is refused by name.
     """
-    from cuda.bindings import runtime
-
     device = next(model.parameters()).device
-    uuid = str(torch.cuda.get_device_properties(device).uuid)
-    result = SharedMemory("cuda_ipc", uuid, [], [], [])
-    if getattr(vllm_config.model_config, "enable_sleep_mode", False):
-        result.refused.append(
-            Refusal("--enable-sleep-mode", "its memory cannot be shared by CUDA IPC; start vLLM without it")
-        )
+    result = SharedMemory("cuda_ipc", str(torch.cuda.get_device_properties(device).uuid), [], [], [])
+    # Sleep mode turns the cumem allocator on (vllm/config/model.py), which may also be chosen alone.
+    for setting in ("enable_sleep_mode", "enable_cumem_allocator"):
+        if getattr(vllm_config.model_config, setting, False):
+            flag = f"--{setting.replace('_', '-')}"
+            result.refused.append(
+                Refusal(flag, "its memory cannot be shared by CUDA IPC; start vLLM without it")
+            )
+    if result.refused:
         return result
-    snapshot = [s for s in torch.cuda.memory_snapshot() if s["device"] == device.index]
-    found: dict[int, int] = {}  # segment base -> index in result.segments
-    for name, parameter in model.named_parameters():
-        address = parameter.data_ptr()
-        if not address or parameter.numel() == 0:
-            continue
-        segment = next(
-            (s for s in snapshot if s["address"] <= address < s["address"] + s["total_size"]), None
-        )
-        if segment is None:
-            result.refused.append(
-                Refusal(name, "not in memory of torch's CUDA allocator (cumem, UVA or offload)", False)
-            )
-            continue
-        if segment.get("is_expandable"):
-            result.refused.append(
-                Refusal(
-                    name,
-                    "in an expandable segment, which CUDA IPC cannot share: remove expandable_segments:True "
-                    "from PYTORCH_CUDA_ALLOC_CONF / PYTORCH_ALLOC_CONF",
+    not_shareable: list[str] = []
+    with torch.cuda.device(device):  # the driver answers for the current context
+        for name, parameter in model.named_parameters():
+            if parameter.numel() == 0 or result.place(parameter) is not None:
+                continue
+            try:
+                kind = cuda_driver.memory_kind(parameter.data_ptr())
+                if kind is cuda_driver.Kind.SHAREABLE:
+                    _share_allocation(result, parameter)
+            except (cuda_driver.CudaDriverError, OSError) as error:  # OSError: no NVIDIA driver, i.e. ROCm
+                result.refused.append(Refusal(name, f"the CUDA driver does not share its memory: {error}"))
+                continue
+            if kind is cuda_driver.Kind.VIRTUAL:
+                not_shareable.append(name)
+            elif kind is cuda_driver.Kind.HOST:
+                reason = (
+                    "offloaded to host memory (--cpu-offload-gb and the like); the worker trains on the GPU"
                 )
+                result.refused.append(Refusal(name, reason, blocks=False))
+    if not_shareable:
+        result.refused.append(
+            Refusal(
+                "expandable_segments",
+                f"{len(not_shareable)} weights, e.g. {not_shareable[0]}, lie in memory that CUDA IPC cannot "
+                "share: remove expandable_segments:True and backend:cudaMallocAsync from PYTORCH_ALLOC_CONF "
+                "and PYTORCH_CUDA_ALLOC_CONF",
             )
-            continue
-        base = segment["address"]
-        if base in found:
-            continue
-        error, handle = runtime.cudaIpcGetMemHandle(base)
-        if error != runtime.cudaError_t.cudaSuccess:
-            result.refused.append(Refusal(name, f"cudaIpcGetMemHandle: {error.name}"))
-            continue
-        found[base] = len(result.segments)
-        result.segments.append(Segment(size_bytes=segment["total_size"], handle=bytes(handle.reserved).hex()))
-        result.addresses.append((base, segment["total_size"], found[base], 0))
+        )
     return result
+
+
+def _share_allocation(result: SharedMemory, parameter: torch.Tensor) -> None:
+    """Adds the whole allocation around `parameter`: torch cuts many tensors out of one (a "segment")."""
+    base, size = cuda_driver.allocation(parameter.data_ptr())
+    result.addresses.append((base, size, len(result.segments), 0))
+    result.segments.append(Segment(size_bytes=size, handle=cuda_driver.ipc_handle(base).hex()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from safetensors import safe_open
 
 from apollo_ipc.checkpoint import Commit, is_current, read_commit, recover
 from apollo_ipc.config import Config
-from apollo_ipc.errors import AttachError, UserError
+from apollo_ipc.errors import ApolloError, AttachError, CheckpointError, UserError
 from apollo_ipc.manifest import Manifest, read_manifest
 from apollo_ipc.shards import shard_index
+from apollo_worker.hf_model import vocab_size_of
 from apollo_worker.link import ModelFacts
 from apollo_worker.live_model import LiveModel, attach
 from apollo_worker.marks import StepMarks
@@ -25,6 +27,7 @@ from apollo_worker.tokenise import Tokeniser, load_tokeniser
 from apollo_worker.trainer import Trainer
 
 log = logging.getLogger(__name__)
+RETRY_S = 5.0  # between two attempts at the same vLLM
 
 
 class Attachment:
@@ -44,6 +47,7 @@ class Attachment:
         self.trainer: Trainer | None = None
         self.writer: CheckpointWriter | None = None
         self.tokeniser: Tokeniser | None = None
+        self._retry_at = 0.0
         self._refused_boot: str | None = None  # a manifest that was refused is not tried again and again
 
     def ensure(self) -> bool:
@@ -59,16 +63,20 @@ class Attachment:
                 self._wait_for_vllm(
                     "vLLM has not started here yet (no weights manifest in the runtime directory)"
                 )
-            elif manifest.boot_id != self._refused_boot:
-                self._attach(manifest)
-        except AttachError as error:
-            self._wait_for_vllm(error.message, error.refused)
+            elif manifest.boot_id != self._refused_boot and time.monotonic() >= self._retry_at:
+                self._retry_at = time.monotonic() + RETRY_S
+                self._attach_or_detach(manifest)
+        except ApolloError as error:
+            # A checkpoint or optimizer file that cannot be read is waited for like a vLLM that is not there.
+            self._wait_for_vllm(error.message, getattr(error, "refused", None))
         return self.live is not None
 
     def detach(self, reason: str) -> None:
         """Drops every view of the weights. Nothing is written to them any more."""
         self._shared.attached = False
         self._shared.attach_error = reason
+        self._shared.vllm_boot_id = self._shared.vllm_pid = None
+        self._retry_at = 0.0
         self.trainer = self.writer = None
         if self.live is not None:
             self.live.close()
@@ -79,6 +87,15 @@ class Attachment:
             log.info("not attached: %s", reason)
         self._shared.attach_error = reason
         self._shared.refused = refused or []
+
+    def _attach_or_detach(self, manifest: Manifest) -> None:
+        try:
+            self._attach(manifest)
+        except BaseException:
+            if self.live is not None:  # mapped, but not brought to one state with the jobs: never trained so
+                self.detach("attaching failed")
+                self._retry_at = time.monotonic() + RETRY_S
+            raise
 
     def _attach(self, manifest: Manifest) -> None:
         """Raises AttachError; one that will not go away without another vLLM is remembered by its boot_id."""
@@ -107,7 +124,7 @@ class Attachment:
             version += self._reconcile(commit)
         elif (last := self._marks.read()) is not None and last.boot_id == manifest.boot_id:
             version += self._mend_last_step(last, commit)
-        self._load_optimizer(commit)
+        load_optimizer(self.trainer, model_dir, commit)
         self.set_version(version)
         shared.durable_version = commit.weight_version if commit else 0
         shared.vllm_boot_id, shared.vllm_pid = manifest.boot_id, manifest.pid
@@ -135,6 +152,9 @@ class Attachment:
         # the user has replaced since: they are not trained into the new one unasked.
         durable = self._queue.list(limit=1, state="durable")
         applied_seq = commit.applied_seq if commit else (durable[0].seq if durable else 0)
+        if commit is not None and commit.extra.get("queue_id") != self._queue.queue_id:
+            log.warning("the checkpoint's record of jobs is of another queue file; it is not used")
+            applied_seq, running = (durable[0].seq if durable else 0), {}
         lost = self._queue.reconcile(applied_seq, running.get("job_id"), running.get("steps_done", 0))
         again = [job for job in lost if job.state == "queued"]
         if again:
@@ -162,16 +182,26 @@ class Attachment:
             self._queue.record_step(job.job_id, last.ended, last.loss)
         return 0
 
-    def _load_optimizer(self, commit: Commit | None) -> None:
-        assert self.live is not None
-        assert self.trainer is not None
-        if commit is None or (saved := read_optimizer(self.live.model_dir, commit)) is None:
+    def undo_torn_step(self) -> None:
+        """After an error inside a step (out of memory, a CUDA error): the same recovery as after a crash."""
+        last = self._marks.read()
+        if last is None or not last.is_torn or self.live is None:
             return
-        tensors, meta = saved
-        try:
-            self.trainer.main_optimizer.load_state(tensors, meta)
-        except UserError as error:
-            log.warning("the saved optimizer state does not fit, its moments start anew: %s", error.message)
+        commit = current_commit(self.live.model_dir)
+        self._mend_last_step(last, commit)
+        assert self.trainer is not None
+        self.trainer.close()
+        self.trainer = Trainer(self.live, self._config.train)
+        load_optimizer(self.trainer, self.live.model_dir, commit)
+
+
+def load_optimizer(trainer: Trainer, model_dir: Path, commit: Commit | None) -> None:
+    """The moments of the last commit; anew, with a warning, where those do not fit or are damaged."""
+    try:
+        if commit is not None and (saved := read_optimizer(model_dir, commit)) is not None:
+            trainer.main_optimizer.load_state(*saved)
+    except (UserError, CheckpointError) as error:
+        log.warning("the saved optimizer state is not used, moments start anew: %s", error.message)
 
 
 @torch.no_grad()
@@ -201,9 +231,10 @@ def current_commit(model_dir: Path) -> Commit | None:
 def read_tokeniser(live: LiveModel, config: Config) -> Tokeniser:
     """Examples may be as long as both the configuration and the model's positions allow."""
     positions = getattr(live.model.config, "max_position_embeddings", None) or config.train.max_tokens
-    vocab_size = live.model.get_input_embeddings().weight.shape[0]
     return load_tokeniser(
-        live.model_dir, vocab_size=vocab_size, max_tokens=min(config.train.max_tokens, positions)
+        live.model_dir,
+        vocab_size=vocab_size_of(live.model),
+        max_tokens=min(config.train.max_tokens, positions),
     )
 
 

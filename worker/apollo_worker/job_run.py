@@ -27,6 +27,10 @@ class Plan(msgspec.Struct, frozen=True):
         """The example of step number `step` (from 0): in the order sent, epoch after epoch."""
         return self.examples[step % len(self.examples)]
 
+    def hashes_of(self, num_steps: int) -> list[bytes]:
+        """Hashes of the examples that the first `num_steps` steps have trained."""
+        return self.hashes[:num_steps]
+
     def learning_rate(self, step: int) -> float:
         return learning_rate(
             step,

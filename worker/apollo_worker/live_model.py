@@ -1,11 +1,12 @@
 """The live model: transformers' model whose parameters are the memory that vLLM serves from.
 
-`attach` builds it from a manifest; `load_offline` builds the same from a directory, for training without a server.
+`attach` builds it from a manifest; `load_offline` builds the same from a directory, to train without a server.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 from pathlib import Path
 
@@ -63,19 +64,36 @@ class LiveModel:
         return {name: self.tensors[name] for name in self.names.values()}
 
     def grid_dtypes(self) -> dict[str, torch.dtype]:
-        """Parameter -> dtype of its checkpoint tensor: what is written is exact there, wherever it is coarser."""
+        """Parameter -> dtype of its checkpoint tensor: what is written is exact there, where it is coarser."""
         index = shard_index(self.model_dir)
         found = {n: _SHARD_DTYPES.get(index[c].dtype) for n, c in self.names.items() if c in index}
         return {name: dtype for name, dtype in found.items() if dtype is not None}
 
     def close(self) -> None:
-        """Drops every view before the mapping goes. The model must not be used afterwards."""
-        self.model.to("meta")
+        """Lets go of every byte of the weights, then of the mapping. There is no model afterwards.
+
+        A parameter may be held from elsewhere (optimizer, a traceback), so each loses its memory rather than
+        its place in the model. Its hooks go too: parameter -> hook -> optimizer -> parameter is a cycle through
+        C++ that Python's collector never frees, and the optimizer's state is GPU memory that the next vLLM
+        wants.
+        """
+        for parameter in self.model.parameters():
+            parameter.grad = None
+            parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+            if (
+                hooks := parameter._post_accumulate_grad_hooks
+            ):  # what register_post_accumulate_grad_hook fills
+                hooks.clear()
+            del parameter, hooks
+        del self.model
         self.tensors.clear()
+        gc.collect()
         if self.transport is not None:
             self.transport.close()
         if self.exporter is not None:
             self.exporter.close()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
 
 def attach(manifest: Manifest, *, verify: bool) -> LiveModel:
@@ -94,6 +112,8 @@ def attach(manifest: Manifest, *, verify: bool) -> LiveModel:
     try:
         transport = open_transport(manifest)
         live = _build(manifest, transport, exporter)
+        if not exporter.is_alive():  # else the pid was the exporter's all the time, and so is what we mapped
+            raise AttachError("vLLM ended while the worker was attaching; waiting for the next one")
         if verify:
             check_equal(live)
         return live
@@ -113,6 +133,8 @@ def _build(manifest: Manifest, transport: Transport, exporter: Exporter) -> Live
     names, missing = checkpoint_names(model, set(tensors))
     if missing:
         reasons = {r.name: r.reason for r in manifest.refused}
+        of_tensor = {name: reasons[v.tensor] for name, v in manifest.views.items() if v.tensor in reasons}
+        reasons = of_tensor | reasons
         refused = [f"{name}: {_why(name, reasons)}" for name in missing]
         raise AttachError(
             f"{len(missing)} of {len(names) + len(missing)} parameters cannot be mapped: "

@@ -5,6 +5,7 @@ A mapping is bytes; `view` cuts typed tensors out of it, without a copy.
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 import select
@@ -12,8 +13,11 @@ from abc import ABC, abstractmethod
 
 import torch
 
+from apollo_ipc import cuda_driver
 from apollo_ipc.errors import AttachError
 from apollo_ipc.manifest import Manifest, Segment, SharedTensor, View, start_ticks
+
+log = logging.getLogger(__name__)
 
 
 class Transport(ABC):
@@ -61,22 +65,18 @@ class SharedMemoryTransport(Transport):
 
 
 class CudaIpcTransport(Transport):
-    """cudaIpcOpenMemHandle per cudaMalloc segment, on the device with the exporter's UUID.
+    """An IPC mapping of each cudaMalloc allocation that holds weights, on the device with the exporter's UUID.
 
     Raw handles: torch's own CUDA sharing counts references in the exporter, and the count goes negative when
-    one export is opened a second time (worker restart). A CUDA IPC mapping must not be opened twice in one
-    process and must be closed before the exporter frees it.
+    one export is opened a second time (worker restart). A device's handles may be opened in one context of
+    this process only: the primary one, which torch uses.
     """
 
     def __init__(self, device_uuid: str | None):
-        from cuda.bindings import runtime
-
-        self._runtime = runtime
         self._opened: list[int] = []
         self._device = _device_with_uuid(device_uuid)
-        torch.cuda.init()
         torch.cuda.set_device(self._device)
-        torch.zeros(1, device=self._device)  # makes the primary context that the handles are opened in
+        torch.zeros(1, device=self._device)  # makes the primary context, current in this thread
 
     @property
     def device(self) -> torch.device:
@@ -85,24 +85,36 @@ class CudaIpcTransport(Transport):
     def open(self, segment: Segment) -> torch.Tensor:
         if not segment.handle:
             raise AttachError("the manifest's cuda_ipc segment has no handle")
-        handle = self._runtime.cudaIpcMemHandle_t()
-        handle.reserved = bytes.fromhex(segment.handle)
-        error, pointer = self._runtime.cudaIpcOpenMemHandle(
-            handle, self._runtime.cudaIpcMemLazyEnablePeerAccess
-        )
-        if error != self._runtime.cudaError_t.cudaSuccess:
+        try:
+            pointer = cuda_driver.open_ipc(bytes.fromhex(segment.handle))
+        except (ValueError, cuda_driver.CudaDriverError) as error:
             raise AttachError(
-                f"cudaIpcOpenMemHandle: {error.name}; vLLM and the worker must share the GPU, the user and "
-                "the IPC namespace of the container"
-            )
-        self._opened.append(int(pointer))
-        return torch.as_tensor(_DeviceBytes(int(pointer), segment.size_bytes), device=self._device)
+                f"{error}; vLLM and the worker must share the GPU, the user and the IPC namespace of the "
+                "container"
+            ) from None
+        self._opened.append(pointer)
+        return _bytes_at(pointer, segment.size_bytes, self._device)
 
     def close(self) -> None:
+        """Waits for the kernels that still write, then unmaps.
+
+        An error of the device raises here, and the process must end: nothing on CUDA works after it. Until
+        the mapping is closed it keeps the memory itself, also of an exporter that has died (docs/gpu.md).
+        """
+        if not self._opened:
+            return
         torch.cuda.synchronize(self._device)
-        for pointer in self._opened:
-            self._runtime.cudaIpcCloseMemHandle(pointer)
-        self._opened.clear()
+        while self._opened:
+            try:
+                cuda_driver.close_ipc(self._opened.pop())
+            except cuda_driver.CudaDriverError as error:
+                log.warning("a mapping of vLLM's weights was not closed: %s", error)
+
+
+def _bytes_at(pointer: int, size_bytes: int, device: torch.device) -> torch.Tensor:
+    tensor = torch.as_tensor(_DeviceBytes(pointer, size_bytes), device=device)
+    assert tensor.data_ptr() == pointer, "torch copied the weights instead of aliasing them"
+    return tensor
 
 
 class _DeviceBytes:
@@ -139,14 +151,17 @@ def open_transport(manifest: Manifest) -> Transport:
 
 
 def map_views(manifest: Manifest, transport: Transport) -> dict[str, torch.Tensor]:
-    """Checkpoint tensor name -> live tensor, for every view of the manifest.
+    """Checkpoint tensor name -> live tensor, for every view of the manifest whose tensor is shared.
 
-    Raises AttachError for a view that reaches outside its tensor or a tensor that reaches outside its segment.
+    A view of a tensor that the export refused is left out. Raises AttachError for a view that reaches outside
+    its tensor, a tensor that reaches outside its segment, and a tensor that the manifest does not explain.
     """
     segments = [transport.open(segment) for segment in manifest.segments]
+    refused = {refusal.name for refusal in manifest.refused}
     return {
         name: _cut(name, view, _tensor_of(name, view, manifest), segments)
         for name, view in manifest.views.items()
+        if view.tensor in manifest.tensors or view.tensor not in refused
     }
 
 
@@ -162,21 +177,30 @@ def _cut(name: str, view: View, shared: SharedTensor, segments: list[torch.Tenso
         raise AttachError(f"{name}: dtype {shared.dtype} cannot be trained", refused=[name])
     if not 0 <= shared.segment < len(segments):
         raise AttachError(f"{name}: segment {shared.segment} of {len(segments)}", refused=[name])
+    if not (_is_sound(shared.shape, shared.stride) and _is_sound(view.shape, view.stride)):
+        raise AttachError(f"{name}: shape and stride contradict each other or are negative", refused=[name])
+    if shared.offset_bytes < 0 or shared.offset_bytes % dtype.itemsize or view.offset < 0:
+        raise AttachError(f"{name}: offset negative or not aligned to {shared.dtype}", refused=[name])
     segment = segments[shared.segment]
     reach = _reach(shared.shape, shared.stride)
-    if shared.offset_bytes < 0 or shared.offset_bytes + reach * dtype.itemsize > segment.numel():
+    if shared.offset_bytes + reach * dtype.itemsize > segment.numel():
         raise AttachError(f"{name}: {view.tensor} reaches outside its segment", refused=[name])
-    if min(view.stride, default=0) < 0 or view.offset < 0:
-        raise AttachError(f"{name}: negative stride or offset", refused=[name])
     if view.offset + _reach(view.shape, view.stride) > reach:
         raise AttachError(f"{name}: the view reaches outside {view.tensor}", refused=[name])
     typed = segment[shared.offset_bytes : shared.offset_bytes + reach * dtype.itemsize].view(dtype)
     return torch.as_strided(typed, view.shape, view.stride, view.offset + typed.storage_offset())
 
 
+def _is_sound(shape: list[int], stride: list[int]) -> bool:
+    """No negative number, and no dimension along which the elements would be one and the same."""
+    return len(shape) == len(stride) and all(
+        size >= 0 and step >= (1 if size > 1 else 0) for size, step in zip(shape, stride, strict=True)
+    )
+
+
 def _reach(shape: list[int], stride: list[int]) -> int:
     """Elements from the first to the last one of a strided tensor, both included."""
-    if any(size <= 0 for size in shape):
+    if 0 in shape:
         return 0
     return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
 

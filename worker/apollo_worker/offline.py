@@ -21,11 +21,11 @@ from apollo_ipc.config import Config, load_config
 from apollo_ipc.errors import ApolloError, UserError
 from apollo_ipc.messages import JobInfo
 from apollo_ipc.requests import TrainRequest, parse_train_body
-from apollo_worker.attachment import read_tokeniser
+from apollo_worker.attachment import load_optimizer, read_tokeniser
 from apollo_worker.job_run import plan
 from apollo_worker.live_model import load_offline
 from apollo_worker.queue import JobQueue
-from apollo_worker.sync import CheckpointWriter, read_optimizer
+from apollo_worker.sync import CheckpointWriter
 from apollo_worker.trainer import Trainer
 
 
@@ -45,8 +45,7 @@ def train(
     trainer = Trainer(live, config.train)
     trainer.use_rank(request.options.rank)
     commit = read_commit(model_dir)
-    if commit is not None and (saved := read_optimizer(model_dir, commit)) is not None:
-        trainer.main_optimizer.load_state(*saved)
+    load_optimizer(trainer, model_dir, commit)
     with tempfile.TemporaryDirectory(prefix="apollo-offline-") as scratch:
         queue = JobQueue(Path(scratch) / "queue.sqlite", 1)
         todo = plan(request, read_tokeniser(live, config), queue, config.train)

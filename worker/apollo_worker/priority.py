@@ -1,4 +1,4 @@
-"""Training must not be felt by serving: on a CPU, training threads run only in the time that serving leaves."""
+"""Training must not be felt by serving: on a CPU, its threads run only in the time that serving leaves."""
 
 from __future__ import annotations
 

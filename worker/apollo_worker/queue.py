@@ -75,6 +75,12 @@ class JobQueue:
             self._db.close()
             self._reader.close()
 
+    @property
+    def queue_id(self) -> int:
+        """Tells this file from another one: a checkpoint's record of jobs is of one queue only."""
+        with self._lock:
+            return self._db.execute("PRAGMA application_id").fetchone()[0]
+
     # --- accepting ---
 
     def find_by_key(self, idempotency_key: str | None, request: TrainRequest) -> JobInfo | None:
@@ -272,6 +278,8 @@ class JobQueue:
             if job_id is not None:
                 seq = self._info(job_id).seq
                 self._db.execute("DELETE FROM losses WHERE seq = ? AND step > ?", (seq, steps_done))
+                # Its own examples, where it was applied after the commit: known, they would be skipped now.
+                self._db.execute("DELETE FROM examples WHERE seq = ?", (seq,))
                 last = self._db.execute(
                     "SELECT loss FROM losses WHERE seq = ? ORDER BY step DESC LIMIT 1", (seq,)
                 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import sqlite3
 from pathlib import Path
 
@@ -120,6 +121,7 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
         for statement in SCHEMA.split(";\n"):
             db.execute(statement)
         db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        db.execute(f"PRAGMA application_id = {1 + secrets.randbelow(2**31 - 1)}")
     db.execute("COMMIT")
 
 

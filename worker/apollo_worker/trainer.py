@@ -54,9 +54,11 @@ class Trainer:
         self.options = options
         # The configured rank's moments, which outlive jobs; a job with a rank of its own borrows the weights.
         self.main_optimizer = self.optimizer = make_optimizer(live, options, options.rank)
-        for parameter in live.model.parameters():
-            # Before the optimizer's own hook: a dead exporter must stop the write, not follow it.
+        # Before the optimizer's own hooks: a dead exporter must stop the write, not follow it.
+        self._guards = [
             parameter.register_post_accumulate_grad_hook(self._require_vllm)
+            for parameter in live.model.parameters()
+        ]
         self._hooks = self.optimizer.attach_hooks()
         if options.activation_checkpointing:
             enable_activation_checkpointing(live.model)
@@ -99,6 +101,11 @@ class Trainer:
         is_main = rank == self.options.rank
         self.optimizer = self.main_optimizer if is_main else make_optimizer(self.live, self.options, rank)
         self._hooks = self.optimizer.attach_hooks()
+
+    def close(self) -> None:
+        """Takes its hooks off the parameters, so that another trainer may train them."""
+        for hook in [*self._guards, *self._hooks]:
+            hook.remove()
 
     def smaller_dims(self) -> dict[str, int]:
         """Name of each matrix -> its smaller dimension: at a rank above it, Adam updates the matrix."""

@@ -43,6 +43,7 @@ class TrainingWorker:
         self.marks = StepMarks(config.state_dir / "step.marks")
         self.attachment = Attachment(config, self.shared, self.queue, self.marks, end.tell_model)
         self._synced_at = self._published_at = time.monotonic()
+        self._is_bulk_done = False  # a bulk job has ended since the last sync
 
     def run(self) -> None:
         """Until `shared.stopping` is set."""
@@ -65,23 +66,31 @@ class TrainingWorker:
         try:
             todo = self.tokenise(job)
             self.train_steps(job, todo)
-            version = self.publish()
-            self.queue.remember_examples(job.info.job_id, todo.hashes)
+            version = self.publish() if todo.num_steps else self.shared.weight_version
+            self.queue.remember_examples(job.info.job_id, todo.hashes_of(todo.num_steps))
             self.queue.finish(job.info.job_id, "applied", weight_version=version)
-            if (
-                todo.num_steps >= self.config.checkpoint.bulk_job_steps
-                and self.config.checkpoint.sync_after_bulk_job
-            ):
-                self.sync()
-        except VllmDied:
-            log.warning("job %s waits for the next vLLM", job.info.job_id)  # it stays the running one
         except JobStopped as stopped:
             self.end_early(job, str(stopped))
         except Exception as error:
-            log.exception("job %s failed", job.info.job_id)
-            self.publish_if_attached()
-            message = error.message if isinstance(error, ApolloError) else f"{type(error).__name__}: {error}"
-            self.queue.finish(job.info.job_id, "failed", error=message, traceback=traceback.format_exc())
+            live = self.attachment.live
+            if isinstance(error, VllmDied) or live is None or not live.is_alive():
+                # On a GPU the end of vLLM may also show as an error of CUDA. The job stays the running one.
+                log.warning("job %s waits for the next vLLM (%s)", job.info.job_id, error)
+                return
+            self.fail(job, error)
+        else:
+            checkpoint = self.config.checkpoint
+            self._is_bulk_done |= (
+                checkpoint.sync_after_bulk_job and todo.num_steps >= checkpoint.bulk_job_steps
+            )
+
+    def fail(self, job: Job, error: Exception) -> None:
+        """Ends the job. A step that was cut off by the error is undone with the whole recovery of a crash."""
+        log.exception("job %s failed", job.info.job_id)
+        message = error.message if isinstance(error, ApolloError) else f"{type(error).__name__}: {error}"
+        self.queue.finish(job.info.job_id, "failed", error=message, traceback=traceback.format_exc())
+        self.attachment.undo_torn_step()
+        self.publish()
 
     def tokenise(self, job: Job) -> Plan:
         assert self.attachment.tokeniser is not None
@@ -144,10 +153,6 @@ class TrainingWorker:
         self._published_at = time.monotonic()
         return version
 
-    def publish_if_attached(self) -> None:
-        if self.attachment.live is not None and self.attachment.live.is_alive():
-            self.publish()
-
     def sync_if_asked_or_due(self) -> None:
         """One sync for every waiting `POST /checkpoint`; else by the clock while something changed."""
         waiting = []
@@ -155,6 +160,7 @@ class TrainingWorker:
             waiting.append(self.shared.sync_requests.get())
         interval = self.config.checkpoint.sync_interval_s
         is_due = interval > 0 and time.monotonic() - self._synced_at >= interval and self._has_changed()
+        is_due, self._is_bulk_done = is_due or self._is_bulk_done, False
         if not waiting and not is_due:
             return
         try:
@@ -186,7 +192,7 @@ class TrainingWorker:
                 weight_version=self.shared.weight_version,
                 applied_seq=applied_seq,
                 optimizer=(optimizer.state_tensors(), optimizer.state_meta()),
-                extra={"running": self._running()},
+                extra={"running": self._running(), "queue_id": self.queue.queue_id},
             )
         except CheckpointError as error:
             log.error("sync failed: %s", error.message)
@@ -219,7 +225,9 @@ class TrainingWorker:
 
     def stop(self) -> None:
         """Syncs what changed, lets go of the weights. Without a front the next trainer waits: no sync."""
-        is_attached = self.attachment.live is not None and self.attachment.live.is_alive()
+        # `shared.attached` is set at the end of an attach: weights that were not yet mended are not synced.
+        live = self.attachment.live
+        is_attached = self.shared.attached and live is not None and live.is_alive()
         is_wanted = self.config.checkpoint.sync_at_stop and self.front.has_front
         try:
             if is_attached and is_wanted and self._has_changed():
