@@ -88,16 +88,15 @@ class Front:
         """What the service wants of the trainer."""
         if is_woken := self.shared.wake.is_set():
             self.shared.wake.clear()  # before looking: what comes in meanwhile sets it again
-        link = self.trainer.link
-        has_trainer = self.trainer.pid is not None and link is not None and not link.is_closed.is_set()
+        link = self.trainer.open_link
         while not self.shared.sync_requests.empty():
             future = self.shared.sync_requests.get()
             self._num_syncs += 1
             self._syncs[self._num_syncs] = future
-            if not has_trainer or not link.send(SyncRequest(self._num_syncs)):
+            if link is None or not link.send(SyncRequest(self._num_syncs)):
                 del self._syncs[self._num_syncs]
                 future.set_exception(NotReady(self.shared.attach_error or "the trainer does not answer"))
-        if is_woken and has_trainer:
+        if is_woken and link is not None:
             link.note(Wake, Wake)
 
     def tell_supervisor(self) -> None:
