@@ -14,7 +14,9 @@ from apollo_router.routes import router
 from apollo_worker.endpoint import Endpoint
 from apollo_worker.marks import StepMarks
 from apollo_worker.queue import JobQueue
+from apollo_worker.shared import Shared
 from apollo_worker.state import LiveState, write_state
+from apollo_worker.trainer_end import trainer_lock
 
 from apollo_ipc.checkpoint import STATE_DIR, pending_dir
 from apollo_ipc.cli.main import PASS_ON, app
@@ -253,6 +255,8 @@ def test_every_file_of_the_state_page_is_one_that_the_code_makes(tmp_path):
     endpoint = Endpoint(config.runtime_dir, config.runtime_dir / "s")
     endpoint.lock()
     endpoint.unlock()
+    with trainer_lock(Shared(), config.runtime_dir) as is_ours:
+        assert is_ours
     train_key(config)
     queue = JobQueue(config.state_dir / "queue.sqlite", 1)
     StepMarks(config.state_dir / "step.marks").close()

@@ -88,9 +88,7 @@ class Front:
         """What the service wants of the trainer."""
         if is_woken := self.shared.wake.is_set():
             self.shared.wake.clear()  # before looking: what comes in meanwhile sets it again
-        link = self.trainer.link if self.trainer.pid is not None else None
-        if link is not None and link.is_closed.is_set():
-            link = None
+        link = self.trainer.open_link
         while not self.shared.sync_requests.empty():
             future = self.shared.sync_requests.get()
             self._num_syncs += 1

@@ -47,8 +47,9 @@ class TrainerChild:
         self._closed_at: float | None = None
 
     @property
-    def pid(self) -> int | None:
-        return self._process.pid if self._process else None
+    def open_link(self) -> Link | None:
+        """None where nobody would read what is sent."""
+        return self.link if self._process and self.link and not self.link.is_closed.is_set() else None
 
     def can_start(self) -> bool:
         return self._process is None and time.monotonic() >= self._start_again_at
