@@ -63,8 +63,8 @@ def test_training_changes_every_live_tensor_and_raises_the_targets_logprob(
 ) -> None:
     ids = encode(live.model_dir, chat(QUESTION, ANSWER))
     before = sum(live.logprobs(ids)[-len(ANSWER) - 2 :])
-    # Stochastic rounding moves a bf16 value of 1.0 by 2**-7 or not at all: the 4 elements of dt_bias need some
-    # 30 steps at this rate until "none has moved" is out of the question.
+    # Stochastic rounding moves a bf16 value of 1.0 by 2**-7 or not at all: the 4 elements of dt_bias need
+    # some 30 steps at this rate until "none has moved" is out of the question.
     job = live.train([chat(QUESTION, ANSWER)], lr=2e-3, epochs=30, schedule="constant")
 
     assert job["status"] == "applied"

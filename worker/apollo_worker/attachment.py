@@ -39,7 +39,7 @@ class Attachment:
         shared: Shared,
         queue: JobQueue,
         marks: StepMarks,
-        tell_model: Callable[[ModelFacts], None],
+        tell_model: Callable[[ModelFacts], None] = lambda facts: None,
     ):
         self._config, self._shared, self._queue, self._marks = config, shared, queue, marks
         self._tell_model = tell_model

@@ -1,6 +1,6 @@
 """The live model: transformers' model whose parameters are the memory that vLLM serves from.
 
-`attach` builds it from a manifest; `load_offline` builds the same from a directory, to train without a server.
+`attach` builds it from a manifest; `load_offline` builds the same from a directory, without a server too.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class LiveModel:
         return {name: self.tensors[name] for name in self.names.values()}
 
     def grid_dtypes(self) -> dict[str, torch.dtype]:
-        """Parameter -> dtype of its checkpoint tensor: what is written is exact there, where it is coarser."""
+        """Parameter -> dtype of its checkpoint tensor: what is written is exact there."""
         index = shard_index(self.model_dir)
         found = {n: _SHARD_DTYPES.get(index[c].dtype) for n, c in self.names.items() if c in index}
         return {name: dtype for name, dtype in found.items() if dtype is not None}

@@ -30,9 +30,12 @@ def read_state(state_dir: Path) -> LiveState | None:
 
 
 def write_state(state_dir: Path, state: LiveState) -> None:
-    """By rename. Not flushed: it speaks of weights in memory, which a power cut takes along."""
+    """By rename; flushed first, or a power cut could leave an empty file under the name."""
     temporary = state_dir / f".state.json.{os.getpid()}"
-    temporary.write_bytes(msgspec.json.encode(state))
+    with temporary.open("wb") as file:
+        file.write(msgspec.json.encode(state))
+        file.flush()
+        os.fsync(file.fileno())
     os.rename(temporary, state_dir / "state.json")
 
 
