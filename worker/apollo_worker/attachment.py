@@ -47,7 +47,7 @@ class Attachment:
         self.trainer: Trainer | None = None
         self.writer: CheckpointWriter | None = None
         self.tokeniser: Tokeniser | None = None
-        self._retry_at = 0.0
+        self._tried: tuple[str, float] | None = None  # the vLLM last tried, and when
         self._refused_boot: str | None = None  # a manifest that was refused is not tried again and again
 
     def ensure(self) -> bool:
@@ -63,8 +63,7 @@ class Attachment:
                 self._wait_for_vllm(
                     "vLLM has not started here yet (no weights manifest in the runtime directory)"
                 )
-            elif manifest.boot_id != self._refused_boot and time.monotonic() >= self._retry_at:
-                self._retry_at = time.monotonic() + RETRY_S
+            elif manifest.boot_id != self._refused_boot and self._may_try(manifest.boot_id):
                 self._attach_or_detach(manifest)
         except ApolloError as error:
             # A checkpoint or optimizer file that cannot be read is waited for like a vLLM that is not there.
@@ -76,7 +75,6 @@ class Attachment:
         self._shared.attached = False
         self._shared.attach_error = reason
         self._shared.vllm_boot_id = self._shared.vllm_pid = None
-        self._retry_at = 0.0
         self.trainer = self.writer = None
         if self.live is not None:
             self.live.close()
@@ -88,13 +86,20 @@ class Attachment:
         self._shared.attach_error = reason
         self._shared.refused = refused or []
 
+    def _may_try(self, boot_id: str) -> bool:
+        """A vLLM at once, the same one again only after a while: an attempt may read the whole model."""
+        now = time.monotonic()
+        if self._tried is not None and self._tried[0] == boot_id and now - self._tried[1] < RETRY_S:
+            return False
+        self._tried = boot_id, now
+        return True
+
     def _attach_or_detach(self, manifest: Manifest) -> None:
         try:
             self._attach(manifest)
         except BaseException:
             if self.live is not None:  # mapped, but not brought to one state with the jobs: never trained so
                 self.detach("attaching failed")
-                self._retry_at = time.monotonic() + RETRY_S
             raise
 
     def _attach(self, manifest: Manifest) -> None:
