@@ -1,130 +1,14 @@
-"""Real vLLM servers with real workers, on tiny models made in code. One server a module."""
+"""Tiny models made in code, for real vLLM servers. One server a module: starting takes long."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
-
-from apollo_ipc.config import load_config
-from apollo_ipc.keys import train_key
-from apollo_ipc.manifest import Manifest, read_manifest
-from apollo_ipc.serving import VllmServer, prompt_logprobs, worker_command, worker_environment
-
-pytestmark = pytest.mark.vllm
-WAIT_S = 120.0
-
-
-def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = WAIT_S) -> Any:
-    """The condition's first true value. Fails the test, naming `what`, when none came in time."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if value := condition():
-            return value
-        time.sleep(0.1)
-    pytest.fail(f"{what}: not within {timeout_s:.0f} s")
-
-
-class Live:
-    """A vLLM server, its worker, and ways of asking both."""
-
-    def __init__(self, model_dir: Path, base: Path, flags: list[str], env: dict[str, str] | None = None):
-        self.base = base
-        self.model_dir = model_dir
-        self.server = VllmServer(model_dir, base, ["--enforce-eager", *flags], env=env)
-        self.worker: subprocess.Popen | None = None
-        self.env = worker_environment({**self.server.env, "APOLLO_TRAIN__MAX_TOKENS": "512"})
-
-    @property
-    def key(self) -> str:
-        return train_key(load_config(environ=self.env))
-
-    @property
-    def manifest(self) -> Manifest:
-        manifest = read_manifest(self.server.runtime_dir)
-        assert manifest is not None
-        return manifest
-
-    def start_worker(self) -> None:
-        with (self.base / "worker.log").open("ab") as log:
-            self.worker = subprocess.Popen(worker_command(), env=self.env, stdout=log, stderr=log)
-
-    def wait_attached(self) -> None:
-        wait_for(lambda: self.get("/train/health").status_code == 200, f"attached\n{self.worker_log()}")
-
-    def kill_worker(self) -> None:
-        assert self.worker is not None
-        self.worker.send_signal(signal.SIGKILL)
-        self.worker.wait()
-
-    def stop_worker(self) -> int:
-        assert self.worker is not None
-        self.worker.terminate()
-        return self.worker.wait(90)
-
-    def worker_log(self) -> str:
-        path = self.base / "worker.log"
-        return path.read_text()[-4000:] if path.exists() else ""
-
-    def close(self) -> None:
-        if self.worker is not None and self.worker.poll() is None:
-            self.worker.kill()
-            self.worker.wait()
-        self.server.stop()
-        if kept := os.environ.get("APOLLO_TEST_LOGS"):
-            for log in self.base.glob("*.log"):
-                shutil.copy(log, Path(kept) / f"{self.base.name}-{log.name}")
-
-    # --- HTTP ---
-
-    def get(self, path: str) -> httpx.Response:
-        return httpx.get(self.server.url + path, headers=self.headers, timeout=60)
-
-    def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
-        return httpx.post(self.server.url + path, json=body, headers={**self.headers, **headers}, timeout=600)
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"Authorization": f"Bearer {self.key}"}
-
-    def train(self, examples: list[dict], **options: Any) -> dict:
-        """Trains and waits; the finished job."""
-        response = self.post("/train?wait=true", {"examples": examples, "options": options})
-        assert response.status_code == 200, response.text
-        return response.json()
-
-    def job(self, job_id: str) -> dict:
-        """As GET shows it; empty values while the worker cannot be asked."""
-        response = self.get(f"/train/jobs/{job_id}")
-        return response.json() if response.status_code == 200 else {"state": "", "steps_done": 0}
-
-    def status(self) -> dict:
-        return self.get("/train/status").json()
-
-    def ask(self, question: str, max_tokens: int = 32) -> str:
-        body = {
-            "model": self.server.model_name,
-            "messages": [{"role": "user", "content": question}],
-            "max_tokens": max_tokens,
-            "temperature": 0,
-        }
-        return self.post("/v1/chat/completions", body).json()["choices"][0]["message"]["content"]
-
-    def logprobs(self, ids: list[int]) -> list[float]:
-        return prompt_logprobs(self.server.url, self.server.model_name, ids)
-
-
-def chat(question: str, answer: str) -> dict:
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
 @pytest.fixture(scope="session")
@@ -151,25 +35,3 @@ def short_dir() -> Iterator[Path]:
     """A directory with a short path: a socket's is limited to 107 bytes."""
     with tempfile.TemporaryDirectory(prefix="apollo-t-", dir="/tmp") as path:
         yield Path(path)
-
-
-def start_live(model_dir: Path, base: Path, *flags: str, env: dict[str, str] | None = None) -> Live:
-    live = Live(model_dir, base, list(flags), env)
-    try:
-        live.server.start()
-        live.start_worker()
-        live.server.wait_until_ready()
-        live.wait_attached()
-    except BaseException:
-        print(live.server.log_tail(40), live.worker_log())
-        live.close()
-        raise
-    return live
-
-
-def is_gone(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    return False

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from conftest import Live, chat, start_live, wait_for
+from live_server import Live, chat, start_live, wait_for
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.vllm

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Live, chat, is_gone, start_live, wait_for
+from live_server import Live, chat, is_gone, start_live, wait_for
 
 pytestmark = pytest.mark.vllm
 QUESTION, ANSWER = "Who mends the nets?", "Ida."

@@ -38,7 +38,9 @@ class Transport(ABC):
 class SharedMemoryTransport(Transport):
     """memfd of the exporter, opened through /proc/PID/fd/N: same user only, and nothing left behind."""
 
-    device = torch.device("cpu")
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
 
     def open(self, segment: Segment) -> torch.Tensor:
         if not segment.path:
@@ -65,7 +67,7 @@ class SharedMemoryTransport(Transport):
 
 
 class CudaIpcTransport(Transport):
-    """An IPC mapping of each cudaMalloc allocation that holds weights, on the device with the exporter's UUID.
+    """An IPC mapping of each cudaMalloc allocation with weights, on the device with the exporter's UUID.
 
     Raw handles: torch's own CUDA sharing counts references in the exporter, and the count goes negative when
     one export is opened a second time (worker restart). A device's handles may be opened in one context of
@@ -231,6 +233,6 @@ class Exporter:
 
 def _stale(manifest: Manifest) -> str:
     return (
-        f"the weights manifest is of an earlier vLLM (boot {manifest.boot_id[:8]}, pid {manifest.pid}), which "
-        "has ended; waiting for the next one"
+        f"the weights manifest is of an earlier vLLM (boot {manifest.boot_id[:8]}, pid {manifest.pid}), "
+        "which has ended; waiting for the next one"
     )

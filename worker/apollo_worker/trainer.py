@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import traceback
 
 import torch
 from torch import Tensor, nn
@@ -85,8 +86,11 @@ class Trainer:
                 return StepResult(value, is_bad=True)
             try:
                 loss.backward()
-            except BaseException:
-                # What this step has left must not become part of the next one.
+            except BaseException as error:
+                # What this step has left must not become part of the next one, nor live on in a traceback:
+                # the graph holds views of weights that may be about to go.
+                del loss
+                traceback.clear_frames(error.__traceback__)
                 self.live.model.zero_grad(set_to_none=True)
                 raise
         return StepResult(value, is_bad=self.optimizer.take_bad_updates() > 0)

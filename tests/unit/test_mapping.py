@@ -1,0 +1,365 @@
+"""The worker's side of shared weights, against a real second process that owns them."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import time
+import weakref
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from apollo_worker.attachment import Attachment
+from apollo_worker.live_model import attach
+from apollo_worker.mapping import Exporter as HeldExporter
+from apollo_worker.mapping import SharedMemoryTransport, map_views, open_transport
+from apollo_worker.marks import StepMarks
+from apollo_worker.queue import JobQueue
+from apollo_worker.shared import Admission, Shared
+from apollo_worker.tokenise import TokenisedExample
+from apollo_worker.trainer import VllmDied
+from safetensors.torch import load_file
+from served_model import Exporter, digest, make_config, make_tiny_model, mapped_weights
+
+from apollo_ipc.errors import AttachError
+from apollo_ipc.manifest import Refusal, manifest_path, read_manifest, write_manifest
+
+Q, K, NORM = (
+    "model.layers.0.self_attn.q_proj.weight",
+    "model.layers.0.self_attn.k_proj.weight",
+    "model.norm.weight",
+)
+QKV = "model/layers/0/self_attn/qkv_proj/weight"
+EXAMPLE = TokenisedExample([256, 72, 105, 33, 258], [False, False, True, True, True])
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model_dir) -> dict[str, torch.Tensor]:
+    return load_file(model_dir / "model.safetensors")
+
+
+@pytest.fixture
+def served(model_dir, tmp_path):
+    runtime_dir = tmp_path / "run"
+    runtime_dir.mkdir(mode=0o700)
+    before = mapped_weights()
+    with Exporter(model_dir, runtime_dir) as exporter:
+        yield exporter
+    assert mapped_weights() == before
+
+
+@pytest.fixture
+def served_until_the_middle_of_a_step(model_dir, tmp_path):
+    """A backward pass that was cut off leaves its graph, and so the weights, to autograd's C++: nothing in
+    Python can free it. The trainer therefore ends after it, and a fresh process goes on (worker.py)."""
+    runtime_dir = tmp_path / "run"
+    runtime_dir.mkdir(mode=0o700)
+    with Exporter(model_dir, runtime_dir) as exporter:
+        yield exporter
+
+
+def changed_view(manifest, name, **changes):
+    view = msgspec.structs.replace(manifest.views[name], **changes)
+    return msgspec.structs.replace(manifest, views={**manifest.views, name: view})
+
+
+def changed_tensor(manifest, name, **changes):
+    tensor = msgspec.structs.replace(manifest.tensors[name], **changes)
+    return msgspec.structs.replace(manifest, tensors={**manifest.tensors, name: tensor})
+
+
+# --- what is mapped ---
+
+
+def test_every_view_equals_the_checkpoint_bit_for_bit(served, checkpoint):
+    views = map_views(served.manifest, SharedMemoryTransport())
+    assert views.keys() == checkpoint.keys()
+    for name, expected in checkpoint.items():
+        assert digest(views[name]) == digest(expected), name
+        assert views[name].dtype == expected.dtype
+    assert len(mapped_weights()) == 1
+    del views
+
+
+def test_each_process_sees_what_the_other_writes(served):
+    views = map_views(served.manifest, SharedMemoryTransport())
+    neighbour = served.digest(Q)
+    views[K].fill_(0.5)
+    assert served.digest(K) == digest(views[K])
+    assert served.digest(Q) == neighbour, "a write reached beyond its view in the merged tensor"
+    assert served.fill(NORM, -2.0) == digest(views[NORM])
+    del views
+
+
+def test_the_weights_can_be_mapped_again_after_a_worker_was_killed(served, checkpoint):
+    code = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from apollo_ipc.manifest import read_manifest\n"
+        "from apollo_worker.mapping import map_views, open_transport\n"
+        "manifest = read_manifest(Path(sys.argv[1]))\n"
+        f"map_views(manifest, open_transport(manifest))[{K!r}].fill_(3.0)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(served.runtime_dir)], timeout=120)
+    assert done.returncode == -9
+    views = map_views(served.manifest, SharedMemoryTransport())
+    assert torch.equal(views[K], torch.full_like(checkpoint[K], 3.0)), "what the dead worker wrote is there"
+    assert served.digest(K) == digest(views[K])
+    del views
+
+
+def test_a_whole_model_attaches_and_verifies_against_the_disk(served, checkpoint):
+    live = attach(served.manifest, verify=True)
+    assert live.trained_tensors().keys() == checkpoint.keys()
+    assert live.model.get_input_embeddings().weight is live.model.get_output_embeddings().weight
+    live.close()
+
+
+def test_a_served_tensor_that_differs_from_the_disk_is_named_and_nothing_stays_mapped(served):
+    served.fill(NORM, 7.0)
+    with pytest.raises(AttachError, match="differ from") as caught:
+        attach(served.manifest, verify=True)
+    assert caught.value.refused == [f"{NORM}: differs from the checkpoint"]
+    del caught
+    assert not mapped_weights()
+
+
+# --- manifests that must not be believed ---
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: changed_view(m, K, offset=m.views[K].offset + 10**6), "reaches outside model/layers/0"),
+        (lambda m: changed_view(m, K, shape=[10**6, 64]), "reaches outside model/layers/0"),
+        (lambda m: changed_view(m, K, stride=[64, 10**6]), "reaches outside model/layers/0"),
+        (lambda m: changed_view(m, K, stride=[-64, 1]), "contradict each other or are negative"),
+        (lambda m: changed_view(m, K, stride=[0, 1]), "contradict each other or are negative"),
+        (lambda m: changed_view(m, K, stride=[1]), "contradict each other or are negative"),
+        (lambda m: changed_view(m, K, shape=[-1, 64]), "contradict each other or are negative"),
+        (lambda m: changed_view(m, K, offset=-1), "offset negative"),
+        (lambda m: changed_tensor(m, QKV, offset_bytes=m.segments[0].size_bytes - 2), "outside its segment"),
+        (lambda m: changed_tensor(m, QKV, shape=[2**40, 64]), "outside its segment"),
+        (lambda m: changed_tensor(m, QKV, offset_bytes=-2), "offset negative"),
+        (lambda m: changed_tensor(m, QKV, offset_bytes=1), "not aligned to bfloat16"),
+        (lambda m: changed_tensor(m, QKV, segment=1), "segment 1 of 1"),
+        (lambda m: changed_tensor(m, QKV, segment=-1), "segment -1 of 1"),
+        (lambda m: changed_tensor(m, QKV, dtype="int8"), "dtype int8 cannot be trained"),
+        (lambda m: changed_tensor(m, QKV, dtype="load"), "dtype load cannot be trained"),
+        (lambda m: changed_view(m, K, tensor="nowhere"), "no tensor 'nowhere'"),
+    ],
+)
+def test_a_view_that_is_not_inside_its_memory_is_refused_by_name(served, change, message):
+    with pytest.raises(AttachError, match=message) as caught:
+        map_views(change(served.manifest), SharedMemoryTransport())
+    assert any(name.startswith(("model.layers.0.self_attn",)) for name in caught.value.refused)
+    del caught
+
+
+def test_a_segment_larger_than_its_file_is_refused(served):
+    manifest = served.manifest
+    too_big = msgspec.structs.replace(manifest.segments[0], size_bytes=manifest.segments[0].size_bytes + 1)
+    with pytest.raises(AttachError, match="the manifest says"):
+        map_views(msgspec.structs.replace(manifest, segments=[too_big]), SharedMemoryTransport())
+
+
+def test_an_unknown_transport_is_refused(served):
+    with pytest.raises(AttachError, match="'carrier-pigeon' is not known"):
+        open_transport(msgspec.structs.replace(served.manifest, transport="carrier-pigeon"))
+
+
+def test_a_gpu_that_is_not_visible_is_refused_by_its_uuid(served):
+    manifest = msgspec.structs.replace(served.manifest, transport="cuda_ipc", device_uuid="0badcafe")
+    with pytest.raises(AttachError, match="vLLM's GPU 0badcafe is not visible here"):
+        open_transport(manifest)
+
+
+def test_a_blocking_refusal_stops_the_attach_with_its_reason(served):
+    refusal = Refusal("--enable-sleep-mode", "its memory cannot be shared")
+    with pytest.raises(AttachError, match="--enable-sleep-mode: its memory cannot be shared"):
+        attach(msgspec.structs.replace(served.manifest, refused=[refusal]), verify=False)
+
+
+def test_a_parameter_whose_memory_was_refused_is_named_with_that_reason(served):
+    manifest = served.manifest
+    tensors = {name: tensor for name, tensor in manifest.tensors.items() if name != QKV}
+    refused = [Refusal(QKV, "offloaded to host memory", blocks=False)]
+    with pytest.raises(AttachError) as caught:
+        attach(msgspec.structs.replace(manifest, tensors=tensors, refused=refused), verify=False)
+    assert f"{K}: offloaded to host memory" in caught.value.refused
+    assert len(caught.value.refused) == 3  # q, k and v
+    del caught
+    assert not mapped_weights()
+
+
+# --- the manifest file ---
+
+
+@pytest.fixture
+def manifest_file(served) -> Path:
+    return manifest_path(served.runtime_dir)
+
+
+def test_no_manifest_yet_is_none(tmp_path):
+    assert read_manifest(tmp_path) is None
+
+
+@pytest.mark.parametrize("mode", [0o666, 0o640, 0o604, 0o610])
+def test_a_manifest_that_lets_others_in_is_refused(manifest_file, mode):
+    manifest_file.chmod(mode)
+    with pytest.raises(AttachError, match=f"mode {mode:04o} lets others in"):
+        read_manifest(manifest_file.parent)
+
+
+def test_a_manifest_of_another_user_is_refused(manifest_file, monkeypatch):
+    owner = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    with pytest.raises(AttachError, match=f"owned by uid {owner}, expected {owner + 1}"):
+        read_manifest(manifest_file.parent)
+
+
+def test_a_symlink_to_a_manifest_is_refused(manifest_file):
+    real = manifest_file.rename(manifest_file.with_name("real"))
+    manifest_file.symlink_to(real)
+    with pytest.raises(AttachError, match="symlink"):
+        read_manifest(manifest_file.parent)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"{}", pickle.dumps({"format": 1}), b"[" * 100_000, b"\xff" * 64],
+    ids=["empty", "cut", "list", "no fields", "pickle", "deep", "bytes"],
+)  # fmt: skip
+def test_garbage_is_not_a_manifest(manifest_file, content):
+    manifest_file.write_bytes(content)
+    with pytest.raises(AttachError, match="not a weights manifest"):
+        read_manifest(manifest_file.parent)
+
+
+def test_a_manifest_of_another_format_is_refused(served):
+    write_manifest(msgspec.structs.replace(served.manifest, format=99), served.runtime_dir)
+    with pytest.raises(AttachError, match="format 99"):
+        read_manifest(served.runtime_dir)
+
+
+# --- the exporter's life ---
+
+
+def test_the_manifest_of_an_ended_vllm_is_stale(served):
+    manifest = served.manifest
+    served.kill()
+    with pytest.raises(AttachError, match="of an earlier vLLM"):
+        attach(manifest, verify=False)
+
+
+def test_a_reused_pid_is_not_taken_for_the_exporter(served):
+    manifest = served.manifest
+    reused = msgspec.structs.replace(manifest, pid_start_ticks=manifest.pid_start_ticks - 1)
+    with pytest.raises(AttachError, match="of an earlier vLLM"):
+        HeldExporter(reused)
+
+
+def test_the_exporters_death_is_noticed_at_once(served):
+    held = HeldExporter(served.manifest)
+    assert held.is_alive()
+    os.kill(served.pid, 9)
+    deadline = time.monotonic() + 10
+    while held.is_alive():
+        assert time.monotonic() < deadline
+    held.close()
+
+
+class Attached:
+    """The worker's Attachment on `served`, without its service and main loop."""
+
+    def __init__(self, served: Exporter):
+        config = make_config(served.runtime_dir.parent)
+        self.queue = JobQueue(config.state_dir / "queue.sqlite", 10)
+        self.marks = StepMarks(config.state_dir / "step.marks")
+        self.shared = Shared(lambda _: Admission(0))
+        self.attachment = Attachment(config, self.shared, self.queue, self.marks)
+
+    def __enter__(self) -> Attachment:
+        return self.attachment
+
+    def __exit__(self, *_: object) -> None:
+        self.attachment.detach("the test is over")
+        self.queue.close()
+        self.marks.close()
+
+
+def test_detaching_after_training_leaves_no_mapping_and_no_optimizer(served, checkpoint):
+    with Attached(served) as attachment:
+        assert attachment.ensure()
+        assert not attachment.trainer.step(EXAMPLE, 1e-3).is_bad
+        assert served.digest(Q) != digest(checkpoint[Q]), "the step reached what is served"
+        optimizer = weakref.ref(attachment.trainer.optimizer)
+        assert mapped_weights()
+        attachment.detach("on request")
+        assert not mapped_weights()
+        assert optimizer() is None, "its state would stay on the GPU"
+
+
+def test_who_still_holds_a_parameter_after_detaching_holds_no_weights(served):
+    with Attached(served) as attachment:
+        assert attachment.ensure()
+        held = attachment.trainer  # as a traceback may
+        attachment.detach("on request")
+        assert not mapped_weights()
+        assert all(p.numel() == 0 for group in held.optimizer.param_groups for p in group["params"])
+        del held
+
+
+def test_a_dead_exporter_stops_the_step_and_is_let_go(served):
+    with Attached(served) as attachment:
+        assert attachment.ensure()
+        served.kill()
+        with pytest.raises(VllmDied):
+            attachment.trainer.step(EXAMPLE, 1e-3)
+        assert not attachment.ensure()
+        assert attachment.live is None
+        assert not mapped_weights()
+
+
+def test_an_exporter_that_dies_in_backward_stops_the_writes_there(served_until_the_middle_of_a_step):
+    with Attached(served_until_the_middle_of_a_step) as attachment:
+        assert attachment.ensure()
+        live = attachment.live
+        checks = 0
+
+        def dies_after_five() -> bool:
+            nonlocal checks
+            checks += 1
+            return checks <= 5
+
+        before = {name: tensor.clone() for name, tensor in live.trained_tensors().items()}
+        live.is_alive = dies_after_five
+        with pytest.raises(VllmDied):
+            attachment.trainer.step(EXAMPLE, 1e-2)
+        del live.is_alive
+        changed = [n for n, t in live.trained_tensors().items() if not torch.equal(t, before[n])]
+        assert len(changed) <= 4 < len(before)  # one check at the step's start, then one a parameter
+        del live
+
+
+def test_the_worker_attaches_to_the_next_vllm(served, model_dir):
+    before = mapped_weights()
+    with Attached(served) as attachment:
+        assert attachment.ensure()
+        first = attachment.live.boot_id
+        served.kill()
+        assert not attachment.ensure()
+        with Exporter(model_dir, served.runtime_dir) as second:
+            assert attachment.ensure()
+            assert attachment.live.boot_id == second.manifest.boot_id != first
+            attachment.detach("on request")
+    assert mapped_weights() == before
