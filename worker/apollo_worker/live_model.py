@@ -74,8 +74,8 @@ class LiveModel:
 
         A parameter may be held from elsewhere (optimizer, a traceback), so each loses its memory rather than
         its place in the model. Its hooks go too: parameter -> hook -> optimizer -> parameter is a cycle
-        through C++ that Python's collector never frees, and the optimizer's state is GPU memory that the next vLLM
-        wants.
+        through C++ that Python's collector never frees, and the optimizer's state is GPU memory that the next
+        vLLM wants.
         """
         for parameter in self.model.parameters():
             parameter.grad = None

@@ -75,7 +75,7 @@ class TrainingWorker:
             live = self.attachment.live
             if isinstance(error, VllmDied) or live is None or not live.is_alive():
                 # On a GPU the end of vLLM may also show as an error of CUDA. The job stays the running one,
-                # and a fresh process takes it on: a backward pass that was cut off leaves memory that C++ holds.
+                # and a fresh process takes it on: a backward pass that was cut off leaves memory to C++.
                 log.warning("job %s waits for the next vLLM and a new trainer (%s)", job.info.job_id, error)
                 self.queue.release(job.info.job_id)
                 self.shared.stopping.set()
