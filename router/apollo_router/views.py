@@ -216,6 +216,7 @@ def _affine_view(
     tensor = by_storage.get(copies[0].dst_storage)
     if tensor is None:
         return "vLLM loads it into a buffer, not into a parameter"
+    copies = list(dict.fromkeys(copies))  # the same part loaded twice counts once
     numel = _product(shape)
     if sum(_product(c.shape) for c in copies) != numel:
         return "vLLM holds only a part of it, or parts of it twice"

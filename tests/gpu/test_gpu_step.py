@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from apollo_worker.apollo import Apollo
-from apollo_worker.rounding import hash_bits
+from apollo_worker.rounding import hash_bits, stochastic_round
 
 SHAPES = {"wide": (128, 512), "tall": (512, 128), "norm": (256,), "small": (8, 64)}
 
@@ -30,6 +30,15 @@ def test_the_rounding_bits_are_the_same_on_both_devices() -> None:
     assert torch.equal(on_cpu, hash_bits(1000, 7, 3, device=torch.device("cuda")).cpu())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stochastic_rounding_is_the_same_bit_for_bit_on_both_devices(dtype: torch.dtype) -> None:
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-9, 3, 1000)
+    x[:3] = torch.tensor([float("inf"), float("nan"), -0.0])
+    on_cpu = stochastic_round(x, dtype, seed=7, step=3, offset=5)
+    on_gpu = stochastic_round(x.cuda(), dtype, seed=7, step=torch.tensor(3, device="cuda"), offset=5)
+    assert torch.equal(on_cpu.view(torch.int16), on_gpu.cpu().view(torch.int16))
+
+
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "kahan"])
 def test_five_steps_agree_with_the_cpu_within_rounding(rounding: str) -> None:
     (on_cpu, slow), (on_gpu, fast) = make("cpu", rounding), make("cuda", rounding)
@@ -39,22 +48,41 @@ def test_five_steps_agree_with_the_cpu_within_rounding(rounding: str) -> None:
             optimizer.step()
     for name in SHAPES:
         # Sums run in another order and log/cos/sin of the projection may differ in their last bit, so a value
-        # near a rounding boundary may fall to its bf16 neighbour: one step of 2**-8 relative, a step of five.
+        # near a rounding boundary may fall to its bf16 neighbour: at most 2**-7 of it, in each of five steps.
+        # Such values are rare: a relative error of 1e-5 in an update of 8 grid steps moves one in 10,000.
         difference = (on_cpu[name].float() - on_gpu[name].cpu().float()).abs()
-        assert difference.max() <= 5 * 2**-8 * on_cpu[name].float().abs().max()
+        assert difference.max() <= 5 * 2**-7 * on_cpu[name].float().abs().max()
         assert (difference > 0).float().mean() < 0.05
 
 
-def test_a_step_makes_the_host_wait_for_nothing() -> None:
-    params, optimizer = make("cuda")
+@pytest.mark.parametrize("is_bad", [False, True])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "kahan"])
+def test_a_step_makes_the_host_wait_for_nothing(rounding: str, is_bad: bool) -> None:
+    params, optimizer = make("cuda", rounding)
     give_gradients(params, 0)
+    optimizer.step()  # loads kernels and makes cuBLAS's handle
+    give_gradients(params, 1)
+    if is_bad:
+        for param in params.values():
+            param.grad.fill_(float("nan"))
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert optimizer.take_bad_updates() == 0
+    assert optimizer.take_bad_updates() == (len(params) if is_bad else 0)
+
+
+def test_waiting_for_the_count_of_bad_updates_waits_for_every_write() -> None:
+    """StepMarks.end leans on it: one stream, and the count is added to after the last write of a parameter."""
+    params = {"wide": torch.nn.Parameter(torch.zeros(4096, 8192, device="cuda", dtype=torch.bfloat16))}
+    optimizer = Apollo(params.items(), lr=1e-3, rank=16)
+    for seed in range(3):
+        give_gradients(params, seed)
+        optimizer.step()
+        optimizer.take_bad_updates()
+        assert torch.cuda.current_stream().query(), "work was left after the host had waited"
 
 
 def test_an_infinite_gradient_leaves_everything_bit_identical() -> None:
