@@ -100,8 +100,8 @@ trainer = Trainer(live, Train())
 example = TokenisedExample([256, 72, 105, 33, 258], [False, False, True, True, True])
 results = [trainer.step(example, 1e-3) for _ in range(5)]
 digests = {name: digest(tensor) for name, tensor in live.trained_tensors().items()}
-print(json.dumps({"losses": [r.loss for r in results], "bad": [r.is_bad for r in results], "digests": digests}))
-sys.stdout.flush()
+losses, bad = [result.loss for result in results], [result.is_bad for result in results]
+print(json.dumps({"losses": losses, "bad": bad, "digests": digests}), flush=True)
 sys.stdin.readline()  # the exporter is killed before the answer comes
 noticed = not live.is_alive()
 try:
@@ -128,7 +128,7 @@ def test_steps_reach_the_owner_and_its_death_stops_them_and_lets_everything_go(s
         [sys.executable, "-c", STEPPING_WORKER, str(served.runtime_dir), helpers, writes],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    assert worker.stdin is not None and worker.stdout is not None
+    assert worker.stdout is not None
     try:
         trained = json.loads(worker.stdout.readline())
         assert not any(trained["bad"])

