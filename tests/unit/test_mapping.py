@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import time
@@ -14,17 +15,20 @@ import msgspec
 import pytest
 import torch
 from apollo_worker.attachment import Attachment
-from apollo_worker.live_model import attach
+from apollo_worker.live_model import attach, load_offline
 from apollo_worker.mapping import Exporter as HeldExporter
 from apollo_worker.mapping import SharedMemoryTransport, map_views, open_transport
 from apollo_worker.marks import StepMarks
 from apollo_worker.queue import JobQueue
 from apollo_worker.shared import Admission, Shared
+from apollo_worker.sync import CheckpointWriter
 from apollo_worker.tokenise import TokenisedExample
-from apollo_worker.trainer import VllmDied
-from safetensors.torch import load_file
+from apollo_worker.trainer import Trainer, VllmDied
+from safetensors.torch import load_file, save_file
 from served_model import Exporter, digest, make_config, make_tiny_model, mapped_weights
+from transformers import AutoModelForCausalLM
 
+from apollo_ipc.config import Train
 from apollo_ipc.errors import AttachError
 from apollo_ipc.manifest import Refusal, manifest_path, read_manifest, write_manifest
 
@@ -131,6 +135,51 @@ def test_a_served_tensor_that_differs_from_the_disk_is_named_and_nothing_stays_m
     assert caught.value.refused == [f"{NORM}: differs from the checkpoint"]
     del caught
     assert not mapped_weights()
+
+
+# --- a tied checkpoint that holds its head a second time ---
+
+
+@pytest.fixture
+def redundant_head(model_dir, tmp_path) -> Path:
+    """Merging and quantizing tools leave such: tie_word_embeddings is true, and lm_head is there."""
+    copy = Path(shutil.copytree(model_dir, tmp_path / "redundant"))
+    tensors = load_file(copy / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+def write_head(model_dir: Path, value: float) -> None:
+    tensors = load_file(model_dir / "model.safetensors")
+    tensors["lm_head.weight"].fill_(value)
+    save_file(tensors, model_dir / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_sync_writes_a_tied_tensor_under_each_of_its_names(redundant_head):
+    live = load_offline(redundant_head)
+    before = digest(live.tensors["model.embed_tokens.weight"])
+    Trainer(live, Train()).step(EXAMPLE, 1e-2)
+    CheckpointWriter(redundant_head, live.trained_tensors()).sync(weight_version=1, applied_seq=0)
+    stored = load_file(redundant_head / "model.safetensors")
+    assert digest(stored["model.embed_tokens.weight"]) == digest(stored["lm_head.weight"]) != before
+    loaded = AutoModelForCausalLM.from_pretrained(redundant_head)
+    assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
+
+
+def test_a_head_that_differs_from_what_it_is_tied_to_is_refused(redundant_head):
+    write_head(redundant_head, 0.5)
+    with pytest.raises(AttachError, match="set tie_word_embeddings to false"):
+        load_offline(redundant_head)
+
+
+def test_a_head_that_is_served_apart_from_what_it_is_tied_to_is_refused(redundant_head, tmp_path):
+    (tmp_path / "run").mkdir(mode=0o700)
+    with (
+        Exporter(redundant_head, tmp_path / "run") as served,
+        pytest.raises(AttachError, match=r"lm_head.weight is not model.embed_tokens.weight"),
+    ):
+        attach(served.manifest, verify=False)
 
 
 # --- manifests that must not be believed ---

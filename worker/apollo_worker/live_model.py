@@ -36,7 +36,8 @@ class LiveModel:
     """A model to train in place.
 
     tensors: checkpoint name -> live tensor; names: parameter -> checkpoint name.
-    exporter and transport are None offline, where the memory is our own.
+    exporter and transport are None offline, where the memory is our own. copies: checkpoint tensor that
+    repeats a tied one (a redundant lm_head) -> the one that it repeats.
     """
 
     model: PreTrainedModel
@@ -46,6 +47,7 @@ class LiveModel:
     boot_id: str
     exporter: Exporter | None = None
     transport: Transport | None = None
+    copies: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def num_parameters(self) -> int:
@@ -60,8 +62,13 @@ class LiveModel:
         return self.exporter is None or self.exporter.is_alive()
 
     def trained_tensors(self) -> dict[str, torch.Tensor]:
-        """Checkpoint name -> live tensor, of the parameters that this model has."""
-        return {name: self.tensors[name] for name in self.names.values()}
+        """Checkpoint name -> live tensor, of the parameters that this model has.
+
+        A tied tensor under each of its names: a checkpoint that holds a copy of it would else keep the old
+        values there, and transformers and vLLM untie two tensors that differ.
+        """
+        own = {name: self.tensors[name] for name in self.names.values()}
+        return own | {copy: self.tensors[name] for copy, name in self.copies.items()}
 
     def grid_dtypes(self) -> dict[str, torch.dtype]:
         """Parameter -> dtype of its checkpoint tensor: what is written is exact there."""
@@ -80,9 +87,8 @@ class LiveModel:
         for parameter in self.model.parameters():
             parameter.grad = None
             parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
-            if (
-                hooks := parameter._post_accumulate_grad_hooks
-            ):  # what register_post_accumulate_grad_hook fills
+            # What register_post_accumulate_grad_hook fills.
+            if hooks := parameter._post_accumulate_grad_hooks:
                 hooks.clear()
             del parameter, hooks
         del self.model
@@ -144,7 +150,26 @@ def _build(manifest: Manifest, transport: Transport, exporter: Exporter) -> Live
     fill_parameters(model, tensors, names)
     fill_buffers(model, model_dir, transport.device)
     model.eval()
-    return LiveModel(model, model_dir, tensors, names, manifest.boot_id, exporter, transport)
+    copies = tied_copies(model, set(shard_index(model_dir)), names)
+    for copy, name in copies.items():
+        if copy in tensors and tensors[copy].data_ptr() != tensors[name].data_ptr():
+            raise _untied(copy, name)
+    return LiveModel(model, model_dir, tensors, names, manifest.boot_id, exporter, transport, copies)
+
+
+def tied_copies(model: PreTrainedModel, stored: set[str], names: dict[str, str]) -> dict[str, str]:
+    """Tensors of the checkpoint (`stored`) that repeat a tied parameter under another of its names."""
+    again, _ = checkpoint_names(model, stored - set(names.values()))
+    tied = {first for first, group in parameter_names(model).items() if len(group) > 1}
+    return {copy: names[parameter] for parameter, copy in again.items() if parameter in tied}
+
+
+def _untied(copy: str, name: str) -> AttachError:
+    return AttachError(
+        f"{copy} is not {name}, to which the model's configuration ties it, and would not be trained: set "
+        "tie_word_embeddings to false in config.json",
+        refused=[copy],
+    )
 
 
 def _why(name: str, reasons: dict[str, str]) -> str:
@@ -193,4 +218,8 @@ def load_offline(model_dir: Path, device: torch.device | None = None) -> LiveMod
     fill_buffers(model, model_dir, device)
     model.eval()
     assert set(parameter_names(model)) == set(names)
-    return LiveModel(model, model_dir, floating, names, boot_id="offline")
+    copies = tied_copies(model, set(floating), names)
+    for copy, name in copies.items():
+        if not torch.equal(floating.pop(copy), floating[name]):
+            raise _untied(copy, name)
+    return LiveModel(model, model_dir, floating, names, boot_id="offline", copies=copies)
