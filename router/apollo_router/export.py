@@ -127,7 +127,7 @@ def local_model_dir(model: str) -> Path:
 
 
 def _on_cpu(model: nn.Module) -> bool:
-    return next(model.parameters()).device.type == "cpu"
+    return all(parameter.device.type == "cpu" for parameter in model.parameters())
 
 
 def compute_from_live_weights(model: nn.Module) -> None:

@@ -100,7 +100,7 @@ def read_manifest(runtime_dir: Path, rank: int = 0) -> Manifest | None:
     """
     path = manifest_path(runtime_dir, rank)
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
     except OSError as error:

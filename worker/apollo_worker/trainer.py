@@ -93,6 +93,7 @@ class Trainer:
                 traceback.clear_frames(error.__traceback__)
                 self.live.model.zero_grad(set_to_none=True)
                 raise
+        # Waits for the device, so that the step's last write is done when this returns.
         return StepResult(value, is_bad=self.optimizer.take_bad_updates() > 0)
 
     def use_rank(self, rank: int | None) -> None:

@@ -11,6 +11,8 @@ import os
 import time
 import traceback
 
+import torch
+
 from apollo_ipc.checkpoint import read_commit
 from apollo_ipc.errors import ApolloError, CheckpointError, NotReady, UserError
 from apollo_ipc.messages import SyncResult
@@ -28,6 +30,12 @@ IDLE_WAIT_S = 0.25  # how long the loop sleeps at most before it looks whether v
 
 class JobStopped(Exception):
     """The job's loop ended before its last step; the reason is the argument."""
+
+
+def is_device_lost(error: Exception) -> bool:
+    """An error of the accelerator that stays: any but running out of memory."""
+    is_accelerator = isinstance(error, torch.AcceleratorError)
+    return is_accelerator and not isinstance(error, torch.OutOfMemoryError)
 
 
 class TrainingWorker:
@@ -80,6 +88,11 @@ class TrainingWorker:
                 self.queue.release(job.info.job_id)
                 self.shared.stopping.set()
                 return
+            if is_device_lost(error):
+                # The CUDA context is beyond use: every job after this one would fail of it too. The next
+                # trainer finds the torn step; a job that does this three times is quarantined.
+                self.shared.attached = False  # nothing of this is synced
+                raise
             self.fail(job, error)
         else:
             checkpoint = self.config.checkpoint
