@@ -18,7 +18,7 @@ from apollo_ipc.shards import shard_index
 from apollo_worker.hf_model import vocab_size_of
 from apollo_worker.link import ModelFacts
 from apollo_worker.live_model import LiveModel, attach
-from apollo_worker.marks import StepMarks
+from apollo_worker.marks import LastStep, StepMarks
 from apollo_worker.queue import JobQueue
 from apollo_worker.shared import Shared
 from apollo_worker.state import LiveState, check_same_model, read_state, write_state
@@ -167,7 +167,7 @@ class Attachment:
             log.warning("%s in the lost weights only, not in the checkpoint: training again", jobs)
         return 1 if again else 0
 
-    def _mend_last_step(self, last, commit: Commit | None) -> int:
+    def _mend_last_step(self, last: LastStep, commit: Commit | None) -> int:
         """After a crash of the worker alone. 1 where the weights had to be restored.
 
         A step that ended but was not recorded is recorded; one that did not end left weights that are neither
