@@ -15,8 +15,9 @@ log = logging.getLogger(__name__)
 def use_idle_priority(config: Config) -> None:
     """SCHED_IDLE (sched(7)) for the calling thread and every thread that it will start, e.g. OpenMP's.
 
-    Beside vLLM on two cores a synthetic burner raised completion p99 to 1.04x with it and passive waiting,
-    to 2.6x without; real training to 1.1x to 2.0x (docs/operations.md). On a GPU it would only delay kernel launches, and is left alone.
+    Beside vLLM on two cores a synthetic burner raised completion p99 to 1.04x with it and passive OpenMP
+    waiting, to 2.6x without; real training to 1.1x to 2.0x (docs/operations.md). On a GPU it would only delay
+    kernel launches, and is left alone.
     """
     if config.worker.num_threads:
         torch.set_num_threads(config.worker.num_threads)
