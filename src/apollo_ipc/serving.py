@@ -57,6 +57,11 @@ def vllm_environment(
     env.setdefault("HF_HUB_OFFLINE", "1")
     if serves_on_cpu():
         env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        # Scheduler and model in one process. Two wait for each other in sched_yield(2), and each yield hands
+        # the core to a trainer in SCHED_IDLE until the next tick, 4 ms later (docs/log.md).
+        env.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        # vLLM chooses the number of threads for its model process only where that is one of its own.
+        env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) - 1)))
     return env
 
 

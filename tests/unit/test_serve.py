@@ -186,6 +186,23 @@ def test_what_the_user_set_in_the_environment_stays(config, monkeypatch):
     assert (environment["HF_HUB_OFFLINE"], environment["OMP_WAIT_POLICY"]) == ("0", "ACTIVE")
 
 
+@pytest.mark.parametrize("set_by_user", [None, "1"])
+def test_vllm_on_a_cpu_gets_no_second_process_to_spin_for(config, monkeypatch, set_by_user):
+    monkeypatch.setattr("apollo_ipc.serving.serves_on_cpu", lambda: True)
+    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
+    if set_by_user:
+        monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", set_by_user)
+    environment = vllm_environment(config, None)
+    assert environment["VLLM_ENABLE_V1_MULTIPROCESSING"] == (set_by_user or "0")
+    assert int(environment["OMP_NUM_THREADS"]) >= 1
+
+
+def test_vllm_on_a_gpu_keeps_its_own_processes(config, monkeypatch):
+    monkeypatch.setattr("apollo_ipc.serving.serves_on_cpu", lambda: False)
+    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
+    assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in vllm_environment(config, None)
+
+
 def test_vllms_own_flags_go_to_it_unchanged():
     flags = ["--max-model-len", "2048", "-O3", "--compilation-config={}"]
     command = vllm_command(Path("/m"), "127.0.0.1", 8001, serve.check_vllm_flags(flags))

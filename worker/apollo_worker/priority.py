@@ -16,11 +16,11 @@ def use_idle_priority(config: Config) -> None:
     """SCHED_IDLE (sched(7)) for the calling thread and every thread that it will start, e.g. OpenMP's.
 
     Beside vLLM on two cores a synthetic burner raised completion p99 to 1.04x with it and passive OpenMP
-    waiting, to 2.6x without; real training to 1.1x to 2.0x (docs/operations.md). On a GPU it would only delay
-    kernel launches, and is left alone.
+    waiting, to 2.6x without (docs/operations.md). On a GPU it would only delay kernel launches, and is left
+    alone.
     """
-    if config.worker.num_threads:
-        torch.set_num_threads(config.worker.num_threads)
+    # Not OMP_NUM_THREADS, which is vLLM's: the worker may have inherited it.
+    torch.set_num_threads(config.worker.num_threads or len(os.sched_getaffinity(0)))
     if torch.cuda.is_available() or not config.worker.idle_priority:
         return
     try:
