@@ -1,0 +1,127 @@
+"""The benchmarks run, and what they compare is comparable. Their figures are not tested here."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+TOY = ["--layers", "2", "--pretrain-steps", "2", "--eval-windows", "2", "--seeds", "1"]
+
+
+@pytest.fixture
+def small_lm(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import small_lm  # pyright: ignore[reportMissingImports]
+
+    return small_lm
+
+
+def run(script, *arguments):
+    command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.parametrize("script", ["finetune.py", "online.py"])
+def test_help_is_there_without_loading_torch(script):
+    code = (
+        f"import runpy, sys; sys.argv = [{script!r}, '--help']\n"
+        f"try: runpy.run_path({str(BENCHMARKS / script)!r}, run_name='__main__')\n"
+        "except SystemExit: print('loaded', *sorted(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    text, _, loaded = done.stdout.partition("loaded ")
+    assert "--json" in text
+    assert loaded
+    assert not set(loaded.split()) & {"torch", "transformers", "matplotlib", "numpy"}
+
+
+def test_an_unknown_contestant_is_refused_by_name():
+    command = [sys.executable, str(BENCHMARKS / "finetune.py"), "--only", "adamw-fp32,lion"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "no contestant lion; there are adamw-fp32" in done.stderr
+
+
+@pytest.mark.parametrize("text", ["english", "python_source"])
+def test_the_split_of_a_text_is_the_same_each_time_and_disjoint(small_lm, text):
+    corpus, again = getattr(small_lm, text)(), getattr(small_lm, text)()
+    assert corpus.train.equal(again.train)
+    assert corpus.held_out.equal(again.held_out)
+    assert len(corpus.train) > 4 * len(corpus.held_out) > 4 * 20_000
+    train = bytes(corpus.train.tolist())
+    windows = corpus.held_out_windows(48)
+    assert windows.equal(again.held_out_windows(48))
+    assert windows.shape == (48, small_lm.SEQ + 1)
+    assert len(windows.unique(dim=0)) == 48
+    assert not any(bytes(window.tolist()) in train for window in windows)
+
+
+def test_every_contestant_of_a_seed_sees_the_same_windows(small_lm):
+    import torch
+
+    text = small_lm.python_source().train
+    draws = [small_lm.random_windows(text, 3, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert draws[0].equal(draws[1])
+    assert not draws[0].equal(draws[2])
+
+
+def test_a_bf16_model_computes_on_its_stored_weights_and_gets_bf16_gradients(small_lm):
+    import torch
+
+    settings = small_lm.ModelSettings(num_layers=1, hidden=64, intermediate=64)
+    model = small_lm.new_model(settings)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    stored = small_lm.StoredModel(model, start, torch.bfloat16)
+    computed = dict(model.named_parameters())
+    for name, param in stored.named:
+        assert param.dtype == torch.bfloat16
+        assert computed[name].equal(start[name].bfloat16().float())
+    windows = small_lm.english().held_out_windows(2)
+    stored.backward(small_lm.lm_loss(model, windows))
+    assert all(param.grad is not None and param.grad.dtype == torch.bfloat16 for param in stored.params)
+    assert all(param.grad is None for param in computed.values())
+
+
+def test_the_loss_of_a_continuation_leaves_its_context_out(small_lm):
+    import torch
+
+    model = small_lm.new_model(small_lm.ModelSettings(num_layers=1, hidden=64, intermediate=64))
+    window = small_lm.as_tokens(b"two and two are four").long()[None]
+    logits = model(input_ids=window[:, :-1]).logits[0]
+    by_hand = [-torch.log_softmax(logits[i - 1], 0)[window[0, i]].item() for i in range(16, 20)]
+    assert small_lm.lm_loss(model, window, 16).item() == pytest.approx(sum(by_hand) / 4, rel=1e-5)
+
+
+def test_three_steps_of_two_contestants_give_finite_rows(tmp_path):
+    names = ["apollo-fp32", "apollo-stochastic"]
+    options = [*TOY, "--quick", "--steps", 3, "--lr", "1e-4", "--only", ",".join(names)]
+    done = run("finetune.py", *options, "--cache", tmp_path, "--json", tmp_path / "figures.json")
+    assert "Stochastic within 1%" in done.stdout
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["settings"]["steps"] == 3  # what is given holds beside --quick
+    assert [row["name"] for row in figures["rows"]] == names
+    for row in figures["rows"]:
+        for key in ("held_out_loss_mean", "forgetting_mean", "ratio_to_fp32", "s_per_step", "state_bytes"):
+            assert math.isfinite(row[key]), (row["name"], key)
+        assert row["held_out_loss_std"] is None  # of one seed there is none
+        assert row["held_out_loss_mean"] != row["curves"][0][0]  # something was learned
+    assert figures["rows"][0]["ratio_to_fp32"] == 1
+    assert {row["storage"] for row in figures["rows"]} == {"fp32", "bf16"}
+    assert len(list(tmp_path.glob("small_lm-*.safetensors"))) == 1
+
+
+def test_the_stream_of_facts_gives_finite_rows_for_each_phase(tmp_path):
+    options = [*TOY, "--scale", 0.03, "--only", "default,adamw-fp32", "--json", tmp_path / "figures.json"]
+    run("online.py", *options, "--cache", tmp_path)
+    rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    assert {row["name"] for row in rows} == {"default", "adamw-fp32"}
+    assert len({row["phase"] for row in rows}) == 6
+    for row in rows:
+        for key in ("fact_loss", "damage", "update_rms", "written_rms", "grad_norm", "drift_rms"):
+            assert math.isfinite(row[key]), (row["name"], row["phase"], key)
