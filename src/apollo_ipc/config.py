@@ -41,6 +41,7 @@ class Train(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     lr: Annotated[float, Meta(gt=0, le=0.1)] = 1e-5
     epochs: Annotated[int, Meta(ge=1, le=1000)] = 1
+    accumulate_steps: Annotated[int, Meta(ge=1, le=65536)] = 1  # examples an update: their mean loss
     schedule: Literal["auto", "constant", "cosine"] = "auto"
     warmup_fraction: Fraction = 0.1
     beta1: Annotated[float, Meta(ge=0, lt=1)] = 0.9

@@ -47,7 +47,8 @@ class TrainOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit
 
     lr: learning rate (peak, where there is a warm-up); epochs: passes over the examples;
     schedule: "constant", "cosine" (10 % linear warm-up, then cosine to 0) or "auto" (constant for a single
-    example, cosine otherwise); on_duplicate: what to do with an example that was trained before.
+    example, cosine otherwise); on_duplicate: what to do with an example that was trained before;
+    accumulate_steps: examples of one update, which gets the mean of their losses.
     """
 
     lr: Annotated[float, Meta(gt=0, le=0.1)] | None = None
@@ -57,6 +58,7 @@ class TrainOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit
     rank: Annotated[int, Meta(ge=1, le=65536)] | None = None
     max_steps: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
     on_duplicate: Literal["skip", "train"] | None = None
+    accumulate_steps: Annotated[int, Meta(ge=1, le=65536)] | None = None
 
 
 class TrainRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

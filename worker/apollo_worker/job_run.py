@@ -1,6 +1,10 @@
-"""The plan of one job: which example each step trains on, and at what learning rate."""
+"""One job for the trainer: which examples each step trains on, and at what learning rate."""
 
 from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
 
 import msgspec
 
@@ -11,8 +15,24 @@ from apollo_worker.schedule import learning_rate, resolve_schedule
 from apollo_worker.tokenise import TokenisedExample, Tokeniser, content_hash
 
 
+class TrainerQueue(JobQueue):
+    """The queue as its trainer has it, who may say something of the job that it trains."""
+
+    def add_notes(self, job_id: str, notes: Iterable[str]) -> None:
+        """What is there already is not said again: a job that is resumed comes here once more."""
+        before = self.get(job_id).notes
+        if not (new := [note for note in notes if note not in before]):
+            return
+        with self._transaction():
+            self._db.execute(
+                "UPDATE jobs SET notes = ? WHERE job_id = ?", (json.dumps([*before, *new]), job_id)
+            )
+        self._changed(job_id)
+
+
 class Plan(msgspec.Struct, frozen=True):
-    """examples: those to train, in order; hashes: of their contents; num_steps: over all epochs."""
+    """examples: those to train, in order; hashes: of their contents; num_steps: updates over all epochs;
+    accumulate_steps: examples of one update."""
 
     examples: list[TokenisedExample]
     hashes: list[bytes]
@@ -22,14 +42,17 @@ class Plan(msgspec.Struct, frozen=True):
     weight_decay: float
     schedule: str
     warmup_fraction: float
+    accumulate_steps: int = 1
 
-    def example(self, step: int) -> TokenisedExample:
-        """The example of step number `step` (from 0): in the order sent, epoch after epoch."""
-        return self.examples[step % len(self.examples)]
+    def examples_of(self, step: int) -> list[TokenisedExample]:
+        """Those of step number `step` (from 0): in the order sent, epoch after epoch. No step goes over the
+        end of an epoch, so its last one may have fewer."""
+        start = step % steps_of_epoch(len(self.examples), self.accumulate_steps) * self.accumulate_steps
+        return self.examples[start : start + self.accumulate_steps]
 
     def hashes_of(self, num_steps: int) -> list[bytes]:
-        """Hashes of the examples that the first `num_steps` steps have trained."""
-        return self.hashes[:num_steps]
+        """Hashes of the examples that the first `num_steps` steps have trained, each once."""
+        return list(dict.fromkeys(self.hashes[: num_steps * self.accumulate_steps]))
 
     def learning_rate(self, step: int) -> float:
         return learning_rate(
@@ -45,7 +68,8 @@ def plan(request: TrainRequest, tokeniser: Tokeniser, queue: JobQueue, defaults:
     """Tokenises every example. Raises UserError with the path of the field that is wrong."""
     options = request.options
     kept, skipped = _without_duplicates(request, queue, options.on_duplicate or defaults.on_duplicate)
-    num_steps = len(kept) * (options.epochs or defaults.epochs)
+    group = options.accumulate_steps or defaults.accumulate_steps
+    num_steps = steps_of_epoch(len(kept), group) * (options.epochs or defaults.epochs)
     if options.max_steps is not None:
         num_steps = min(num_steps, options.max_steps)
     return Plan(
@@ -57,7 +81,12 @@ def plan(request: TrainRequest, tokeniser: Tokeniser, queue: JobQueue, defaults:
         weight_decay=defaults.weight_decay if options.weight_decay is None else options.weight_decay,
         schedule=resolve_schedule(options.schedule or defaults.schedule, len(kept)),
         warmup_fraction=defaults.warmup_fraction,
+        accumulate_steps=group,
     )
+
+
+def steps_of_epoch(num_examples: int, accumulate_steps: int) -> int:
+    return math.ceil(num_examples / accumulate_steps)
 
 
 def _without_duplicates(

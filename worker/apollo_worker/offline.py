@@ -1,6 +1,6 @@
 """`apollo-ipc train --offline MODEL_DIR FILE`: the same trainer on the directory itself, without a server.
 
-Prints JSON lines: {"step", "num_steps", "loss"} a step, and {"job": ...} at the end.
+Prints JSON lines: {"note"} before all, {"step", "num_steps", "loss"} a step, and {"job": ...} at the end.
 """
 
 from __future__ import annotations
@@ -34,10 +34,12 @@ def train(
     request: TrainRequest,
     config: Config,
     on_step: Callable[[int, int, float], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> JobInfo:
     """Trains on `request` and syncs the directory once, at the end: it holds the old weights or the new ones.
 
-    on_step: called with (step from 1, number of steps, loss). Raises UserError for a bad example, AttachError
+    on_step: called with (step from 1, number of steps, loss); on_note: with what is to be known before the
+    first one. Raises UserError for a bad example, AttachError
     for a model that cannot be trained, CheckpointError when the sync fails.
     """
     recover(model_dir)
@@ -50,9 +52,13 @@ def train(
         queue = JobQueue(Path(scratch) / "queue.sqlite", 1)
         todo = plan(request, read_tokeniser(live, config), queue, config.train)
         queue.close()
+    notes = trainer.prepare_accumulation(todo.accumulate_steps) if todo.num_steps else []
+    if on_note is not None:
+        for note in notes:
+            on_note(note)
     started, losses, num_bad = time.time(), [], 0
     for step in range(todo.num_steps):
-        result = trainer.step(todo.example(step), todo.learning_rate(step), todo.weight_decay)
+        result = trainer.step_on(todo.examples_of(step), todo.learning_rate(step), todo.weight_decay)
         losses.append(result.loss)
         num_bad = num_bad + 1 if result.is_bad else 0
         if num_bad >= config.train.max_bad_steps:
@@ -82,6 +88,7 @@ def train(
         weight_version=version,
         num_skipped=todo.num_skipped,
         loss_history=losses,
+        notes=notes,
     )
 
 
@@ -97,10 +104,13 @@ def main(arguments: list[str] | None = None) -> int:
     def show(step: int, num_steps: int, loss: float) -> None:
         print(json.dumps({"step": step, "num_steps": num_steps, "loss": loss}), flush=True)
 
+    def tell(note: str) -> None:
+        print(json.dumps({"note": note}), flush=True)
+
     try:
         body = sys.stdin.buffer.read() if options.request == "-" else Path(options.request).read_bytes()
         request = parse_train_body(body)
-        job = train(options.model_dir, request, load_config(options.config), show)
+        job = train(options.model_dir, request, load_config(options.config), show, tell)
     except ApolloError as error:
         where = f"{error.field}: " if error.field else ""
         print(f"apollo-ipc: {where}{error.message}", file=sys.stderr)

@@ -6,13 +6,15 @@ import dataclasses
 import logging
 import math
 import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from apollo_ipc.config import Train
-from apollo_ipc.errors import NotReady
+from apollo_ipc.errors import NotReady, UserError
 from apollo_worker.apollo import Apollo
 from apollo_worker.live_model import LiveModel
 from apollo_worker.loss import IGNORED, gather_targets, target_loss, token_logprobs
@@ -71,30 +73,87 @@ class Trainer:
             self._head = None
 
     def step(self, example: TokenisedExample, lr: float, weight_decay: float | None = None) -> StepResult:
-        """Trains on one example, in place. Raises VllmDied when the exporter is gone.
+        """Trains on one example, in place: `step_on` with one."""
+        return self.step_on([example], lr, weight_decay)
 
-        A non-finite loss stops before backward; a non-finite gradient leaves its weight bit-identical.
+    def step_on(
+        self,
+        examples: Sequence[TokenisedExample],
+        lr: float,
+        weight_decay: float | None = None,
+        on_example: Callable[[], None] | None = None,
+    ) -> StepResult:
+        """One update, in place, with the mean of the examples' losses. Raises VllmDied when the exporter is
+        gone.
+
+        A non-finite loss of any of them stops before anything is written; a non-finite gradient leaves its
+        weight bit-identical. Gradients of all but the last example are summed in the parameters' dtype.
+        on_example: called after each example but the last.
         """
-        self._require_vllm()
         self.optimizer.lr = lr
         self.optimizer.weight_decay = self.options.weight_decay if weight_decay is None else weight_decay
+        values: list[float] = []
+        try:
+            for example in examples:
+                is_last = len(values) == len(examples) - 1
+                with nullcontext() if is_last else self._without_updates():
+                    values.append(self._backward(example, 1 / len(examples)))
+                if not math.isfinite(values[-1]):
+                    self.live.model.zero_grad(set_to_none=True)
+                    return StepResult(values[-1], is_bad=True)
+                if on_example is not None and not is_last:
+                    on_example()
+        except BaseException as error:
+            # What this step has left must not become part of the next one, nor live on in a traceback:
+            # the graph holds views of weights that may be about to go.
+            traceback.clear_frames(error.__traceback__)
+            self.live.model.zero_grad(set_to_none=True)
+            raise
+        self.optimizer.step()  # what an earlier example reached and the last did not: an expert, say
+        # Waits for the device, so that the step's last write is done when this returns.
+        return StepResult(sum(values) / len(values), is_bad=self.optimizer.take_bad_updates() > 0)
+
+    def _backward(self, example: TokenisedExample, weight: float) -> float:
+        """The example's loss; its gradients, times `weight`, are in the parameters or used up by the
+        optimizer. No backward pass where the loss is not finite."""
+        self._require_vllm()
         ids, labels = self._inputs(example)
         with torch.enable_grad():
             loss = self._loss(ids, labels)
             value = float(loss.detach())
-            if not math.isfinite(value):
-                return StepResult(value, is_bad=True)
-            try:
-                loss.backward()
-            except BaseException as error:
-                # What this step has left must not become part of the next one, nor live on in a traceback:
-                # the graph holds views of weights that may be about to go.
-                del loss
-                traceback.clear_frames(error.__traceback__)
-                self.live.model.zero_grad(set_to_none=True)
-                raise
-        # Waits for the device, so that the step's last write is done when this returns.
-        return StepResult(value, is_bad=self.optimizer.take_bad_updates() > 0)
+            if math.isfinite(value):
+                (loss if weight == 1 else loss * weight).backward()
+        return value
+
+    @contextmanager
+    def _without_updates(self) -> Iterator[None]:
+        """Inside, gradients stay in the parameters: no optimizer in backward."""
+        for hook in self._hooks:
+            hook.remove()
+        try:
+            yield
+        finally:
+            self._hooks = self.optimizer.attach_hooks()
+
+    def accumulation_bytes(self) -> int:
+        """What accumulation keeps more than a step on one example: every parameter's gradient."""
+        return sum(parameter.nbytes for parameter in self.live.model.parameters())
+
+    def prepare_accumulation(self, num_examples: int) -> list[str]:
+        """Notes on what updates of `num_examples` cost. Raises UserError where the GPU has no room for it."""
+        if num_examples == 1:
+            return []
+        needed = self.accumulation_bytes()
+        if self.live.device.type == "cuda" and needed > (free := free_bytes(self.live.device)):
+            raise UserError(
+                f"gradient accumulation over {num_examples} examples keeps all gradients: "
+                f"{needed / 1e9:.1f} GB, and the GPU has {free / 1e9:.1f} GB free; leave accumulate_steps at "
+                "1, or give vLLM a smaller --gpu-memory-utilization",
+                field="options.accumulate_steps",
+                code="not_enough_memory",
+            )
+        cost = f"{needed / 1e9:.3g} GB more"
+        return [f"gradient accumulation over {num_examples} examples keeps all gradients: {cost}"]
 
     def use_rank(self, rank: int | None) -> None:
         """None: the configured rank. Another one trains with moments that start at 0 and end with the job."""
@@ -181,6 +240,12 @@ class Trainer:
         return bool(
             torch.allclose(logits, expected, rtol=0, atol=4 * 2**-7 * float(expected.abs().max() + 1))
         )
+
+
+def free_bytes(device: torch.device) -> int:
+    """What this process can still allocate: free on the GPU, or held by torch and unused."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def make_optimizer(live: LiveModel, options: Train, rank: int) -> Apollo:

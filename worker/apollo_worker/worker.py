@@ -10,6 +10,7 @@ import logging
 import os
 import time
 import traceback
+from functools import partial
 
 import torch
 
@@ -17,10 +18,10 @@ from apollo_ipc.checkpoint import read_commit
 from apollo_ipc.errors import ApolloError, CheckpointError, NotReady, UserError
 from apollo_ipc.messages import SyncResult
 from apollo_worker.attachment import Attachment
-from apollo_worker.job_run import Plan, plan
+from apollo_worker.job_run import Plan, TrainerQueue, plan
 from apollo_worker.marks import StepMarks
 from apollo_worker.priority import use_idle_priority
-from apollo_worker.queue import Job, JobQueue
+from apollo_worker.queue import Job
 from apollo_worker.trainer import VllmDied
 from apollo_worker.trainer_end import TrainerEnd
 
@@ -44,7 +45,7 @@ class TrainingWorker:
         self.front, self.shared = end, end.shared
         # The front answers clients and never holds the file for long; a job must not fail on it.
         busy_timeout_s = config.worker.step_timeout_s
-        self.queue = JobQueue(
+        self.queue = TrainerQueue(
             config.state_dir / "queue.sqlite", config.worker.max_queued_jobs, busy_timeout_s
         )
         self.queue.on_change = end.on_change
@@ -119,22 +120,29 @@ class TrainingWorker:
         assert live is not None
         assert trainer is not None
         trainer.use_rank(job.request.options.rank)
-        num_bad, num_steps = 0, todo.num_steps
-        self.shared.show("training", job_id=job_id, steps_done=job.info.steps_done, num_steps=num_steps)
+        if todo.num_steps:
+            self.queue.add_notes(job_id, trainer.prepare_accumulation(todo.accumulate_steps))
+        num_bad, num_steps, loss = 0, todo.num_steps, None
+
+        def show(steps_done: int) -> None:
+            self.shared.show("training", job_id=job_id, steps_done=steps_done, num_steps=num_steps, loss=loss)
+
+        show(job.info.steps_done)
         for step in range(job.info.steps_done, num_steps):
             self.between_steps(job_id)
             self.marks.begin(live.boot_id, job_id, step + 1)
-            result = trainer.step(todo.example(step), todo.learning_rate(step), todo.weight_decay)
-            self.marks.end(live.boot_id, job_id, step + 1, result.loss)
-            self.queue.record_step(job_id, step + 1, result.loss)
-            self.shared.show(
-                "training", job_id=job_id, steps_done=step + 1, num_steps=num_steps, loss=result.loss
+            result = trainer.step_on(
+                todo.examples_of(step), todo.learning_rate(step), todo.weight_decay, partial(show, step)
             )
+            loss = result.loss
+            self.marks.end(live.boot_id, job_id, step + 1, loss)
+            self.queue.record_step(job_id, step + 1, loss)
+            show(step + 1)
             num_bad = num_bad + 1 if result.is_bad else 0
             if num_bad >= self.config.train.max_bad_steps:
                 raise UserError(
                     f"{num_bad} steps in a row gave a loss or gradient that is not finite (last loss "
-                    f"{result.loss}); nothing of them was written. A smaller lr may help",
+                    f"{loss}); nothing of them was written. A smaller lr may help",
                     code="not_finite",
                 )
 

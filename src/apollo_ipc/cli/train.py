@@ -37,6 +37,9 @@ def train(
     weight_decay: Annotated[float | None, typer.Option()] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of APOLLO's projection.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
+    accumulate_steps: Annotated[
+        int | None, typer.Option(help="Examples of one update; above 1 all gradients are kept.")
+    ] = None,
     on_duplicate: Annotated[
         Literal["skip", "train"] | None, typer.Option(help="What to do with examples trained before.")
     ] = None,
@@ -62,6 +65,7 @@ def train(
         rank=rank,
         max_steps=max_steps,
         on_duplicate=on_duplicate,
+        accumulate_steps=accumulate_steps,
     )
     config = load_config(config_file)
     model_dir = check_model_dir(offline) if offline else None
@@ -74,7 +78,7 @@ def train(
         print_json(job)
     else:
         print(describe_job(job))
-        for note in job.notes:
+        for note in [] if offline else job.notes:  # offline they were said before the first step
             say(note)
     raise typer.Exit(1 if job.state in FAILED_STATES else 0)
 
@@ -111,8 +115,8 @@ async def _submit(request: TrainRequest, idempotency_key: str | None, wait: bool
 def _train_offline(
     model_dir: Path, request: TrainRequest, config: Config, config_file: Path | None
 ) -> JobInfo:
-    """Runs apollo_worker.offline, which writes JSON lines: {"step", "num_steps", "loss"} for each step, then
-    {"job": ...} or {"error": ...}. Raises ApolloError with what it said and its exit status."""
+    """Runs apollo_worker.offline, which writes JSON lines: {"note"}, {"step", "num_steps", "loss"} for each
+    step, then {"job": ...} or {"error": ...}. Raises ApolloError with what it said and its exit status."""
     # The request may be larger than a command line, and no copy of it shall stay on the disk.
     command = [sys.executable, "-m", "apollo_worker.offline", str(model_dir), "/dev/stdin"]
     environment = worker_environment(config, config_file)
@@ -132,6 +136,8 @@ def _train_offline(
                 job = msgspec.convert(event["job"], JobInfo)
             elif "error" in event:
                 error = ApolloError(**event["error"])
+            elif "note" in event:
+                say(event["note"])
             else:
                 _advance(progress, bar, "training", event["step"], event["num_steps"], event["loss"])
     if trainer.returncode == 0 and job is not None:

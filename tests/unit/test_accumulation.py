@@ -1,0 +1,226 @@
+"""Gradient accumulation: one update with the mean of several examples' losses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from apollo_worker.job_run import Plan, TrainerQueue, plan
+from apollo_worker.live_model import load_offline
+from apollo_worker.tokenise import TokenisedExample
+from apollo_worker.trainer import StepResult, Trainer
+
+from apollo_ipc.config import Train
+from apollo_ipc.demo.models import make_model
+from apollo_ipc.errors import UserError
+from apollo_ipc.requests import Example, TrainOptions, TrainRequest, parse_train_body
+
+# fp32 and nearest: what is compared is the gradient, not the noise of rounding.
+OPTIONS = Train(rank=8, rounding="nearest", lr=1e-3)
+TINY: dict[str, Any] = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+}
+
+
+def example_of(seed: int, num_tokens: int = 12) -> TokenisedExample:
+    ids = torch.randint(0, 256, (num_tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return TokenisedExample(ids, [False] * 4 + [True] * (num_tokens - 4))
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("m"), "qwen3", dtype=torch.float32, **TINY)
+
+
+def make_trainer(model_dir: Path) -> Trainer:
+    return Trainer(load_offline(model_dir), OPTIONS)
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.live.model.named_parameters()}
+
+
+def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
+    return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+def test_two_equal_examples_make_the_update_of_one(model_dir):
+    # Halving and doubling are exact in fp32, so the two must agree bit for bit.
+    alone, twice = make_trainer(model_dir), make_trainer(model_dir)
+    for seed in range(3):
+        example = example_of(seed)
+        one, both = alone.step(example, 1e-3), twice.step_on([example, example], 1e-3)
+        assert both == one
+    assert not differing(weights(alone), weights(twice))
+    assert differing(weights(alone), weights(make_trainer(model_dir))), "it did train"
+
+
+def test_a_group_of_one_is_the_step_of_before(model_dir):
+    trainer, written_out = make_trainer(model_dir), make_trainer(model_dir)
+    example = example_of(0)
+    result = trainer.step_on([example], 1e-3)
+    # What a step on one example has always been: the optimizer's hooks and the plain loss's backward pass.
+    written_out.optimizer.lr = 1e-3
+    loss = written_out._loss(*written_out._inputs(example))
+    loss.backward()
+    assert result == StepResult(loss.item(), is_bad=False)
+    assert not differing(weights(trainer), weights(written_out))
+
+
+def test_each_example_weighs_the_same_whatever_its_length(model_dir):
+    trainer, examples = make_trainer(model_dir), [example_of(1, 8), example_of(2, 40), example_of(3, 16)]
+    seen: dict[str, torch.Tensor] = {}
+    names: dict[torch.Tensor, str] = {p: name for name, p in trainer.live.model.named_parameters()}
+    losses = [trainer._loss(*trainer._inputs(example)) for example in examples]
+    gradients = torch.autograd.grad(torch.stack(losses).mean(), list(names))
+    update = trainer.optimizer.update_parameter
+
+    def remember(param: torch.Tensor) -> None:
+        assert param.grad is not None
+        seen[names[param]] = param.grad.clone()
+        update(param)
+
+    trainer.optimizer.update_parameter = remember
+    result = trainer.step_on(examples, 1e-3)
+    assert result.loss == pytest.approx(float(torch.stack(losses).mean()))
+    assert set(seen) == set(names.values()), "one update each"
+    for (param, name), gradient in zip(names.items(), gradients, strict=True):
+        # fp32 sums in another order: some 2**-24 of the largest element for each of the few hundred terms.
+        error = float((seen[name] - gradient).abs().max())
+        assert error <= 1e-5 * float(gradient.abs().max()) + 1e-9, name
+        assert param.grad is None
+
+
+@pytest.mark.parametrize("bad_at", [0, 1, 2])
+def test_a_loss_that_is_not_finite_leaves_the_whole_group_unwritten(model_dir, monkeypatch, bad_at):
+    trainer = make_trainer(model_dir)
+    before, examples = weights(trainer), [example_of(seed) for seed in range(3)]
+    real, calls = trainer._loss, []
+
+    def loss(*inputs: Any) -> torch.Tensor:
+        calls.append(None)
+        return real(*inputs) * (float("nan") if len(calls) == bad_at + 1 else 1.0)
+
+    monkeypatch.setattr(trainer, "_loss", loss)
+    assert trainer.step_on(examples, 1e-3).is_bad
+    assert not differing(before, weights(trainer))
+    assert all(p.grad is None for p in trainer.live.model.parameters()), "nothing is left for the next step"
+    monkeypatch.undo()
+    fresh = make_trainer(model_dir)
+    assert trainer.step_on(examples, 1e-3) == fresh.step_on(examples, 1e-3)
+    assert not differing(weights(trainer), weights(fresh)), "the next group is trained as if nothing was"
+
+
+def test_an_error_in_the_middle_of_a_group_leaves_no_gradient_and_the_optimizer_in_backward(model_dir):
+    trainer, examples = make_trainer(model_dir), [example_of(seed) for seed in range(3)]
+    before = weights(trainer)
+    bad = TokenisedExample([10**6] * 8, [True] * 8)  # out of the vocabulary
+    with pytest.raises(IndexError):
+        trainer.step_on([examples[0], bad, examples[1]], 1e-3)
+    assert not differing(before, weights(trainer))
+    assert all(p.grad is None for p in trainer.live.model.parameters())
+    trainer.step(examples[2], 1e-3)
+    fresh = make_trainer(model_dir)
+    fresh.step(examples[2], 1e-3)
+    assert not differing(weights(trainer), weights(fresh))
+
+
+def test_the_cost_is_told_and_refused_where_a_gpu_has_no_room(model_dir, monkeypatch):
+    trainer = make_trainer(model_dir)
+    assert trainer.prepare_accumulation(1) == []
+    (note,) = trainer.prepare_accumulation(4)
+    in_gb = f"{sum(p.nbytes for p in trainer.live.model.parameters()) / 1e9:.3g} GB more"
+    assert note == f"gradient accumulation over 4 examples keeps all gradients: {in_gb}"
+    monkeypatch.setattr(type(trainer.live), "device", torch.device("cuda"))
+    monkeypatch.setattr("apollo_worker.trainer.free_bytes", lambda device: 1000)
+    with pytest.raises(UserError, match="leave accumulate_steps at 1") as refused:
+        trainer.prepare_accumulation(4)
+    assert refused.value.code == "not_enough_memory"
+
+
+# --- the steps of a job ---
+
+
+class Words:
+    """A tokeniser of which only the number of calls matters."""
+
+    def encode(self, example: Example, path: str) -> TokenisedExample:
+        assert example.continuation_ids is not None
+        return TokenisedExample(
+            [0, *example.continuation_ids], [False] + [True] * len(example.continuation_ids)
+        )
+
+
+def plan_of(ids: list[int], defaults: Train | None = None, **options: Any) -> Plan:
+    examples = [Example(context_ids=[0], continuation_ids=[one]) for one in ids]
+    request = TrainRequest(examples, TrainOptions(**options))
+    return plan(request, Words(), None, defaults or Train())  # pyright: ignore[reportArgumentType]
+
+
+def ids_of(made: Plan, step: int) -> list[int]:
+    return [example.input_ids[1] for example in made.examples_of(step)]
+
+
+def test_steps_are_updates_and_none_goes_over_the_end_of_an_epoch():
+    made = plan_of([1, 2, 3, 4, 5], accumulate_steps=2, epochs=2)
+    groups = [[1, 2], [3, 4], [5]]
+    assert [ids_of(made, step) for step in range(made.num_steps)] == groups * 2
+    assert plan_of([1, 2, 3, 4, 5], accumulate_steps=2, max_steps=2).num_steps == 2
+    rates = [made.learning_rate(step) for step in range(made.num_steps)]
+    assert rates.index(max(rates)) < 2, "the schedule counts updates: the warm-up is over"
+
+
+def test_without_it_every_step_is_one_example_as_before():
+    made = plan_of([1, 2, 3], epochs=2)
+    assert [ids_of(made, step) for step in range(made.num_steps)] == [[1], [2], [3]] * 2
+    assert made.accumulate_steps == 1
+
+
+def test_the_configuration_says_what_a_job_does_not():
+    defaults = Train(accumulate_steps=3)
+    assert plan_of([1, 2, 3, 4], defaults).num_steps == 2
+    assert plan_of([1, 2, 3, 4], defaults, accumulate_steps=1).num_steps == 4
+
+
+@pytest.mark.parametrize(("num_steps", "known"), [(0, 0), (1, 2), (2, 4), (3, 4), (4, 4)])
+def test_the_examples_of_finished_updates_are_remembered_each_once(num_steps, known):
+    made = plan_of([1, 2, 3, 4, 4], accumulate_steps=2, epochs=2)  # 4 comes twice
+    assert made.hashes_of(num_steps) == list(dict.fromkeys(made.hashes))[:known]
+
+
+def test_a_note_is_added_once_however_often_the_job_is_resumed(tmp_path):
+    queue = TrainerQueue(tmp_path / "queue.sqlite", 10)
+    changed: list[Any] = []
+    request = TrainRequest([Example(prompt="a", completion="b")])
+    job_id = queue.submit(request, num_steps=1, notes=["said before"]).job_id
+    queue.take()
+    queue.on_change = changed.append
+    queue.add_notes(job_id, [])
+    assert not changed
+    for _ in range(2):
+        queue.add_notes(job_id, ["12.3 GB more"])
+    assert queue.get(job_id).notes == ["said before", "12.3 GB more"]
+    assert [job.notes for job in changed] == [["said before", "12.3 GB more"]], "clients hear of it"
+    queue.close()
+
+
+# --- the request ---
+
+
+def body(**options: Any) -> bytes:
+    return msgspec.json.encode({"examples": [{"prompt": "a", "completion": "b"}], "options": options})
+
+
+def test_the_option_is_read_and_a_wrong_one_names_its_field():
+    assert parse_train_body(body(accumulate_steps=4)).options.accumulate_steps == 4
+    with pytest.raises(UserError, match="Expected `int` >= 1") as refused:
+        parse_train_body(body(accumulate_steps=0))
+    assert refused.value.field == "options.accumulate_steps"
+    with pytest.raises(UserError, match="did you mean 'accumulate_steps'"):
+        parse_train_body(body(acumulate_steps=4))
