@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from apollo_ipc.cli import checkpoint, jobs, processes, serve, train
+from apollo_ipc.cli import checkpoint, jobs, plan, processes, serve, train
 from apollo_ipc.cli.output import print_error
 from apollo_ipc.errors import ApolloError
 
@@ -29,6 +29,7 @@ app.command("jobs")(jobs.list_jobs)
 app.command()(jobs.cancel)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.command(context_settings=PASS_ON)(processes.check)
+app.command()(plan.plan)
 app.command()(processes.key)
 app.command()(processes.demo)
 
