@@ -81,12 +81,12 @@ def parse_bytes(text: str) -> int:
     """`141GB`, `80 GiB` or plain bytes. Raises UserError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)\s*([KMGT]?I?)B?", text.strip().upper().replace("E", "e"))
     unit = (_UNITS | _BINARY_UNITS).get(match[2]) if match else None
-    num_bytes = int(float(match[1]) * unit) if match and unit else 0
+    num_bytes = float(match[1]) * unit if match and unit else 0.0
     if not MIN_DEVICE_BYTES <= num_bytes < 2**63:
         raise UserError(
             f"{text!r} is no device's memory; give a size like 141GB or 80GiB", field="--device-memory"
         )
-    return num_bytes
+    return int(num_bytes)
 
 
 def _train_options(config_file: Path | None, flags: dict[str, tuple[str, Any]]) -> Any:
