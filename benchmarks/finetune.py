@@ -35,10 +35,13 @@ class Contestant:
     rounding: str | None = None  # None: the optimizer's own, or nothing to round
     rank: int | None = None
     projection: str | None = None
+    limiter_ratio: float | None = None  # None: the optimizer's own
 
 
-def ours(name: str, storage: str, rounding: str | None, rank: int = 64, projection: str = "gaussian"):
-    return Contestant(name, "apollo", storage, rounding, rank, projection)
+def ours(
+    name: str, storage: str, rounding: str | None, *, rank=64, projection="gaussian", limiter_ratio=None
+):
+    return Contestant(name, "apollo", storage, rounding, rank, projection, limiter_ratio)
 
 
 REFERENCE, STOCHASTIC, NEAREST = "apollo-fp32", "apollo-stochastic", "apollo-nearest"
@@ -53,6 +56,7 @@ CONTESTANTS = [
     ours("apollo-rank-16", "bf16", "stochastic", rank=16),
     ours("apollo-rank-1", "bf16", "stochastic", rank=1),
     ours("apollo-block-sign", "bf16", "stochastic", projection="block_sign"),
+    ours("apollo-limiter-off", "bf16", "stochastic", limiter_ratio=0.0),
 ]
 QUICK = {"steps": 30, "seeds": 1, "pretrain_steps": 60, "eval_windows": 16}
 
@@ -208,7 +212,7 @@ def show(figures: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    settings, console = figures["settings"], Console(width=None if sys.stdout.isatty() else 120)
+    settings, console = figures["settings"], Console(width=None if sys.stdout.isatty() else 130)
     console.print(
         f"{settings['num_parameters']:,} parameters, {settings['steps']} steps of one example, "
         f"{settings['seeds']} seeds; loss in nats per byte; to fp32: loss and fall of the loss, "

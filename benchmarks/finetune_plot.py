@@ -9,8 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from finetune import REFERENCE, STOCHASTIC
-from matplotlib.ticker import ScalarFormatter
+from finetune import REFERENCE
 
 # name -> (colour, line); what shares a colour differs only in how it is written. Okabe and Ito's colours.
 LINES = {
@@ -24,6 +23,7 @@ LINES = {
     "apollo-rank-16": ("#009E73", "-"),
     "apollo-rank-1": ("#009E73", ":"),
     "apollo-block-sign": ("#CC79A7", "--"),
+    "apollo-limiter-off": ("#CC3311", "-"),
 }
 
 
@@ -44,8 +44,6 @@ def plot(figures: dict, path: Path) -> None:
                 band(gap, row, percent)
         loss.set(title=f"lr {lr:g}", ylabel="held-out loss (nats per byte)")
         gap.set(xlabel="steps of one example", ylabel=f"above {REFERENCE} (%)")
-        gap.set_yscale("symlog", linthresh=1)
-        gap.yaxis.set_major_formatter(ScalarFormatter())
         gap.axhspan(-1, 1, color="#EEEEEE", zorder=0, label="within 1 %")
         for axis in (loss, gap):
             axis.spines[["top", "right"]].set_visible(False)
@@ -63,8 +61,8 @@ def band(axis, row: dict, curves: list[list[float]]) -> None:
     points = list(zip(*curves, strict=True))
     mean = [statistics.fmean(values) for values in points]
     std = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in points]
-    # The reference is wide and below, what is measured against it thin and on top: they lie on one another.
-    width, zorder = {REFERENCE: (5.0, 1.5), STOCHASTIC: (1.6, 3)}.get(row["name"], (1.6, 2))
+    # Many lie on one another: the reference wide and below, broken lines above unbroken ones.
+    width, zorder = (5.0, 2) if row["name"] == REFERENCE else (1.6, 3 if line == "-" else 4)
     axis.plot(row["curve_steps"], mean, line, color=color, label=row["name"], linewidth=width, zorder=zorder)
     low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
     axis.fill_between(row["curve_steps"], low, high, color=color, alpha=0.15, linewidth=0)

@@ -62,7 +62,9 @@ def why_skipped(contestant: Contestant) -> str | None:
 
 def apollo_keywords(contestant: Contestant) -> dict:
     rounding = contestant.rounding or "nearest"  # fp32 is never rounded
-    return {"rank": contestant.rank, "rounding": rounding, "projection": contestant.projection}
+    keywords = {"rank": contestant.rank, "rounding": rounding, "projection": contestant.projection}
+    limiter = {"limiter_ratio": contestant.limiter_ratio}
+    return keywords | ({} if contestant.limiter_ratio is None else limiter)
 
 
 def make_optimizer(

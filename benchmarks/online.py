@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from rich.table import Table
     from small_lm import StoredModel
 
 PHASES = (
-    "each fact once",
-    "all facts, repeated",
-    "one of them, again and again",
-    "it and other text in turn",
+    "each once",
+    "all repeated",
+    "one again and again",
+    "it and text in turn",
     "it again and again",
     "new facts",
 )
@@ -45,13 +46,15 @@ class Setting:
 
 SETTINGS = [
     Setting("default"),
-    Setting("limiter-off", keywords={"limiter_ratio": 0.0}),
+    Setting("no-limiter", keywords={"limiter_ratio": 0.0}),
     Setting("floor-0.1", keywords={"limiter_floor": 0.1}),
     Setting("floor-0.001", keywords={"limiter_floor": 0.001}),
     Setting("guard-0.5", keywords={"noise_guard": 0.5}),
     Setting("guard-1", keywords={"noise_guard": 1.0}),
     Setting("guard-2", keywords={"noise_guard": 2.0}),
-    Setting("guard-1-limiter-off", keywords={"noise_guard": 1.0, "limiter_ratio": 0.0}),
+    Setting("guard-0.5-no-limiter", keywords={"noise_guard": 0.5, "limiter_ratio": 0.0}),
+    Setting("guard-1-no-limiter", keywords={"noise_guard": 1.0, "limiter_ratio": 0.0}),
+    Setting("guard-2-no-limiter", keywords={"noise_guard": 2.0, "limiter_ratio": 0.0}),
     Setting("adamw-fp32", storage="fp32", is_adamw=True),
 ]
 
@@ -280,7 +283,7 @@ def show(figures: dict) -> None:
     console = Console(width=None if sys.stdout.isatty() else 130)
     table = Table(title=f"Learning online at lr {settings['lr']:g}, {settings['seeds']} seed(s)")
     columns = (
-        "setting", "phase", "steps on", "fact loss", "new facts", "damage", "|G|", "|D|", "max |D|", "|dW|",
+        "setting", "phase", "steps on", "facts", "new", "damage", "|G|", "|D|", "max |D|", "|dW|",
         "drift",
     )  # fmt: skip
     for name in columns:
@@ -301,13 +304,41 @@ def show(figures: dict) -> None:
         )  # fmt: skip
         last = row
     console.print(table)
+    console.print(summary(figures["rows"]))
     console.print(
         "Losses in nats per byte after the phase; damage: rise of the loss on English. |G|: norm of the "
         "gradient; |D|, |dW|: root mean square over the weights of the update meant and of what was written "
-        "by a step, drift: of what a phase changed, all three over lr; medians of steps."
+        "by a step, drift: of what a phase changed, all three over lr; medians of steps. fact:text: the "
+        "known fact's steps against the text's while they take turns."
     )
     for name, reason in figures["skipped"].items():
         console.print(f"{name} is left out: {reason}")
+
+
+def summary(rows: list[dict]) -> Table:
+    """Of each setting: does it learn, what does a known fact still move, can it learn after the quiet?"""
+    from rich.table import Table
+
+    table = Table(title="In short")
+    columns = (
+        "facts after repeating",
+        "damage then",
+        "|G| fact:text",
+        "|D| fact:text",
+        "new facts",
+        "damage last",
+    )
+    table.add_column("setting")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for name in dict.fromkeys(row["name"] for row in rows):
+        own = {(row["phase"], row["kind"]): row for row in rows if row["name"] == name}
+        repeated, last = own[PHASES[1], "fact"], own[PHASES[5], "new fact"]
+        fact, text = own[PHASES[3], "fact"], own[PHASES[3], "text"]
+        values = [repeated["fact_loss"], repeated["damage"], fact["grad_norm"] / text["grad_norm"]]
+        values += [fact["update_rms"] / text["update_rms"], last["new_fact_loss"], last["damage"]]
+        table.add_row(name, *(f"{value:.3f}" for value in values))
+    return table
 
 
 if __name__ == "__main__":
