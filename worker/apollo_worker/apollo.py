@@ -1,7 +1,8 @@
 """The optimizer: state of each named parameter, and in-place writes to weights that are being served.
 
 A step that is not finite changes nothing at all, which is decided on the device: the host never waits for
-a gradient. The mathematics is in apollo_update.py, the writing into bf16 in rounding.py.
+a gradient. The mathematics is in apollo_update.py, what is fast on a CPU and a GPU in apollo_cpu.py and
+apollo_triton.py, the writing into bf16 in rounding.py.
 """
 
 from __future__ import annotations
@@ -16,11 +17,15 @@ from torch.utils.hooks import RemovableHandle
 
 from apollo_ipc.config import DEFAULT_RANK
 from apollo_ipc.errors import UserError
-from apollo_worker.apollo_update import adam_update, apollo_update, blocks, derive_seed, projection
-from apollo_worker.rounding import GRID_DTYPES, grid_within, kahan_add, nearest_round, stochastic_round
+from apollo_worker.apollo_backend import choose_backend
+from apollo_worker.apollo_update import Backend, Hyper
+from apollo_worker.projection import PROJECTIONS, derive_seed
+from apollo_worker.rounding import GRID_DTYPES, grid_within
 
 FORMAT_VERSION = 1
 ROUNDINGS = ("stochastic", "nearest", "kahan")
+LIMITER_NORMS = ("estimate", "exact")
+LIMITER_FLOOR = 0.01  # Adam's own root mean square is 0.1 to 1, in units of lr
 
 
 class Apollo(torch.optim.Optimizer):
@@ -29,7 +34,13 @@ class Apollo(torch.optim.Optimizer):
     named_parameters: leaf tensors under their HF names; their storage is never replaced, strides are free.
     rank: parameters that are not 2-D, or whose smaller dim is below it, use Adam (see `fallbacks`).
     alpha: None for sqrt(k / rank); the paper's choice at rank 1 is sqrt(128).
+    projection: "gaussian", the paper's, or "block_sign", which costs no dense product.
     limiter_ratio: 0 switches the norm-growth limiter off; it never applies to Adam's parameters.
+    limiter_floor: root mean square of an update, in units of lr, below which it does not bite.
+    limiter_norm: "estimate" takes an update's norm from the projection (1.4 % off at rank 64), "exact" from a
+        third pass over the gradient.
+    noise_guard: a channel's gradient counts as no smaller than this share of its usual size; 0: off.
+    backend: None for the fastest that runs here; "torch" for the plain one.
     grid_dtypes: name -> dtype in which the checkpoint keeps it, where that is coarser than its storage.
     `lr` and `weight_decay` (of `param_groups[0]` too) may be set between steps.
 
@@ -47,20 +58,32 @@ class Apollo(torch.optim.Optimizer):
         rank: int = DEFAULT_RANK,
         refresh_steps: int = 200,
         limiter_ratio: float = 1.01,
+        limiter_floor: float = LIMITER_FLOOR,
+        limiter_norm: str = "estimate",
+        noise_guard: float = 0.0,
+        projection: str = "gaussian",
         rounding: str = "stochastic",
         seed: int = 0,
         alpha: float | None = None,
         grid_dtypes: Mapping[str, torch.dtype] | None = None,
+        backend: str | None = None,
     ):
         named = list(named_parameters)
         _check_hyperparameters(
             lr=lr, eps=eps, weight_decay=weight_decay, rank=rank, refresh_steps=refresh_steps,
-            limiter_ratio=limiter_ratio, beta1=betas[0], beta2=betas[1], alpha=alpha, rounding=rounding,
+            limiter_ratio=limiter_ratio, limiter_floor=limiter_floor, limiter_norm=limiter_norm,
+            noise_guard=noise_guard, beta1=betas[0], beta2=betas[1], alpha=alpha, rounding=rounding,
+            projection=projection,
         )  # fmt: skip
         _check_parameters(named)
         super().__init__([param for _, param in named], {"lr": lr, "weight_decay": weight_decay})
         self.betas, self.eps, self.rank, self.alpha = betas, eps, rank, alpha
-        self.refresh_steps, self.limiter_ratio = refresh_steps, limiter_ratio
+        self.refresh_steps, self.limiter_ratio, self.limiter_floor = (
+            refresh_steps,
+            limiter_ratio,
+            limiter_floor,
+        )
+        self.limiter_norm, self.noise_guard, self.projection = limiter_norm, noise_guard, projection
         self.rounding, self.seed = rounding, seed
         self._names = {param: name for name, param in named}
         self._grids = {
@@ -69,6 +92,8 @@ class Apollo(torch.optim.Optimizer):
         if odd := next((n for n, grid in self._grids.items() if grid not in GRID_DTYPES), None):
             raise UserError(f"{odd} is {self._grids[odd]}; float32, bfloat16 or float16 is needed", field=odd)
         self._bad_updates = torch.zeros((), dtype=torch.int64, device=named[0][1].device)
+        self._backends: dict[str, Backend] = {}  # by kind of device
+        self._backend_name = backend
         for name, param in named:
             self.state[param] = self._new_state(name, param)
 
@@ -131,53 +156,32 @@ class Apollo(torch.optim.Optimizer):
         assert grad is not None, f"{name} has no gradient"
         if grad.layout != torch.strided:
             raise UserError(f"{name} has a sparse gradient; build its layer with sparse=False", field=name)
-        before = state["step"].clone()
+        backend, hyper = self._backend(param), self._hyper(name, param)
         if self._is_projected(param):
-            k = min(param.shape)
-            P_kr = projection(self.seed, name, before // self.refresh_steps, k, self.rank, param.device)
-            update = apollo_update(
-                grad, P_kr, state["exp_avg"], state["exp_avg_sq"], before, state["update_norm"],
-                betas=self.betas, eps=self.eps, limiter_ratio=self.limiter_ratio,
-                alpha=math.sqrt(k / self.rank) if self.alpha is None else self.alpha,
-            )  # fmt: skip
-            new = {"exp_avg": update.m_cr, "exp_avg_sq": update.v_cr, "update_norm": update.norm}
-            ok, scale = update.ok, update.scale_c if param.shape[0] >= param.shape[1] else update.scale_c.T
-            scale = scale.expand(param.shape)  # strides of 0: takes no memory
-            self._write(param, lambda rows: grad[rows].float() * scale[rows], ok, before)
+            k, refresh_index = min(param.shape), state["step"] // self.refresh_steps
+            arguments = (self.seed, name, refresh_index, k, self.rank, param.device)
+            ok = backend.apollo(param.data, grad, state, backend.sketch(self.projection, *arguments), hyper)
         else:
-            m, v, U = adam_update(
-                grad.float(), state["exp_avg"], state["exp_avg_sq"], before, self.betas, self.eps
-            )
-            new, ok = {"exp_avg": m, "exp_avg_sq": v}, torch.isfinite(v).all() & torch.isfinite(U).all()
-            direction = torch.atleast_1d(U)
-            self._write(param, lambda rows: direction[rows], ok, before)
-        for key, value in new.items():
-            state[key].copy_(torch.where(ok, value, state[key]))
-        state["step"] += ok
+            ok = backend.adam(param.data, grad, state, hyper)
         self._bad_updates += (~ok).to(self._bad_updates.device)
         param.grad = None
 
-    def _write(self, param: Tensor, D: Callable[[slice], Tensor], ok: Tensor, step: Tensor) -> None:
-        """W <- round(W - lr * (D + weight_decay * W)) in place where `ok`, in blocks of rows.
+    def _backend(self, param: Tensor) -> Backend:
+        kind = param.device.type
+        if kind not in self._backends:
+            self._backends[kind] = choose_backend(kind, self._backend_name)
+        return self._backends[kind]
 
-        By selection: `W - ok * update` would write NaN where the update is NaN.
-        """
-        name = self._names[param]
-        grid, seed = self._grids[name], derive_seed(self.seed, name, "rounding")
-        weight = torch.atleast_1d(param.data)
-        row_elements = weight[0].numel() if len(weight) else 0
-        for rows in blocks(weight):
-            W = weight[rows].float()
-            change = D(rows).add(W, alpha=self.weight_decay).mul_(-self.lr)
-            if self.rounding == "kahan":
-                compensation = torch.atleast_1d(self.state[param]["compensation"])[rows]
-                rounded, owed = kahan_add(W, compensation, change, grid)
-                compensation.copy_(torch.where(ok, owed, compensation))
-            elif self.rounding == "nearest":
-                rounded = nearest_round(change.add_(W), grid)
-            else:
-                rounded = stochastic_round(change.add_(W), grid, seed, step, rows.start * row_elements)
-            weight[rows] = torch.where(ok, rounded.to(weight.dtype), weight[rows])
+    def _hyper(self, name: str, param: Tensor) -> Hyper:
+        alpha = math.sqrt(min(param.shape) / self.rank) if self._is_projected(param) else 1.0
+        return Hyper(
+            lr=self.lr, weight_decay=self.weight_decay,
+            beta1=self.betas[0], beta2=self.betas[1], eps=self.eps,
+            alpha=alpha if self.alpha is None else self.alpha, limiter_ratio=self.limiter_ratio,
+            limiter_floor=self.limiter_floor, is_limiter_exact=self.limiter_norm == "exact",
+            noise_guard=self.noise_guard, rounding=self.rounding, grid=self._grids[name],
+            rounding_seed=derive_seed(self.seed, name, "rounding"),
+        )  # fmt: skip
 
     def take_bad_updates(self) -> int:
         """Updates left out since the last call because they were not finite. Waits for the device."""
@@ -197,7 +201,9 @@ class Apollo(torch.optim.Optimizer):
             "format_version": FORMAT_VERSION, "lr": self.lr, "weight_decay": self.weight_decay,
             "betas": list(self.betas), "eps": self.eps, "rank": self.rank, "alpha": self.alpha,
             "refresh_steps": self.refresh_steps, "limiter_ratio": self.limiter_ratio,
-            "rounding": self.rounding, "seed": self.seed,
+            "limiter_floor": self.limiter_floor, "limiter_norm": self.limiter_norm,
+            "noise_guard": self.noise_guard, "projection": self.projection, "rounding": self.rounding,
+            "seed": self.seed,
         }  # fmt: skip
 
     def state_size_bytes(self) -> int:
@@ -262,6 +268,10 @@ def _check_hyperparameters(**values: Any) -> None:
         "rank": ("a whole number, at least 1", lambda x: isinstance(x, int) and x >= 1),
         "refresh_steps": ("a whole number, at least 1", lambda x: isinstance(x, int) and x >= 1),
         "alpha": ("None or above 0", lambda x: x is None or 0 < x < math.inf),
+        "limiter_floor": ("finite and not negative", lambda x: 0 <= x < math.inf),
+        "noise_guard": ("0 (off) or above, and finite", lambda x: 0 <= x < math.inf),
+        "limiter_norm": (f"one of {', '.join(LIMITER_NORMS)}", lambda x: x in LIMITER_NORMS),
+        "projection": (f"one of {', '.join(PROJECTIONS)}", lambda x: x in PROJECTIONS),
         "rounding": (f"one of {', '.join(ROUNDINGS)}", lambda x: x in ROUNDINGS),
     }
     for name, value in values.items():

@@ -1,126 +1,222 @@
-"""The mathematics of APOLLO (arXiv:2412.05270): Adam's step size per channel, from a random projection.
+"""The mathematics of APOLLO (arXiv:2412.05270) in plain torch: a step size per channel, from a projection.
 
 Legend: k = smaller dim of a parameter, c = larger dim ("channels"), r = rank.
-    P_kr ~ N(0, 1/r)          from (seed, parameter name, refresh index); never stored
     R_cr = G_ck P_kr          G_ck: the gradient with its channels first (a view, never a copy)
     m_cr, v_cr                Adam's moments of R, fp32
-    s_j = |U_j| / (|R_j| + eps),  U = mhat / (sqrt(vhat) + eps)
-    D = alpha * s * G,  alpha = sqrt(k / r),  |D| <= limiter_ratio * |D of the step before|
+    s_j = alpha |U_j| / (|R_j| + eps),  U = mhat / (sqrt(vhat) + eps),  alpha = sqrt(k / r)
+    D = s * G,  |D| <= limiter_ratio * |D of the step before|
     W <- round(W - lr * (D + weight_decay * W))
+
+`TorchBackend` runs on any device, dtype and stride: what the fast ones (apollo_cpu.py, apollo_triton.py) are
+held to by tests, and what they leave to it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from hashlib import blake2b
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from apollo_worker.rounding import hash_bits
-
-# Root mean square of D (in units of lr; Adam's own is 0.1 to 1) below which the limiter does not bite:
-# after a step without gradient, growth by 1 % a step from 0 would never come back.
-LIMITER_FLOOR_RMS = 0.01
+from apollo_worker.projection import Sketch, dense, make_sketch
+from apollo_worker.rounding import kahan_add, nearest_round, stochastic_round
 
 # Elements worked on at a time, so that fp32 temporaries stay small beside the weight: on a CPU in its
 # cache, on a GPU 64 MiB each.
 _BLOCK_ELEMENTS = {"cpu": 2**18}
 _BLOCK_ELEMENTS_DEVICE = 2**24
+_PRODUCT_ELEMENTS = {"cpu": 2**22}  # a product of matrices that is too small does not fill two cores
+
+State = dict[str, Tensor]  # of one parameter: step, exp_avg, exp_avg_sq, update_norm, compensation
 
 
-def derive_seed(seed: int, name: str, purpose: str) -> int:
-    """64 bits that depend on all three and on nothing else: not on order, process or device."""
-    return int.from_bytes(blake2b(f"{seed}\0{name}\0{purpose}".encode(), digest_size=8).digest(), "little")
+class Hyper(NamedTuple):
+    """What one update is made with. limiter_ratio, noise_guard: 0 is off."""
+
+    lr: float
+    weight_decay: float
+    beta1: float
+    beta2: float
+    eps: float
+    alpha: float
+    limiter_ratio: float
+    limiter_floor: float  # root mean square of D, in units of lr, below which the limiter does not bite
+    is_limiter_exact: bool  # else |D| is estimated by the projected norms, which are there anyway
+    noise_guard: float
+    rounding: str
+    rounding_seed: int  # of this parameter
+    grid: torch.dtype  # what is written is rounded to
 
 
-def projection(
-    seed: int, name: str, refresh_index: int | Tensor, min_dim: int, rank: int, device: torch.device
-) -> Tensor:
-    """P (min_dim, rank) fp32 ~ N(0, 1/rank), made anew on `device` whenever it is needed.
+class Backend(Protocol):
+    """Updates one parameter in place, its state too. What is not finite changes nothing.
 
-    By Box-Muller from counter hashes: `refresh_index` may be a tensor on the device, and 27B's 280 million
-    normals a step cost neither a CPU second nor a copy. The hashed bits are equal on all devices; log, cos
-    and sin may differ in the last bit between a CPU and a GPU.
+    `apollo` and `adam` return a 0-dim bool tensor on the weight's device, which nothing has waited for: was
+    it written? `sketch` takes the arguments of projection.make_sketch; its result is for its own backend.
     """
-    num_pairs = (min_dim * rank + 1) // 2
-    bits = hash_bits(2 * num_pairs, derive_seed(seed, name, "projection"), refresh_index, device=device)
-    uniform = ((bits >> 8) & 0xFFFFFF).float().add_(0.5).mul_(2.0**-24)  # in (0, 1]
-    radius = uniform[:num_pairs].log().mul_(-2.0 / rank).sqrt_()
-    angle = uniform[num_pairs:] * (2.0 * math.pi)
-    return torch.cat([radius * angle.cos(), radius * angle.sin()])[: min_dim * rank].view(min_dim, rank)
+
+    def sketch(
+        self,
+        kind: str,
+        seed: int,
+        name: str,
+        refresh_index: Tensor,
+        min_dim: int,
+        rank: int,
+        device: torch.device,
+    ) -> Sketch: ...
+
+    def apollo(self, weight: Tensor, grad: Tensor, state: State, sketch: Sketch, hyper: Hyper) -> Tensor: ...
+
+    def adam(self, weight: Tensor, grad: Tensor, state: State, hyper: Hyper) -> Tensor: ...
 
 
-class ApolloUpdate(NamedTuple):
-    """What one step makes of a 2-D gradient; `ok` (0-dim bool) says whether any of it may be used."""
+class TorchBackend:
+    def sketch(
+        self,
+        kind: str,
+        seed: int,
+        name: str,
+        refresh_index: Tensor,
+        min_dim: int,
+        rank: int,
+        device: torch.device,
+    ) -> Sketch:
+        return make_sketch(kind, seed, name, refresh_index, min_dim, rank, device)
 
-    m_cr: Tensor  # (c, r) fp32
-    v_cr: Tensor  # (c, r) fp32
-    scale_c: Tensor  # (c, 1) fp32: D = scale * gradient, channels first
-    norm: Tensor  # 0-dim fp32: |D|
-    ok: Tensor
+    def apollo(self, weight: Tensor, grad: Tensor, state: State, sketch: Sketch, hyper: Hyper) -> Tensor:
+        R_cr = project(grad, sketch)
+        m_cr, v_cr, U_cr = adam_update(R_cr, state["exp_avg"], state["exp_avg_sq"], state["step"], hyper)
+        vhat_cr = v_cr / _correction(hyper.beta2, state["step"])
+        scale_c = channel_scales(R_cr, U_cr, vhat_cr, hyper)
+        norm = update_norm(scale_c, R_cr, grad, hyper)
+        scale_c, norm = limit_growth(scale_c, norm, state["update_norm"], state["step"], grad.numel(), hyper)
+        # Also a finite gradient may be too large: squares that overflow would make v infinite for ever.
+        ok = (
+            torch.isfinite(R_cr.square().sum(dim=1)).all() & torch.isfinite(v_cr).all() & torch.isfinite(norm)
+        )
+        scale = scale_c if grad.shape[0] >= grad.shape[1] else scale_c.T
+        scale = scale.expand(grad.shape)  # strides of 0: takes no memory
+        write(weight, lambda rows: grad[rows].float() * scale[rows], ok, state, hyper)
+        commit(state, {"exp_avg": m_cr, "exp_avg_sq": v_cr, "update_norm": norm}, ok)
+        return ok
+
+    def adam(self, weight: Tensor, grad: Tensor, state: State, hyper: Hyper) -> Tensor:
+        m, v, U = adam_update(grad.float(), state["exp_avg"], state["exp_avg_sq"], state["step"], hyper)
+        ok, direction = torch.isfinite(v).all() & torch.isfinite(U).all(), torch.atleast_1d(U)
+        write(weight, lambda rows: direction[rows], ok, state, hyper)
+        commit(state, {"exp_avg": m, "exp_avg_sq": v}, ok)
+        return ok
 
 
-def apollo_update(
-    grad: Tensor,
-    P_kr: Tensor,
-    m_cr: Tensor,
-    v_cr: Tensor,
-    step: Tensor,
-    previous_norm: Tensor,
-    *,
-    betas: tuple[float, float],
-    eps: float,
-    alpha: float,
-    limiter_ratio: float,
-) -> ApolloUpdate:
-    """One APOLLO step (Algorithm 1 of arXiv:2412.05270) as a function of gradient and state.
+def project(grad: Tensor, sketch: Sketch, scratch: Tensor | None = None) -> Tensor:
+    """R (c, r) fp32 of a gradient (rows, cols), whichever way its channels lie.
 
-    grad: (rows, cols), any float dtype; step: 0-dim integer, steps done before this one; previous_norm:
-    0-dim, |D| of that step; limiter_ratio 0: no limiter (Fira's, arXiv:2410.01623). At rank 1 there is one
-    scale for the whole tensor (APOLLO-Mini), since a channel's single projected number says too little.
+    scratch: fp32 memory in which the gradient is converted, a block after the other; fresh memory without it.
     """
-    G_ck = grad if grad.shape[0] >= grad.shape[1] else grad.T
-    R_cr = torch.empty_like(m_cr)
-    grad_norm_c = torch.empty(len(G_ck), 1, dtype=torch.float32, device=grad.device)
-    for block in blocks(G_ck):
-        G = G_ck[block].float()
-        torch.matmul(G, P_kr, out=R_cr[block])
-        torch.linalg.vector_norm(G, dim=1, keepdim=True, out=grad_norm_c[block])
-
-    m_cr, v_cr, U_cr = adam_update(R_cr, m_cr, v_cr, step, betas, eps)
-    over = 1 if P_kr.shape[1] > 1 else (0, 1)
-    norm_U = torch.linalg.vector_norm(U_cr, dim=over, keepdim=True)
-    norm_R = torch.linalg.vector_norm(R_cr, dim=over, keepdim=True)
-    scale_c = (alpha * norm_U / (norm_R + eps)).expand(len(G_ck), 1)
-    norm = torch.linalg.vector_norm(scale_c * grad_norm_c)
-    if limiter_ratio:
-        floor = LIMITER_FLOOR_RMS * math.sqrt(grad.numel())
-        largest = torch.where(step == 0, norm, limiter_ratio * previous_norm.clamp(min=floor))
-        shrink = torch.where(norm > largest, largest / norm, 1.0)
-        scale_c, norm = scale_c * shrink, norm * shrink
-    # Also a finite gradient may be too large: squares that overflow would make v infinite for ever.
-    ok = torch.isfinite(grad_norm_c).all() & torch.isfinite(v_cr).all() & torch.isfinite(norm)
-    return ApolloUpdate(m_cr, v_cr, scale_c, norm, ok)
+    P_kr = dense(sketch)
+    R_cr = torch.empty(max(grad.shape), P_kr.shape[1], dtype=torch.float32, device=grad.device)
+    is_tall = grad.shape[0] >= grad.shape[1]
+    num_elements = len(scratch) if scratch is not None else _PRODUCT_ELEMENTS.get(grad.device.type)
+    for block in blocks(grad if is_tall else grad.T, num_elements):
+        G = grad[block] if is_tall else grad[:, block]  # never transposed in memory
+        if scratch is None or G.dtype == torch.float32 or G.numel() > len(scratch):
+            G = G.float()
+        else:
+            G = scratch[: G.numel()].view(G.shape).copy_(G)
+        torch.matmul(G if is_tall else G.T, P_kr, out=R_cr[block])
+    return R_cr
 
 
 def adam_update(
-    grad: Tensor, m: Tensor, v: Tensor, step: Tensor, betas: tuple[float, float], eps: float
+    grad: Tensor, m: Tensor, v: Tensor, step: Tensor, hyper: Hyper
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(m, v, U) after `grad` (fp32, like m and v): new tensors; bias-corrected on the device."""
-    beta1, beta2 = betas
-    num_steps = (step + 1).double()  # in fp32 1 - 0.999 has an error of 6e-5
-    correction1, correction2 = (1 - beta1**num_steps).float(), (1 - beta2**num_steps).float()
-    m = m * beta1 + grad * (1 - beta1)
-    v = v * beta2 + grad.square() * (1 - beta2)
-    return m, v, (m / correction1) / ((v / correction2).sqrt_() + eps)
+    """(m, v, U) after `grad` (fp32, like m and v) as step number `step` + 1: new tensors."""
+    m = m * hyper.beta1 + grad * (1 - hyper.beta1)
+    v = v * hyper.beta2 + grad.square() * (1 - hyper.beta2)
+    mhat, vhat = m / _correction(hyper.beta1, step), v / _correction(hyper.beta2, step)
+    return m, v, mhat / (vhat.sqrt_() + hyper.eps)
 
 
-def blocks(tensor: Tensor) -> Iterator[slice]:
+def _correction(beta: float, step: Tensor) -> Tensor:
+    """1 - beta^(step + 1), on the device; by fp64, since in fp32 1 - 0.999 has an error of 6e-5."""
+    return (1 - beta ** (step + 1).double()).float()
+
+
+def channel_scales(R_cr: Tensor, U_cr: Tensor, vhat_cr: Tensor, hyper: Hyper) -> Tensor:
+    """s (c, 1) fp32. At rank 1 one for the whole tensor (APOLLO-Mini): one number a channel says too little.
+
+    noise_guard: the gradient of a channel counts as no smaller than that share of its usual size
+    |sqrt(vhat_j)|. Without it a gradient a thousand times smaller than before makes a nearly full step.
+    """
+    over = 1 if R_cr.shape[1] > 1 else (0, 1)
+    size = torch.linalg.vector_norm(R_cr, dim=over, keepdim=True) + hyper.eps
+    if hyper.noise_guard:
+        size = size.maximum(hyper.noise_guard * vhat_cr.sum(dim=over, keepdim=True).sqrt())
+    norm_U = torch.linalg.vector_norm(U_cr, dim=over, keepdim=True)
+    return (hyper.alpha * norm_U / size).expand(len(R_cr), 1)
+
+
+def update_norm(scale_c: Tensor, R_cr: Tensor, grad: Tensor, hyper: Hyper) -> Tensor:
+    """|D| (0-dim fp32), exact, or with |R_j| in the place of |G_j|: unbiased in its square."""
+    of_rows = R_cr
+    if hyper.is_limiter_exact:
+        of_rows = grad if grad.shape[0] >= grad.shape[1] else grad.T
+    norm_c = torch.empty(len(of_rows), 1, dtype=torch.float32, device=grad.device)
+    for block in blocks(of_rows):
+        torch.linalg.vector_norm(of_rows[block].float(), dim=1, keepdim=True, out=norm_c[block])
+    return torch.linalg.vector_norm(scale_c * norm_c)
+
+
+def limit_growth(
+    scale_c: Tensor, norm: Tensor, previous: Tensor, step: Tensor, num_elements: int, hyper: Hyper
+) -> tuple[Tensor, Tensor]:
+    """(scale_c, norm) with norm at most limiter_ratio times `previous` (Fira, arXiv:2410.01623).
+
+    The floor: after a step without gradient, growth by 1 % a step from 0 would never come back.
+    """
+    if not hyper.limiter_ratio:
+        return scale_c, norm
+    floor = hyper.limiter_floor * math.sqrt(num_elements)
+    largest = torch.where(step == 0, norm, hyper.limiter_ratio * previous.clamp(min=floor))
+    shrink = torch.where(norm > largest, largest / norm, 1.0)
+    return scale_c * shrink, norm * shrink
+
+
+def write(weight: Tensor, D: Callable[[slice], Tensor], ok: Tensor, state: State, hyper: Hyper) -> None:
+    """W <- round(W - lr * (D + weight_decay * W)) in place where `ok`, in blocks of rows.
+
+    By selection: `W - ok * update` would write NaN where the update is NaN.
+    """
+    weight, step = torch.atleast_1d(weight), state["step"]
+    row_elements = weight[0].numel() if len(weight) else 0
+    for rows in blocks(weight):
+        W = weight[rows].float()
+        change = D(rows).add(W, alpha=hyper.weight_decay).mul_(-hyper.lr)
+        if hyper.rounding == "kahan":
+            compensation = torch.atleast_1d(state["compensation"])[rows]
+            rounded, owed = kahan_add(W, compensation, change, hyper.grid)
+            compensation.copy_(torch.where(ok, owed, compensation))
+        elif hyper.rounding == "nearest":
+            rounded = nearest_round(change.add_(W), hyper.grid)
+        else:
+            offset = rows.start * row_elements
+            rounded = stochastic_round(change.add_(W), hyper.grid, hyper.rounding_seed, step, offset)
+        weight[rows] = torch.where(ok, rounded.to(weight.dtype), weight[rows])
+
+
+def commit(state: State, new: State, ok: Tensor) -> None:
+    """Takes `new` over and counts the step, where `ok`."""
+    for key, value in new.items():
+        state[key].copy_(torch.where(ok, value, state[key]))
+    state["step"] += ok
+
+
+def blocks(tensor: Tensor, num_elements: int | None = None) -> Iterator[slice]:
     """Slices of `tensor`'s first dimension, each of a bounded number of elements."""
-    num_elements = _BLOCK_ELEMENTS.get(tensor.device.type, _BLOCK_ELEMENTS_DEVICE)
+    num_elements = num_elements or _BLOCK_ELEMENTS.get(tensor.device.type, _BLOCK_ELEMENTS_DEVICE)
     num_rows = max(1, num_elements // max(1, tensor[0].numel())) if len(tensor) else 1
     for start in range(0, len(tensor), num_rows):
         yield slice(start, min(start + num_rows, len(tensor)))

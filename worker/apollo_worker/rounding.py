@@ -37,6 +37,21 @@ def _int32(value: int) -> int:
     return (value + 2**31) % 2**32 - 2**31
 
 
+def hash_keys(seed: int, step: int) -> tuple[int, int]:
+    """The two 32-bit keys that `hash_bits` makes of a seed and a step, as unsigned numbers, for kernels:
+    bits(i) = mix(mix(i ^ key1) ^ key2)."""
+    mask = 2**32 - 1
+
+    def mix(h: int) -> int:
+        h = ((h ^ (h >> 16)) * 0x85EBCA6B) & mask
+        h = ((h ^ (h >> 13)) * 0xC2B2AE35) & mask
+        return h ^ (h >> 16)
+
+    key = mix((step + 0x5BD1E995) & mask)
+    key = mix(mix(key ^ (seed & mask)) ^ ((seed >> 32) & mask))
+    return key, mix((key + 0x5BD1E995) & mask)
+
+
 def hash_bits(num: int, seed: int, step: int | Tensor, *, first: int = 0, device: torch.device) -> Tensor:
     """32 random bits for each of the counters `first .. first + num - 1` (taken modulo 2^32).
 

@@ -1,0 +1,200 @@
+"""The update on a CPU: two passes over the gradient and one over the weight, a row at a time in the cache.
+
+Compiled by numba, which vLLM needs anyway; machine code is kept in numba's cache, so that only the first
+start waits for it. The kernels hold no interpreter lock and take ranges of rows, which threads share out.
+
+Fast for bf16 and fp32 with rows that lie without gaps; all else goes to apollo_update.TorchBackend, which has
+the same random bits and, without weight decay, the same results bit for bit where no sum is involved.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from apollo_worker import apollo_cpu_kernels as kernels
+from apollo_worker.apollo_cpu_kernels import F32, U32
+from apollo_worker.apollo_update import Hyper, State, TorchBackend, project
+from apollo_worker.projection import SEED_OF, BlockSign, Gaussian, Sketch, derive_seed
+from apollo_worker.rounding import hash_keys
+
+_MIN_PART_ELEMENTS = 2**17  # below this a second thread costs more than it saves
+_SEGMENT = 1024  # of a weight's row: three buffers of 4 KiB in the first-level cache
+_SCRATCH_ELEMENTS = 2**20  # 4 MiB
+_LANES = 8  # fp32 numbers in a vector of AVX2
+
+
+class NumbaBackend:
+    def __init__(self) -> None:
+        self._plain = TorchBackend()
+        self._threads = _Threads()
+        self._scratch = torch.empty(_SCRATCH_ELEMENTS)  # new memory costs more than what is computed in it
+
+    def apollo(self, weight: Tensor, grad: Tensor, state: State, sketch: Sketch, hyper: Hyper) -> Tensor:
+        if not _is_fast(weight, grad, hyper):
+            return self._plain.apollo(weight, grad, state, sketch, hyper)
+        R_cr = self._project(grad, sketch)
+        step = int(state["step"])
+        corrections = F32(1 - hyper.beta1 ** (step + 1)), F32(1 - hyper.beta2 ** (step + 1))
+        num_channels = len(R_cr)
+        norm_R2 = np.empty(num_channels, F32)
+        R, m, v = R_cr.numpy(), state["exp_avg"].numpy(), state["exp_avg_sq"].numpy()
+        self._threads.share(kernels.row_squares, num_channels, R.size, R, norm_R2)
+        if not np.isfinite(norm_R2).all():
+            return torch.tensor(False)
+        norm_U2, sum_vhat = np.empty(num_channels, F32), np.empty(num_channels, F32)
+        betas = F32(hyper.beta1), F32(1 - hyper.beta1), F32(hyper.beta2), F32(1 - hyper.beta2)
+        moments = (R, m, v, *betas, *corrections, F32(hyper.eps), norm_U2, sum_vhat)
+        self._threads.share(kernels.update_moments, num_channels, R.size, *moments)
+        scale, norm = self._scale(
+            norm_R2, norm_U2, sum_vhat, grad, state, hyper, is_tensor_wise=R.shape[1] == 1
+        )
+        state["update_norm"].fill_(norm)
+        self._write(weight, grad, scale, state, hyper)
+        state["step"] += 1
+        return torch.tensor(True)
+
+    def sketch(
+        self,
+        kind: str,
+        seed: int,
+        name: str,
+        refresh_index: Tensor,
+        min_dim: int,
+        rank: int,
+        device: torch.device,
+    ) -> Sketch:
+        """The same as projection.make_sketch, up to the last bits of Gaussian's logarithms and cosines."""
+        key1, key2 = (
+            U32(key) for key in hash_keys(derive_seed(seed, name, SEED_OF[kind]), int(refresh_index))
+        )
+        if kind == "block_sign":
+            bits = np.empty(min_dim, np.int32)
+            kernels.hash(key1, key2, bits)
+            order_k = np.argsort(bits >> 1, kind="stable")
+            sign_k = (1 - 2 * (bits & 1)[order_k]).astype(F32)
+            return BlockSign(torch.from_numpy(order_k), torch.from_numpy(sign_k), rank)
+        num_pairs = (min_dim * rank + 1) // 2
+        P = torch.empty(2 * num_pairs)
+        self._threads.share(kernels.normals, num_pairs, 8 * num_pairs, key1, key2, F32(rank**-0.5), P.numpy())
+        return Gaussian(P[: min_dim * rank].view(min_dim, rank))
+
+    def adam(self, weight: Tensor, grad: Tensor, state: State, hyper: Hyper) -> Tensor:
+        return self._plain.adam(weight, grad, state, hyper)  # norms and biases: too small to matter
+
+    def _project(self, grad: Tensor, sketch: Sketch) -> Tensor:
+        # Torch's product of matrices is the best there is; at low ranks it also beats sums of signs.
+        if not isinstance(sketch, BlockSign) or sketch.rank < _LANES:
+            return project(grad, sketch, self._scratch)
+        rows, cols = grad.shape
+        is_tall = rows >= cols
+        R_cr = torch.empty(max(rows, cols), sketch.rank)
+        if is_tall:
+            num_parts, kernel = rows, kernels.block_sign_tall
+        else:
+            num_parts, kernel = -(-cols // kernels.TILE_COLUMNS), kernels.block_sign_wide
+        order_k = sketch.order_k.numpy().astype(U32)
+        arguments = (_rows(grad), grad.dtype == torch.bfloat16, order_k, sketch.sign_k.numpy())
+        self._threads.share(kernel, num_parts, grad.numel(), *arguments, R_cr.numpy())
+        return R_cr
+
+    def _scale(
+        self, norm_R2: np.ndarray, norm_U2: np.ndarray, sum_vhat: np.ndarray, grad: Tensor, state: State,
+        hyper: Hyper, *, is_tensor_wise: bool,
+    ) -> tuple[np.ndarray, float]:  # fmt: skip
+        """(s (c,) fp32, |D|), as channel_scales, update_norm and limit_growth of apollo_update, in fp64."""
+        R2, U2, vhat = (x.astype(np.float64) for x in (norm_R2, norm_U2, sum_vhat))
+        if is_tensor_wise:
+            U2, vhat, size2 = (np.full(len(R2), x.sum()) for x in (U2, vhat, R2))
+        else:
+            size2 = R2
+        size = np.maximum(np.sqrt(size2) + hyper.eps, hyper.noise_guard * np.sqrt(vhat))
+        scale = hyper.alpha * np.sqrt(U2) / size
+        if hyper.is_limiter_exact:
+            R2 = np.empty(len(R2), F32)
+            self._channel_squares(grad, R2)
+        norm = math.sqrt(float((scale * scale * R2).sum()))
+        if hyper.limiter_ratio and int(state["step"]):
+            floor = hyper.limiter_floor * math.sqrt(grad.numel())
+            largest = hyper.limiter_ratio * max(float(state["update_norm"]), floor)
+            if norm > largest:
+                scale, norm = scale * (largest / norm), largest
+        return scale.astype(F32), norm
+
+    def _channel_squares(self, grad: Tensor, out_c: np.ndarray) -> None:
+        is_tall = grad.shape[0] >= grad.shape[1]
+        for block in range(0, len(out_c), 256):
+            part = grad[block : block + 256] if is_tall else grad[:, block : block + 256]
+            norms = part.float().square().sum(dim=1 if is_tall else 0)
+            out_c[block : block + 256] = norms.numpy()
+
+    def _write(self, weight: Tensor, grad: Tensor, scale: np.ndarray, state: State, hyper: Hyper) -> None:
+        rows, cols = weight.shape
+        part = _part_length(cols)
+        is_row_scale = len(scale) == rows
+        owed = state.get("compensation", weight[:0])
+        key1, key2 = hash_keys(hyper.rounding_seed, int(state["step"]))
+        arguments = (
+            *(_rows(tensor).reshape(-1, part) for tensor in (weight, grad, owed)),
+            *(scale.reshape(-1, 1 if is_row_scale else part), is_row_scale),
+            *(F32(-hyper.lr), F32(hyper.weight_decay), U32(key1), U32(key2)),
+        )
+        if weight.dtype == torch.float32:
+            kernel = kernels.write_fp32_kahan if hyper.rounding == "kahan" else kernels.write_fp32
+        else:
+            kernel = kernels.WRITE_BF16[hyper.rounding]
+        self._threads.share(kernel, rows * cols // part, weight.numel(), *arguments)
+
+
+class _Threads:
+    """As many as torch may use, made by the training thread: they inherit its scheduling class."""
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+
+    def share(self, kernel: Callable, num_rows: int, num_elements: int, *arguments: Any) -> None:
+        """kernel(first row, end row, *arguments) over all rows, in parts, side by side."""
+        num_parts = max(1, min(torch.get_num_threads(), num_rows, num_elements // _MIN_PART_ELEMENTS))
+        ends = [num_rows * (i + 1) // num_parts for i in range(num_parts)]
+        starts = [0, *ends[:-1]]
+        if num_parts > 1 and self._pool is None:
+            self._pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="apollo-step")
+        waiting = [
+            self._pool.submit(kernel, start, end, *arguments)
+            for start, end in zip(starts[1:], ends[1:], strict=True)
+            if self._pool
+        ]
+        kernel(0, ends[0], *arguments)
+        for part in waiting:
+            part.result()
+
+
+def _is_fast(weight: Tensor, grad: Tensor, hyper: Hyper) -> bool:
+    return (
+        weight.dtype in (torch.bfloat16, torch.float32)
+        and hyper.grid == weight.dtype == grad.dtype
+        and weight.is_contiguous()
+        and grad.is_contiguous()
+        and weight.numel() > 0
+    )
+
+
+@functools.cache
+def _part_length(cols: int) -> int:
+    """Rows are written in equal parts of this length, whose buffers stay in the cache; prime rows whole."""
+    if cols <= _SEGMENT:
+        return cols
+    return max((num for num in range(64, _SEGMENT + 1) if cols % num == 0), default=cols)
+
+
+def _rows(tensor: Tensor) -> np.ndarray:
+    """The tensor's memory as numpy: fp32 as it is, bf16 as uint16."""
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()

@@ -1,0 +1,297 @@
+"""The kernels of apollo_cpu.py, each over a range of rows, tiles or parts: (first, end, ...).
+
+bf16 comes as uint16: its bits are the upper half of fp32's. Indexes in loops run from 0 over whole rows: one
+with an offset might be negative, and numba uses no vectors then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+U32, F32 = np.uint32, np.float32
+TILE_COLUMNS = 128  # of a wide gradient: its sums, 128 r of them, stay in the second-level cache
+_SUM = {"reassoc", "contract"}  # what a vectorised sum needs; NaN and infinity stay what they are
+
+
+def _kernel(**options: Any) -> Callable[[Callable], Callable]:
+    def compile_later(function: Callable) -> Callable:
+        try:
+            return njit(nogil=True, cache=True, error_model="numpy", **options)(function)
+        except RuntimeError:  # no directory for the cache can be written
+            return njit(nogil=True, error_model="numpy", **options)(function)
+
+    return compile_later
+
+
+@_kernel(inline="always")
+def _mix(h):
+    """rounding._mix. Each result is cut to 32 bits at once: numba's own integers are 64 wide."""
+    h = U32(h ^ U32(h >> U32(16)))
+    h = U32(h * U32(0x85EBCA6B))
+    h = U32(h ^ U32(h >> U32(13)))
+    h = U32(h * U32(0xC2B2AE35))
+    return U32(h ^ U32(h >> U32(16)))
+
+
+@_kernel()
+def hash(key1, key2, out):
+    for i in range(len(out)):
+        out[i] = np.int32(_mix(U32(_mix(U32(U32(i) ^ key1)) ^ key2)))
+
+
+@_kernel(inline="always")
+def _load(source, bits, row, is_bf16):
+    """row <- source in fp32; `bits` is the same memory as `row`."""
+    if is_bf16:
+        for i in range(len(source)):
+            bits[i] = U32(source[i]) << U32(16)
+    else:
+        for i in range(len(source)):
+            row[i] = source[i]
+
+
+@_kernel(fastmath=_SUM)
+def row_squares(first, end, R_cr, out_c):
+    for j in range(first, end):
+        total = F32(0)
+        for i in range(R_cr.shape[1]):
+            total += R_cr[j, i] * R_cr[j, i]
+        out_c[j] = total
+
+
+@_kernel(fastmath=_SUM)
+def update_moments(
+    first, end, R_cr, m_cr, v_cr, beta1, rest1, beta2, rest2, correction1, correction2, eps, norm_U2, sum_vhat
+):
+    for j in range(first, end):
+        U2, V = F32(0), F32(0)
+        for i in range(R_cr.shape[1]):
+            R = R_cr[j, i]
+            m = m_cr[j, i] * beta1 + R * rest1
+            v = v_cr[j, i] * beta2 + R * R * rest2
+            m_cr[j, i], v_cr[j, i] = m, v
+            vhat = v / correction2
+            U = (m / correction1) / (np.sqrt(vhat) + eps)
+            U2 += U * U
+            V += vhat
+        norm_U2[j], sum_vhat[j] = U2, V
+
+
+@_kernel(fastmath={"contract"})
+def normals(first, end, key1, key2, sigma, P):
+    """projection.projection: normals i and i + pairs by Box-Muller, of the hashes of both counters.
+
+    Logarithm, sine and cosine by the polynomials of Cephes (logf, sinf, cosf), right to fp32's last bit or
+    two and, unlike the C library's, computed eight at a time.
+    """
+    num_pairs = len(P) // 2
+    radius, angle = np.empty(end - first, np.float32), np.empty(end - first, np.uint32)
+    bits = radius.view(np.uint32)
+    for i in range(end - first):
+        bits[i] = _mix(U32(_mix(U32(U32(first + i) ^ key1)) ^ key2))
+        angle[i] = _mix(U32(_mix(U32(U32(first + i + num_pairs) ^ key1)) ^ key2))
+    for i in range(end - first):
+        radius[i] = F32(np.int32(bits[i] >> U32(8))) + F32(0.5)
+    for i in range(end - first):
+        # radius holds f = m 2^e, m in [1, 2): log(f 2^-24) = log(m) + (e - 24) log(2)
+        e = np.int32(bits[i] >> U32(23)) - np.int32(127 + 24)
+        m_bits = U32((bits[i] & U32(0x007FFFFF)) | U32(0x3F800000))
+        is_high = m_bits > U32(0x3FB504F3)  # above sqrt(2): halved, so that |m - 1| is small
+        bits[i] = U32(m_bits - U32(0x00800000)) if is_high else m_bits
+        x = radius[i] - F32(1)
+        exponent = F32(e + np.int32(1)) if is_high else F32(e)
+        y = F32(7.0376836292e-2)
+        y = y * x + F32(-1.1514610310e-1)
+        y = y * x + F32(1.1676998740e-1)
+        y = y * x + F32(-1.2420140846e-1)
+        y = y * x + F32(1.4249322787e-1)
+        y = y * x + F32(-1.6668057665e-1)
+        y = y * x + F32(2.0000714765e-1)
+        y = y * x + F32(-2.4999993993e-1)
+        y = y * x + F32(3.3333331174e-1)
+        log = x + (y * x * x * x - F32(0.5) * x * x) + exponent * F32(0.69314718056)
+        radius[i] = sigma * np.sqrt(F32(-2) * log)
+    for i in range(end - first):
+        turns = (F32(np.int32(angle[i] >> U32(8))) + F32(0.5)) * F32(2.0**-22)  # in quarter turns, [0, 4)
+        quarter = np.int32(turns + F32(0.5))
+        t = (turns - F32(quarter)) * F32(1.57079632679)  # in [-pi/4, pi/4]
+        z = t * t
+        sine = ((F32(-1.9515295891e-4) * z + F32(8.3321608736e-3)) * z + F32(-1.6666654611e-1)) * z * t + t
+        cosine = (F32(2.443315711809948e-5) * z + F32(-1.388731625493765e-3)) * z + F32(4.166664568298827e-2)
+        cosine = cosine * z * z - F32(0.5) * z + F32(1)
+        is_odd = (quarter & np.int32(1)) == np.int32(1)
+        c, s = (sine, cosine) if is_odd else (cosine, sine)
+        P[first + i] = -radius[i] * c if ((quarter + np.int32(1)) & np.int32(2)) else radius[i] * c
+        P[num_pairs + first + i] = -radius[i] * s if (quarter & np.int32(2)) else radius[i] * s
+
+
+@_kernel(fastmath=_SUM)
+def block_sign_tall(first, end, G, is_bf16, order_k, sign_k, R_cr):
+    """Channels are rows: each row in fp32 in the cache, then r neighbouring positions at a time."""
+    k, r = G.shape[1], R_cr.shape[1]
+    bits, sums = np.empty(k, np.uint32), np.empty(r, np.float32)
+    row = bits.view(np.float32)
+    num_whole = k - k % r
+    order, sign = order_k[:num_whole].reshape(-1, r), sign_k[:num_whole].reshape(-1, r)
+    for j in range(first, end):
+        _load(G[j], bits, row, is_bf16)
+        for i in range(r):
+            sums[i] = F32(0)
+        for b in range(len(order)):
+            from_, s = order[b], sign[b]
+            for i in range(r):
+                sums[i] += s[i] * row[from_[i]]
+        for i in range(k - num_whole):
+            sums[i] += sign_k[num_whole + i] * row[order_k[num_whole + i]]
+        for i in range(r):
+            R_cr[j, i] = sums[i]
+
+
+@_kernel(fastmath=_SUM)
+def block_sign_wide(first, end, G, is_bf16, order_k, sign_k, R_cr):
+    """Channels are columns: a tile of them at a time, first and end count tiles."""
+    k, r = G.shape[0], R_cr.shape[1]
+    sums = np.empty(TILE_COLUMNS, np.float32)
+    bits = np.empty(TILE_COLUMNS, np.uint32)
+    row = bits.view(np.float32)
+    for tile in range(first, end):
+        start = tile * TILE_COLUMNS
+        width = min(TILE_COLUMNS, G.shape[1] - start)
+        for i in range(r):
+            for c in range(width):
+                sums[c] = F32(0)
+            for p in range(i, k, r):
+                _load(G[order_k[p]][start : start + width], bits, row, is_bf16)
+                sign = sign_k[p]
+                for c in range(width):
+                    sums[c] += sign * row[c]
+            for c in range(width):
+                R_cr[start + c, i] = sums[c]
+
+
+@_kernel(inline="always")
+def _load_change(G, p, scale, is_row_scale, neg_lr, weight_decay, W, bits, change, is_bf16):
+    """change <- -lr * (s * G[p] + weight_decay * W), in the order of apollo_update.write.
+
+    scale: (rows, 1), or (1, cols) as (parts of a row, length of a part).
+    """
+    _load(G[p], bits, change, is_bf16)
+    if is_row_scale:
+        s = scale[p // (len(G) // len(scale)), 0]
+        for i in range(len(W)):
+            change[i] = neg_lr * (change[i] * s + weight_decay * W[i])
+    else:
+        part = scale[p % len(scale)]
+        for i in range(len(W)):
+            change[i] = neg_lr * (change[i] * part[i] + weight_decay * W[i])
+
+
+@_kernel(inline="always")
+def _to_nearest(value_bits):
+    """fp32's bits rounded to bf16's, ties to even; finite stays finite, infinity and NaN what they are."""
+    if (value_bits & U32(0x7F800000)) == U32(0x7F800000):
+        return U32(value_bits & U32(0xFFFF0000))
+    rounded = U32(value_bits + U32(0x7FFF) + U32(U32(value_bits >> U32(16)) & U32(1)))
+    if (rounded & U32(0x7F800000)) == U32(0x7F800000):
+        rounded = U32((value_bits & U32(0x80000000)) | U32(0x7F7F0000))
+    return U32(rounded & U32(0xFFFF0000))
+
+
+@_kernel()
+def write_fp32(first, end, W, G, owed, scale, is_row_scale, neg_lr, weight_decay, key1, key2):
+    bits = np.empty(W.shape[1], np.uint32)
+    change = bits.view(np.float32)
+    for p in range(first, end):
+        _load_change(G, p, scale, is_row_scale, neg_lr, weight_decay, W[p], bits, change, False)
+        for i in range(len(change)):
+            W[p, i] = change[i] + W[p, i]
+
+
+@_kernel()
+def write_fp32_kahan(first, end, W, G, owed, scale, is_row_scale, neg_lr, weight_decay, key1, key2):
+    bits = np.empty(W.shape[1], np.uint32)
+    change = bits.view(np.float32)
+    for p in range(first, end):
+        _load_change(G, p, scale, is_row_scale, neg_lr, weight_decay, W[p], bits, change, False)
+        for i in range(len(change)):
+            wanted = change[i] + owed[p, i]
+            rounded = W[p, i] + wanted
+            owed[p, i] = wanted - (rounded - W[p, i])
+            W[p, i] = rounded
+
+
+@_kernel()
+def _write_bf16_stochastic(first, end, W, G, owed, scale, is_row_scale, neg_lr, weight_decay, key1, key2):
+    """rounding.stochastic_round with its random bits: a hash of 32 serves two neighbouring elements."""
+    num = W.shape[1]
+    bits, bits_G, pairs = (
+        np.empty(num, np.uint32),
+        np.empty(num, np.uint32),
+        np.empty(num // 2 + 1, np.uint32),
+    )
+    value, change = bits.view(np.float32), bits_G.view(np.float32)
+    for p in range(first, end):
+        offset = (p * num) % 2
+        first_pair = U32((p * num) // 2)
+        for i in range((offset + num + 1) // 2):
+            pairs[i] = _mix(U32(_mix(U32(U32(first_pair + U32(i)) ^ key1)) ^ key2))
+        random = pairs.view(np.uint16)[offset:]
+        _load(W[p], bits, value, True)
+        _load_change(G, p, scale, is_row_scale, neg_lr, weight_decay, value, bits_G, change, True)
+        for i in range(num):
+            value[i] = change[i] + value[i]
+        for i in range(num):
+            moved = U32(bits[i] + U32(random[i]))
+            # Beyond the largest finite value: that one. What was infinite or NaN before stays so.
+            if (moved & U32(0x7F800000)) == U32(0x7F800000):
+                moved = U32((bits[i] & U32(0x80000000)) | U32(0x7F7F0000))
+            if (bits[i] & U32(0x7F800000)) == U32(0x7F800000):
+                moved = bits[i]
+            W[p, i] = np.uint16(moved >> U32(16))
+
+
+@_kernel()
+def _write_bf16_nearest(first, end, W, G, owed, scale, is_row_scale, neg_lr, weight_decay, key1, key2):
+    num = W.shape[1]
+    bits, bits_G = np.empty(num, np.uint32), np.empty(num, np.uint32)
+    value, change = bits.view(np.float32), bits_G.view(np.float32)
+    for p in range(first, end):
+        _load(W[p], bits, value, True)
+        _load_change(G, p, scale, is_row_scale, neg_lr, weight_decay, value, bits_G, change, True)
+        for i in range(num):
+            value[i] = change[i] + value[i]
+        for i in range(num):
+            W[p, i] = np.uint16(_to_nearest(bits[i]) >> U32(16))
+
+
+@_kernel()
+def _write_bf16_kahan(first, end, W, G, owed, scale, is_row_scale, neg_lr, weight_decay, key1, key2):
+    """rounding.kahan_add; `owed` is the compensation, in bf16 like the weight."""
+    num = W.shape[1]
+    bits, bits_G, bits_owed = np.empty(num, np.uint32), np.empty(num, np.uint32), np.empty(num, np.uint32)
+    value, change, wanted = bits.view(np.float32), bits_G.view(np.float32), bits_owed.view(np.float32)
+    for p in range(first, end):
+        _load(W[p], bits, value, True)
+        _load_change(G, p, scale, is_row_scale, neg_lr, weight_decay, value, bits_G, change, True)
+        _load(owed[p], bits_owed, wanted, True)
+        for i in range(num):
+            wanted[i] = change[i] + wanted[i]
+            change[i] = value[i] + wanted[i]
+        for i in range(num):
+            bits_G[i] = _to_nearest(bits_G[i])  # now `change` is the new weight
+            W[p, i] = np.uint16(bits_G[i] >> U32(16))
+        for i in range(num):
+            wanted[i] = wanted[i] - (change[i] - value[i])
+        for i in range(num):
+            owed[p, i] = np.uint16(_to_nearest(bits_owed[i]) >> U32(16))
+
+
+WRITE_BF16 = {
+    "stochastic": _write_bf16_stochastic,
+    "nearest": _write_bf16_nearest,
+    "kahan": _write_bf16_kahan,
+}

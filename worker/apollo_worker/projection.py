@@ -1,0 +1,100 @@
+"""The random projection of a gradient's smaller dimension, made anew from names and counters, never stored.
+
+Legend: k = smaller dim of a parameter, c = larger dim ("channels"), r = rank; R_cr = G_ck P_kr.
+
+Two kinds, both with E|R_j|^2 = |G_j|^2 for every channel j:
+    Gaussian    P ~ N(0, 1/r), the paper's (arXiv:2412.05270); a dense product, 2 k c r operations
+    BlockSign   each of the k rows of P has a single +1 or -1: R's columns are signed sums of k/r of G's. A
+                CountSketch (Charikar et al. 2002) with buckets of equal size; k c operations, no product
+"""
+
+from __future__ import annotations
+
+import math
+from hashlib import blake2b
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from apollo_worker.rounding import hash_bits
+
+
+class Gaussian(NamedTuple):
+    P_kr: Tensor  # fp32
+
+
+class BlockSign(NamedTuple):
+    """Position p of the permuted order goes to column p % rank: no two columns differ by more than one row.
+
+    A permutation, because neighbouring rows of a gradient are alike: a column of neighbours would add up what
+    they have in common, or cancel it.
+    """
+
+    order_k: Tensor  # int64, a permutation
+    sign_k: Tensor  # fp32, +1 or -1, of order_k's rows
+    rank: int
+
+    def dense(self) -> Tensor:
+        """P (k, r) fp32, for the reference."""
+        P_kr = torch.zeros(len(self.order_k), self.rank, device=self.order_k.device)
+        columns = torch.arange(len(self.order_k), device=self.order_k.device) % self.rank
+        P_kr[self.order_k, columns] = self.sign_k
+        return P_kr
+
+
+Sketch = Gaussian | BlockSign
+PROJECTIONS = ("gaussian", "block_sign")
+SEED_OF = {"gaussian": "projection", "block_sign": "block_sign"}  # purposes, for derive_seed
+
+
+def derive_seed(seed: int, name: str, purpose: str) -> int:
+    """64 bits that depend on all three and on nothing else: not on order, process or device."""
+    return int.from_bytes(blake2b(f"{seed}\0{name}\0{purpose}".encode(), digest_size=8).digest(), "little")
+
+
+def projection(
+    seed: int, name: str, refresh_index: int | Tensor, min_dim: int, rank: int, device: torch.device
+) -> Tensor:
+    """P (min_dim, rank) fp32 ~ N(0, 1/rank), made anew on `device` whenever it is needed.
+
+    By Box-Muller from counter hashes: `refresh_index` may be a tensor on the device, and 27B's 280 million
+    normals a step cost neither a CPU second nor a copy. The hashed bits are equal on all devices; log, cos
+    and sin may differ in the last bit between a CPU and a GPU.
+    """
+    num_pairs = (min_dim * rank + 1) // 2
+    bits = hash_bits(
+        2 * num_pairs, derive_seed(seed, name, SEED_OF["gaussian"]), refresh_index, device=device
+    )
+    uniform = ((bits >> 8) & 0xFFFFFF).float().add_(0.5).mul_(2.0**-24)  # in (0, 1]
+    radius = uniform[:num_pairs].log().mul_(-2.0 / rank).sqrt_()
+    angle = uniform[num_pairs:] * (2.0 * math.pi)
+    return torch.cat([radius * angle.cos(), radius * angle.sin()])[: min_dim * rank].view(min_dim, rank)
+
+
+def block_sign(
+    seed: int, name: str, refresh_index: int | Tensor, min_dim: int, rank: int, device: torch.device
+) -> BlockSign:
+    """Order and signs from counter hashes: equal on all devices. Ties of 31-bit hashes keep their order."""
+    bits = hash_bits(min_dim, derive_seed(seed, name, SEED_OF["block_sign"]), refresh_index, device=device)
+    order_k = torch.argsort(bits >> 1, stable=True)
+    sign_k = 1.0 - 2.0 * (bits & 1).float()
+    return BlockSign(order_k, sign_k[order_k], rank)
+
+
+def make_sketch(
+    kind: str,
+    seed: int,
+    name: str,
+    refresh_index: int | Tensor,
+    min_dim: int,
+    rank: int,
+    device: torch.device,
+) -> Sketch:
+    arguments = (seed, name, refresh_index, min_dim, rank, device)
+    return block_sign(*arguments) if kind == "block_sign" else Gaussian(projection(*arguments))
+
+
+def dense(sketch: Sketch) -> Tensor:
+    """P (k, r) fp32 of either kind."""
+    return sketch.P_kr if isinstance(sketch, Gaussian) else sketch.dense()
