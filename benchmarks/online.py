@@ -48,7 +48,7 @@ SETTINGS = [
     Setting("default"),
     Setting("no-limiter", keywords={"limiter_ratio": 0.0}),
     Setting("floor-0.1", keywords={"limiter_floor": 0.1}),
-    Setting("floor-0.001", keywords={"limiter_floor": 0.001}),
+    Setting("floor-0.01", keywords={"limiter_floor": 0.01}),
     Setting("guard-0.5", keywords={"noise_guard": 0.5}),
     Setting("guard-1", keywords={"noise_guard": 1.0}),
     Setting("guard-2", keywords={"noise_guard": 2.0}),

@@ -52,7 +52,7 @@ class Train(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     refresh_steps: Annotated[int, Meta(ge=1)] = 200
     projection: Literal["gaussian", "block_sign"] = "gaussian"
     limiter_ratio: Annotated[float, Meta(ge=0)] = 1.01  # 0 switches the norm-growth limiter off
-    limiter_floor: Annotated[float, Meta(ge=0)] = 0.01  # RMS of an update, in units of lr, that it lets pass
+    limiter_floor: Annotated[float, Meta(ge=0)] = 1.0  # RMS of an update, in units of lr, that it lets pass
     limiter_norm: Literal["estimate", "exact"] = "estimate"
     noise_guard: Annotated[float, Meta(ge=0)] = 0.0  # 0: off; see docs/apollo.md
     rounding: Literal["stochastic", "nearest", "kahan"] = "stochastic"

@@ -210,7 +210,8 @@ def test_the_limiter_lets_the_update_grow_by_its_ratio_only():
     norms = {}
     for ratio in (0, 1.01):
         param = parameter(64, 64)
-        optimizer = Apollo([("w", param)], lr=1e-3, rank=16, limiter_ratio=ratio, betas=(0.0, 0.999))
+        options = {"limiter_ratio": ratio, "limiter_floor": 0.01, "betas": (0.0, 0.999)}
+        optimizer = Apollo([("w", param)], lr=1e-3, rank=16, **options)
         grads = [randn(64, 64, seed=i, scale=100.0 if i == 5 else 1.0) for i in range(7)]
         norms[ratio] = []
         for grad in grads:

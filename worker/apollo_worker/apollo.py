@@ -25,7 +25,9 @@ from apollo_worker.rounding import GRID_DTYPES, grid_within
 FORMAT_VERSION = 1
 ROUNDINGS = ("stochastic", "nearest", "kahan")
 LIMITER_NORMS = ("estimate", "exact")
-LIMITER_FLOOR = 0.01  # Adam's own root mean square is 0.1 to 1, in units of lr
+# In units of lr, in which Adam's first update is 1 and later ones are 0.1 to 1. With a floor below that a quiet
+# time, whose updates are short, keeps the ones after it short as well (docs/log.md).
+LIMITER_FLOOR = 1.0
 
 
 class Apollo(torch.optim.Optimizer):
