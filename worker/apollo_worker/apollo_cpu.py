@@ -26,9 +26,9 @@ from apollo_worker.apollo_update import Hyper, State, TorchBackend, project
 from apollo_worker.projection import SEED_OF, BlockSign, Gaussian, Sketch, derive_seed
 from apollo_worker.rounding import hash_keys
 
-_MIN_PART_ELEMENTS = 2**17  # below this a second thread costs more than it saves
+_MIN_PART_ELEMENTS = 2**18  # below this a second thread costs more than it saves
 _SEGMENT = 1024  # of a weight's row: three buffers of 4 KiB in the first-level cache
-_SCRATCH_ELEMENTS = 2**20  # 4 MiB
+_SCRATCH_ELEMENTS = 2**22  # 16 MiB: a product of matrices that is too small does not fill two cores
 _LANES = 8  # fp32 numbers in a vector of AVX2
 
 
@@ -102,7 +102,7 @@ class NumbaBackend:
         else:
             num_parts, kernel = -(-cols // kernels.TILE_COLUMNS), kernels.block_sign_wide
         order_k = sketch.order_k.numpy().astype(U32)
-        arguments = (_rows(grad), grad.dtype == torch.bfloat16, order_k, sketch.sign_k.numpy())
+        arguments = (_rows(grad), order_k, sketch.sign_k.numpy())
         self._threads.share(kernel, num_parts, grad.numel(), *arguments, R_cr.numpy())
         return R_cr
 
@@ -144,7 +144,7 @@ class NumbaBackend:
         key1, key2 = hash_keys(hyper.rounding_seed, int(state["step"]))
         arguments = (
             *(_rows(tensor).reshape(-1, part) for tensor in (weight, grad, owed)),
-            *(scale.reshape(-1, 1 if is_row_scale else part), is_row_scale),
+            scale.reshape(-1, 1 if is_row_scale else part),
             *(F32(-hyper.lr), F32(hyper.weight_decay), U32(key1), U32(key2)),
         )
         if weight.dtype == torch.float32:

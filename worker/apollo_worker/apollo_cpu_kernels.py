@@ -10,7 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
 
 U32, F32 = np.uint32, np.float32
 TILE_COLUMNS = 128  # of a wide gradient: its sums, 128 r of them, stay in the second-level cache
@@ -27,6 +29,37 @@ def _kernel(**options: Any) -> Callable[[Callable], Callable]:
     return compile_later
 
 
+@intrinsic
+def _value(typing_context, x):  # pyright: ignore[reportUnusedParameter]
+    """uint16 bits of a bf16 -> its value in fp32; fp32 as it is. Two instructions, also in vector loops."""
+
+    def generate(context, builder, signature, arguments):  # pyright: ignore[reportUnusedParameter]
+        if x == types.float32:
+            return arguments[0]
+        wide = builder.zext(arguments[0], ir.IntType(32))
+        return builder.bitcast(builder.shl(wide, ir.Constant(ir.IntType(32), 16)), ir.FloatType())
+
+    return types.float32(x), generate
+
+
+@intrinsic
+def _bits(typing_context, x):  # pyright: ignore[reportUnusedParameter]
+    """The 32 bits of an fp32, as uint32."""
+
+    def generate(context, builder, signature, arguments):  # pyright: ignore[reportUnusedParameter]
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.uint32(types.float32), generate
+
+
+@intrinsic
+def _from_bits(typing_context, x):  # pyright: ignore[reportUnusedParameter]
+    def generate(context, builder, signature, arguments):  # pyright: ignore[reportUnusedParameter]
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.uint32), generate
+
+
 @_kernel(inline="always")
 def _mix(h):
     """rounding._mix. Each result is cut to 32 bits at once: numba's own integers are 64 wide."""
@@ -41,17 +74,6 @@ def _mix(h):
 def hash(key1, key2, out):
     for i in range(len(out)):
         out[i] = np.int32(_mix(U32(_mix(U32(U32(i) ^ key1)) ^ key2)))
-
-
-@_kernel(inline="always")
-def _load(source, bits, row, is_bf16):
-    """row <- source in fp32; `bits` is the same memory as `row`."""
-    if is_bf16:
-        for i in range(len(source)):
-            bits[i] = U32(source[i]) << U32(16)
-    else:
-        for i in range(len(source)):
-            row[i] = source[i]
 
 
 @_kernel(fastmath=_SUM)
@@ -130,34 +152,35 @@ def normals(first, end, key1, key2, sigma, P):
 
 
 @_kernel(fastmath=_SUM)
-def block_sign_tall(first, end, G, is_bf16, order_k, sign_k, R_cr):
+def block_sign_tall(first, end, G, order_k, sign_k, R_cr):
     """Channels are rows: each row in fp32 in the cache, then r neighbouring positions at a time."""
     k, r = G.shape[1], R_cr.shape[1]
-    bits, sums = np.empty(k, np.uint32), np.empty(r, np.float32)
-    row = bits.view(np.float32)
+    row, sums, sign = np.empty(k, np.float32), np.empty(r, np.float32), np.empty(k, np.float32)
+    for p in range(k):
+        sign[order_k[p]] = sign_k[p]
     num_whole = k - k % r
-    order, sign = order_k[:num_whole].reshape(-1, r), sign_k[:num_whole].reshape(-1, r)
+    order, rest = order_k[:num_whole].reshape(-1, r), order_k[num_whole:]
     for j in range(first, end):
-        _load(G[j], bits, row, is_bf16)
+        G_row = G[j]
+        for i in range(k):
+            row[i] = sign[i] * _value(G_row[i])
         for i in range(r):
             sums[i] = F32(0)
         for b in range(len(order)):
-            from_, s = order[b], sign[b]
+            from_ = order[b]
             for i in range(r):
-                sums[i] += s[i] * row[from_[i]]
-        for i in range(k - num_whole):
-            sums[i] += sign_k[num_whole + i] * row[order_k[num_whole + i]]
+                sums[i] += row[from_[i]]
+        for i in range(len(rest)):
+            sums[i] += row[rest[i]]
         for i in range(r):
             R_cr[j, i] = sums[i]
 
 
 @_kernel(fastmath=_SUM)
-def block_sign_wide(first, end, G, is_bf16, order_k, sign_k, R_cr):
+def block_sign_wide(first, end, G, order_k, sign_k, R_cr):
     """Channels are columns: a tile of them at a time, first and end count tiles."""
     k, r = G.shape[0], R_cr.shape[1]
     sums = np.empty(TILE_COLUMNS, np.float32)
-    bits = np.empty(TILE_COLUMNS, np.uint32)
-    row = bits.view(np.float32)
     for tile in range(first, end):
         start = tile * TILE_COLUMNS
         width = min(TILE_COLUMNS, G.shape[1] - start)
@@ -165,129 +188,108 @@ def block_sign_wide(first, end, G, is_bf16, order_k, sign_k, R_cr):
             for c in range(width):
                 sums[c] = F32(0)
             for p in range(i, k, r):
-                _load(G[order_k[p]][start : start + width], bits, row, is_bf16)
-                sign = sign_k[p]
+                G_row, sign = G[order_k[p]][start : start + width], sign_k[p]
                 for c in range(width):
-                    sums[c] += sign * row[c]
+                    sums[c] += sign * _value(G_row[c])
             for c in range(width):
                 R_cr[start + c, i] = sums[c]
 
 
-@_kernel(inline="always")
-def _load_change(G, p, scale, is_row_scale, neg_lr, weight_decay, W, bits, change, is_bf16):
-    """change <- -lr * (s * G[p] + weight_decay * W), in the order of apollo_update.write.
-
-    scale: (rows, 1), or (1, cols) as (parts of a row, length of a part).
-    """
-    _load(G[p], bits, change, is_bf16)
-    if is_row_scale:
-        s = scale[p // (len(G) // len(scale)), 0]
-        for i in range(len(W)):
-            change[i] = neg_lr * (change[i] * s + weight_decay * W[i])
-    else:
-        part = scale[p % len(scale)]
-        for i in range(len(W)):
-            change[i] = neg_lr * (change[i] * part[i] + weight_decay * W[i])
+# Writing: W <- round(W - lr * (s * G + weight_decay * W)), in the order of apollo_update.write. W, G and owed
+# are (parts, length of a part); scale is (rows, 1), or (1, cols) as (parts of a row, length of a part).
 
 
 @_kernel(inline="always")
-def _to_nearest(value_bits):
+def _scale_of(scale, p, num_parts, filled):
+    """The scales of part p, one for each of its elements; `filled` is memory for them."""
+    if scale.shape[1] == len(filled):
+        return scale[p % len(scale)]
+    filled[:] = scale[p // (num_parts // len(scale)), 0]
+    return filled
+
+
+@_kernel(inline="always")
+def _to_nearest(bits):
     """fp32's bits rounded to bf16's, ties to even; finite stays finite, infinity and NaN what they are."""
-    if (value_bits & U32(0x7F800000)) == U32(0x7F800000):
-        return U32(value_bits & U32(0xFFFF0000))
-    rounded = U32(value_bits + U32(0x7FFF) + U32(U32(value_bits >> U32(16)) & U32(1)))
+    rounded = U32(bits + U32(0x7FFF) + U32(U32(bits >> U32(16)) & U32(1)))
     if (rounded & U32(0x7F800000)) == U32(0x7F800000):
-        rounded = U32((value_bits & U32(0x80000000)) | U32(0x7F7F0000))
+        rounded = U32((bits & U32(0x80000000)) | U32(0x7F7F0000))
+    if (bits & U32(0x7F800000)) == U32(0x7F800000):
+        rounded = bits
     return U32(rounded & U32(0xFFFF0000))
 
 
 @_kernel()
-def write_fp32(first, end, W, G, owed, scale, is_row_scale, neg_lr, weight_decay, key1, key2):
-    bits = np.empty(W.shape[1], np.uint32)
-    change = bits.view(np.float32)
+def write_fp32(first, end, W, G, owed, scale, neg_lr, weight_decay, key1, key2):
+    filled = np.empty(W.shape[1], np.float32)
     for p in range(first, end):
-        _load_change(G, p, scale, is_row_scale, neg_lr, weight_decay, W[p], bits, change, False)
-        for i in range(len(change)):
-            W[p, i] = change[i] + W[p, i]
+        W_part, G_part, s = W[p], G[p], _scale_of(scale, p, len(W), filled)
+        for i in range(len(filled)):
+            w = W_part[i]
+            W_part[i] = neg_lr * (G_part[i] * s[i] + weight_decay * w) + w
 
 
 @_kernel()
-def write_fp32_kahan(first, end, W, G, owed, scale, is_row_scale, neg_lr, weight_decay, key1, key2):
-    bits = np.empty(W.shape[1], np.uint32)
-    change = bits.view(np.float32)
+def write_fp32_kahan(first, end, W, G, owed, scale, neg_lr, weight_decay, key1, key2):
+    filled = np.empty(W.shape[1], np.float32)
     for p in range(first, end):
-        _load_change(G, p, scale, is_row_scale, neg_lr, weight_decay, W[p], bits, change, False)
-        for i in range(len(change)):
-            wanted = change[i] + owed[p, i]
-            rounded = W[p, i] + wanted
-            owed[p, i] = wanted - (rounded - W[p, i])
-            W[p, i] = rounded
+        W_part, G_part, owed_part, s = W[p], G[p], owed[p], _scale_of(scale, p, len(W), filled)
+        for i in range(len(filled)):
+            w = W_part[i]
+            wanted = neg_lr * (G_part[i] * s[i] + weight_decay * w) + owed_part[i]
+            rounded = w + wanted
+            owed_part[i] = wanted - (rounded - w)
+            W_part[i] = rounded
 
 
 @_kernel()
-def _write_bf16_stochastic(first, end, W, G, owed, scale, is_row_scale, neg_lr, weight_decay, key1, key2):
+def _write_bf16_stochastic(first, end, W, G, owed, scale, neg_lr, weight_decay, key1, key2):
     """rounding.stochastic_round with its random bits: a hash of 32 serves two neighbouring elements."""
     num = W.shape[1]
-    bits, bits_G, pairs = (
-        np.empty(num, np.uint32),
-        np.empty(num, np.uint32),
-        np.empty(num // 2 + 1, np.uint32),
-    )
-    value, change = bits.view(np.float32), bits_G.view(np.float32)
+    filled, pairs = np.empty(num, np.float32), np.empty(num // 2 + 1, np.uint32)
     for p in range(first, end):
         offset = (p * num) % 2
         first_pair = U32((p * num) // 2)
         for i in range((offset + num + 1) // 2):
             pairs[i] = _mix(U32(_mix(U32(U32(first_pair + U32(i)) ^ key1)) ^ key2))
         random = pairs.view(np.uint16)[offset:]
-        _load(W[p], bits, value, True)
-        _load_change(G, p, scale, is_row_scale, neg_lr, weight_decay, value, bits_G, change, True)
+        W_part, G_part, s = W[p], G[p], _scale_of(scale, p, len(W), filled)
         for i in range(num):
-            value[i] = change[i] + value[i]
-        for i in range(num):
-            moved = U32(bits[i] + U32(random[i]))
+            w = _value(W_part[i])
+            bits = _bits(neg_lr * (_value(G_part[i]) * s[i] + weight_decay * w) + w)
+            moved = U32(bits + U32(random[i]))
             # Beyond the largest finite value: that one. What was infinite or NaN before stays so.
             if (moved & U32(0x7F800000)) == U32(0x7F800000):
-                moved = U32((bits[i] & U32(0x80000000)) | U32(0x7F7F0000))
-            if (bits[i] & U32(0x7F800000)) == U32(0x7F800000):
-                moved = bits[i]
-            W[p, i] = np.uint16(moved >> U32(16))
+                moved = U32((bits & U32(0x80000000)) | U32(0x7F7F0000))
+            if (bits & U32(0x7F800000)) == U32(0x7F800000):
+                moved = bits
+            W_part[i] = np.uint16(moved >> U32(16))
 
 
 @_kernel()
-def _write_bf16_nearest(first, end, W, G, owed, scale, is_row_scale, neg_lr, weight_decay, key1, key2):
-    num = W.shape[1]
-    bits, bits_G = np.empty(num, np.uint32), np.empty(num, np.uint32)
-    value, change = bits.view(np.float32), bits_G.view(np.float32)
+def _write_bf16_nearest(first, end, W, G, owed, scale, neg_lr, weight_decay, key1, key2):
+    filled = np.empty(W.shape[1], np.float32)
     for p in range(first, end):
-        _load(W[p], bits, value, True)
-        _load_change(G, p, scale, is_row_scale, neg_lr, weight_decay, value, bits_G, change, True)
-        for i in range(num):
-            value[i] = change[i] + value[i]
-        for i in range(num):
-            W[p, i] = np.uint16(_to_nearest(bits[i]) >> U32(16))
+        W_part, G_part, s = W[p], G[p], _scale_of(scale, p, len(W), filled)
+        for i in range(len(filled)):
+            w = _value(W_part[i])
+            bits = _bits(neg_lr * (_value(G_part[i]) * s[i] + weight_decay * w) + w)
+            W_part[i] = np.uint16(_to_nearest(bits) >> U32(16))
 
 
 @_kernel()
-def _write_bf16_kahan(first, end, W, G, owed, scale, is_row_scale, neg_lr, weight_decay, key1, key2):
+def _write_bf16_kahan(first, end, W, G, owed, scale, neg_lr, weight_decay, key1, key2):
     """rounding.kahan_add; `owed` is the compensation, in bf16 like the weight."""
-    num = W.shape[1]
-    bits, bits_G, bits_owed = np.empty(num, np.uint32), np.empty(num, np.uint32), np.empty(num, np.uint32)
-    value, change, wanted = bits.view(np.float32), bits_G.view(np.float32), bits_owed.view(np.float32)
+    filled = np.empty(W.shape[1], np.float32)
     for p in range(first, end):
-        _load(W[p], bits, value, True)
-        _load_change(G, p, scale, is_row_scale, neg_lr, weight_decay, value, bits_G, change, True)
-        _load(owed[p], bits_owed, wanted, True)
-        for i in range(num):
-            wanted[i] = change[i] + wanted[i]
-            change[i] = value[i] + wanted[i]
-        for i in range(num):
-            bits_G[i] = _to_nearest(bits_G[i])  # now `change` is the new weight
-            W[p, i] = np.uint16(bits_G[i] >> U32(16))
-        for i in range(num):
-            wanted[i] = wanted[i] - (change[i] - value[i])
-        for i in range(num):
-            owed[p, i] = np.uint16(_to_nearest(bits_owed[i]) >> U32(16))
+        W_part, G_part, owed_part, s = W[p], G[p], owed[p], _scale_of(scale, p, len(W), filled)
+        for i in range(len(filled)):
+            w = _value(W_part[i])
+            wanted = neg_lr * (_value(G_part[i]) * s[i] + weight_decay * w) + _value(owed_part[i])
+            rounded = _to_nearest(_bits(w + wanted))
+            left = wanted - (_from_bits(rounded) - w)
+            W_part[i] = np.uint16(rounded >> U32(16))
+            owed_part[i] = np.uint16(_to_nearest(_bits(left)) >> U32(16))
 
 
 WRITE_BF16 = {
