@@ -15,7 +15,7 @@ from apollo_worker.apollo import LIMITER_FLOOR, Apollo
 from apollo_worker.projection import projection
 
 from apollo_ipc.config import DEFAULT_RANK
-from apollo_ipc.errors import UserError
+from apollo_ipc.errors import CheckpointError, UserError
 
 torch.set_num_threads(2)
 CPU = torch.device("cpu")
@@ -404,6 +404,47 @@ def test_a_state_that_does_not_fit_is_refused_by_name_and_changes_nothing():
     with pytest.raises(UserError, match="format 99"):
         optimizer.load_state(tensors, {**meta, "format_version": 99})
     assert identical(snapshot(other, *model.parameters()), before)
+
+
+def test_another_refresh_interval_or_projection_keeps_the_moments_and_goes_on():
+    param = parameter(32, 48)
+    saved = Apollo([("w", param)], lr=1e-3, rank=8, refresh_steps=200)
+    run(saved, param, [randn(32, 48, seed=i) for i in range(5)])
+    for change in ({"refresh_steps": 2}, {"projection": "block_sign"}, {"seed": 7}):
+        optimizer = Apollo([("w", param)], lr=1e-3, rank=8, **change)
+        optimizer.load_state(saved.state_tensors(), saved.state_meta())
+        for key, value in saved.state_tensors().items():
+            assert torch.equal(optimizer.state_tensors()[key], value)
+        run(optimizer, param, [randn(32, 48, seed=9)])
+        assert optimizer.state_tensors()["w.step"] == 6
+        assert torch.isfinite(param).all()
+
+
+def test_another_rank_is_refused_by_name_and_a_trainer_starts_anew_with_a_warning(caplog):
+    from types import SimpleNamespace
+
+    from apollo_worker import attachment
+
+    param = parameter(32, 48)
+    saved = Apollo([("w", param)], lr=1e-3, rank=8)
+    run(saved, param, [randn(32, 48)])
+    other = Apollo([("w", param)], lr=1e-3, rank=16)
+    with pytest.raises(
+        UserError, match=r"w\.exp_avg is float32 \[48, 8\], but float32 \[48, 16\]"
+    ) as refused:
+        other.load_state(saved.state_tensors(), saved.state_meta())
+    assert refused.value.field == "w"
+
+    def damaged(*_):
+        raise CheckpointError("optimizer.safetensors: damaged: it is shorter than its header says")
+
+    for read in (lambda *_: (saved.state_tensors(), saved.state_meta()), damaged):
+        caplog.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attachment, "read_optimizer", read)
+            attachment.load_optimizer(SimpleNamespace(main_optimizer=other), None, object())
+        assert "moments start anew" in caplog.text
+        assert other.state_tensors()["w.step"] == 0
 
 
 def test_a_change_of_rounding_starts_or_drops_kahans_leftovers():

@@ -499,6 +499,10 @@ def test_a_damaged_optimizer_file_is_refused(single):
     path.write_bytes(data[:-1] + b"\x01")
     with pytest.raises(CheckpointError, match="damaged"):
         read_optimizer(single, commit)
+    for length in (0, 4, 40, len(data) - 1):
+        path.write_bytes(data[:length])
+        with pytest.raises(CheckpointError, match=str(path.name)):
+            read_optimizer(single, commit)
     path.unlink()
     with pytest.raises(CheckpointError, match="cannot read"):
         read_optimizer(single, commit)

@@ -25,8 +25,8 @@ from apollo_worker.rounding import GRID_DTYPES, grid_within
 FORMAT_VERSION = 1
 ROUNDINGS = ("stochastic", "nearest", "kahan")
 LIMITER_NORMS = ("estimate", "exact")
-# In units of lr, in which Adam's first update is 1 and later ones are 0.1 to 1. With a floor below that a quiet
-# time, whose updates are short, keeps the ones after it short as well (docs/log.md).
+# In units of lr, in which Adam's first update is 1 and later ones are 0.1 to 1. With a lower floor a quiet
+# time, whose updates are short, keeps those after it short as well (docs/log.md).
 LIMITER_FLOOR = 1.0
 
 
