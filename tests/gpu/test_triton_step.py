@@ -1,0 +1,239 @@
+"""The Triton step on CUDA: the reference's results, no host sync, no temporaries, no write by a bad gradient.
+
+The same comparisons as in tests/unit/test_apollo_triton.py, whose interpreter has no tensor cores, no warps
+and nothing that runs at the same time.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from apollo_worker.apollo import Apollo
+from apollo_worker.apollo_update import TorchBackend
+from apollo_worker.projection import Gaussian, block_sign, projection
+from apollo_worker.rounding import hash_bits
+
+pytest.importorskip("triton")
+ROUNDINGS = ["stochastic", "nearest", "kahan"]
+CUDA = torch.device("cuda")
+Made = tuple[torch.nn.Parameter, Apollo]
+
+
+class SameProjection(TorchBackend):
+    """The reference with the kernels' own P, which is rounded to bf16 for bf16 gradients."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+
+    def sketch(self, *arguments: Any) -> Gaussian:
+        from apollo_worker.apollo_triton import TritonBackend
+
+        return Gaussian(TritonBackend().sketch(*arguments)(self.dtype).float())
+
+
+def randn(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator(CUDA).manual_seed(seed), device=CUDA) * scale
+
+
+def make(weight: torch.Tensor, backend: TorchBackend | None = None, **options: Any) -> Made:
+    """(a copy of `weight` with its strides, its optimizer); backend: None for Triton's."""
+    copy = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device=CUDA).copy_(weight)
+    param = torch.nn.Parameter(copy)
+    optimizer = Apollo([("w", param)], **{"lr": 1e-3, "seed": 7, "backend": "triton", **options})
+    if backend is not None:
+        optimizer._backends["cuda"] = backend
+    return param, optimizer
+
+
+def step(param: torch.nn.Parameter, optimizer: Apollo, grad: torch.Tensor) -> None:
+    param.grad = grad
+    optimizer.step()
+
+
+def snapshot(param: torch.nn.Parameter, optimizer: Apollo) -> list[torch.Tensor]:
+    return [t.detach().clone() for t in (param, *optimizer.state_tensors().values())]
+
+
+def assert_same_step(reference: Made, ours: Made, before: torch.Tensor) -> None:
+    """After one step from equal weights and states; `before`: the weight."""
+    (expected, state), (got, own) = ((p.detach(), o.state_tensors()) for p, o in (reference, ours))
+    assert torch.equal(state["w.step"], own["w.step"])
+    # Products of bf16 are exact in fp32: R differs by the order of up to 1,000 sums, some 1e-6 of |G| |P|.
+    for key in ("w.exp_avg", "w.exp_avg_sq", "w.update_norm"):
+        if key in state:
+            largest = state[key].abs().max().item()
+            torch.testing.assert_close(own[key], state[key], rtol=1e-4, atol=1e-5 * largest)
+    change = (expected.float() - before.float()).abs().max().item()
+    if expected.dtype == torch.float32:
+        expected, got = (w + s.get("w.compensation", 0.0) for w, s in ((expected, state), (got, own)))
+        torch.testing.assert_close(got, expected, rtol=2**-21, atol=1e-4 * change)
+        return
+    # As on the CPU: an element is at most one bf16 value away, 2^-7 of it, and such elements are rare.
+    torch.testing.assert_close(got.float(), expected.float(), rtol=2**-7, atol=1e-4 * change)
+    assert (got != expected).sum() <= 1 + expected.numel() // 200
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("projection", ["gaussian", "block_sign"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("shape", "rank"), [((1023, 515), 64), ((512, 3000), 64), ((777, 1024), 1), ((70, 33), 33)]
+)
+def test_three_steps_are_the_references(shape, rank, dtype, projection, rounding) -> None:
+    options = {"rank": rank, "projection": projection, "rounding": rounding, "refresh_steps": 2}
+    options |= {
+        "weight_decay": 0.1,
+        "noise_guard": 0.5,
+        "limiter_norm": "exact" if rank == 64 else "estimate",
+    }
+    weight = randn(*shape, scale=0.02).to(dtype)
+    reference, ours = make(weight, SameProjection(dtype), **options), make(weight, **options)
+    for i in range(3):
+        before = reference[0].detach().clone()
+        grad = (randn(*shape, seed=i + 1) * [1, 30, 1e-3][i]).to(dtype)
+        for made in (reference, ours):
+            step(*made, grad.clone())
+        assert_same_step(reference, ours, before)
+        ours[0].data.copy_(reference[0].data)  # so that each step begins with equals
+        ours[1].load_state(reference[1].state_tensors(), reference[1].state_meta())
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("shape", [(), (5120,), (10240, 1, 4), (48, 5120), (3, 3001)])
+def test_adam_is_the_references(shape, rounding) -> None:
+    weight = randn(*shape, scale=0.02).bfloat16()
+    options = {"rounding": rounding, "weight_decay": 0.1}
+    reference, ours = make(weight, TorchBackend(), **options), make(weight, **options)
+    for made in (reference, ours):
+        step(*made, randn(*shape, seed=1).bfloat16())
+    assert_same_step(reference, ours, weight)
+
+
+def test_a_step_is_repeated_bit_for_bit() -> None:
+    results = []
+    for _ in range(2):
+        made = make(randn(1024, 5120, scale=0.02).bfloat16())
+        for seed in (1, 2):
+            step(*made, randn(1024, 5120, seed=seed).bfloat16())
+        results.append(snapshot(*made))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("k", [33, 5120])
+def test_projections_and_random_bits_are_those_of_the_cpu(k: int) -> None:
+    from apollo_worker import triton_kernels
+    from apollo_worker.apollo_triton import TritonBackend, _halves
+
+    seed, arguments = (
+        0xFEDCBA9876543210,
+        (0xFEDCBA9876543210, "w", torch.tensor(3), k, 64, torch.device("cpu")),
+    )
+    bits = torch.empty(5000, dtype=torch.int32, device=CUDA)
+    triton_kernels.hash_counters[(40,)](bits, torch.tensor(9, device=CUDA), *_halves(seed), 5000, BLOCK=128)
+    assert torch.equal(bits.cpu(), hash_bits(5000, seed, 9, device=torch.device("cpu")))
+    index = torch.tensor(3, device=CUDA)
+    make_P = TritonBackend().sketch("gaussian", seed, "w", index, k, 64, CUDA)
+    # Normals of up to 5.8 / 8, from logarithms and cosines right to two or three last bits.
+    torch.testing.assert_close(make_P(torch.float32).cpu(), projection(*arguments), rtol=1e-5, atol=1e-6)
+    assert torch.equal(make_P(torch.bfloat16), make_P(torch.float32).bfloat16())
+    signs = TritonBackend().sketch("block_sign", seed, "w", index, k, 64, CUDA)(torch.bfloat16)
+    assert torch.equal(signs.float().cpu(), block_sign(*arguments).dense())
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize(
+    "view", [lambda t: t[100:700], lambda t: t.T, lambda t: t[:, 33:557].T, lambda t: t[::2, ::3]]
+)
+def test_a_view_is_written_in_place_and_like_a_parameter_of_its_own(view, rounding) -> None:
+    storage = randn(1000, 1024, scale=0.02).bfloat16()
+    around = torch.ones(storage.shape, dtype=torch.bool, device=CUDA)
+    view(around)[:] = False
+    untouched = storage[around].clone()
+    own, optimizer = make(view(storage).contiguous(), rounding=rounding)
+    viewed = torch.nn.Parameter(view(storage))
+    of_view = Apollo([("w", viewed)], lr=1e-3, seed=7, backend="triton", rounding=rounding)
+    for made in ((own, optimizer), (viewed, of_view)):
+        step(*made, randn(*own.shape, seed=1).bfloat16())
+    assert torch.equal(own, viewed)
+    assert torch.equal(storage[around], untouched)
+
+
+def test_offsets_beyond_two_to_the_31_are_right() -> None:
+    if torch.cuda.mem_get_info()[0] < 6 * 2**30:
+        pytest.skip("5 GB of free GPU memory are needed")
+    storage = torch.zeros(2**31 + 128, dtype=torch.bfloat16, device=CUDA)
+    far = storage.as_strided((2, 64), (2**31 + 64, 1))
+    far.copy_(randn(2, 64, scale=0.02))
+    own, optimizer = make(far.contiguous(), rank=2)
+    param = torch.nn.Parameter(far)
+    of_view = Apollo([("w", param)], lr=1e-3, seed=7, rank=2, backend="triton")
+    for made in ((own, optimizer), (param, of_view)):
+        step(*made, randn(2, 64, seed=1).bfloat16())
+    assert torch.equal(own, far)
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("bad", [math.inf, math.nan, 3e38])
+@pytest.mark.parametrize("shape", [(1023, 515), (515, 1024), (5120,), (48, 5120), ()])
+def test_a_gradient_that_is_not_finite_changes_nothing_at_all(shape, bad, rounding) -> None:
+    made = make(randn(*shape, scale=0.02).bfloat16(), rounding=rounding)
+    step(*made, randn(*shape, seed=1).bfloat16())
+    before = snapshot(*made)
+    grad = randn(*shape, seed=2).bfloat16()
+    grad.view(-1)[-1] = bad
+    step(*made, grad)
+    assert made[1].take_bad_updates() == 1
+    assert all(torch.equal(a, b) for a, b in zip(snapshot(*made), before, strict=True))
+
+
+@pytest.mark.parametrize("projection", ["gaussian", "block_sign"])
+@pytest.mark.parametrize("limiter_norm", ["estimate", "exact"])
+def test_the_host_waits_for_nothing(projection: str, limiter_norm: str) -> None:
+    shapes = [(1024, 512), (512, 1024), (5120,), (48, 5120), ()]
+    options = {"projection": projection, "limiter_norm": limiter_norm}
+    made = [make(randn(*shape, scale=0.02).bfloat16(), **options) for shape in shapes]
+    for one, shape in zip(made, shapes, strict=True):
+        step(*one, randn(*shape, seed=1).bfloat16())  # compiles, loads, makes cuBLAS's handle
+    grads = [randn(*shape, seed=2).bfloat16() for shape in shapes]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for one, grad in zip(made, grads, strict=True):
+            step(*one, grad)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("shape", [(5120, 17408), (17408, 5120)])
+def test_a_step_needs_no_memory_of_the_weights_size_and_its_time_is_told(shape, capsys) -> None:
+    weight, grad = randn(*shape, scale=0.02).bfloat16(), randn(*shape, seed=1).bfloat16()
+    rank, (k, c) = 64, sorted(shape)
+    made = make(weight, rank=rank)
+    step(*made, grad)  # compiles, and makes cuBLAS's workspace
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    step(*made, grad)
+    peak = torch.cuda.max_memory_allocated() - held
+    assert peak <= 4 * c * rank + 2 * k * rank + weight.nbytes // 10
+
+    def median_ms(run: Any) -> float:
+        times = []
+        for _ in range(20):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        return sorted(times)[10]
+
+    # The floor: the gradient read twice, the weight and the moments read and written, by one long copy.
+    floor_bytes = 4 * weight.nbytes + 4 * 4 * c * rank
+    source, target = torch.empty(2, floor_bytes // 2, dtype=torch.uint8, device=CUDA)
+    floor_ms, step_ms = median_ms(lambda: target.copy_(source)), median_ms(lambda: step(*made, grad))
+    with capsys.disabled():
+        print(f"\n{shape}: {step_ms:.3f} ms a step, {floor_ms:.3f} ms for a copy of as many bytes")

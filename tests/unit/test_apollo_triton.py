@@ -1,0 +1,334 @@
+"""The Triton backend without a GPU: its kernels in Triton's interpreter, and compiled for an H100.
+
+The interpreter's switch is read when Triton is imported, so the checks run in processes of their own: this
+file again, with functions that are called check_... or compile_... in the place of test_...
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+import os
+import random
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+import torch
+from apollo_worker import apollo_update
+from apollo_worker.apollo import Apollo
+from apollo_worker.apollo_update import TorchBackend
+from apollo_worker.projection import Gaussian, block_sign, projection
+from apollo_worker.rounding import hash_bits
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+CPU = torch.device("cpu")
+ROUNDINGS = ["stochastic", "nearest", "kahan"]
+BIG_SEED = 0xFEDCBA9876543210  # neither half fits into int32
+
+
+@pytest.mark.parametrize(("kind", "interpret"), [("check", "1"), ("compile", "0")])
+def test_the_kernels_pass_their_checks(kind, interpret, tmp_path):
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", f"python_functions={kind}_*"]
+    env = os.environ | {"TRITON_INTERPRET": interpret, "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([*command, __file__], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+
+
+def randn(*shape, seed=0, scale=1.0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+@cache
+def triton_backend():
+    from apollo_worker.apollo_triton import TritonBackend
+
+    return TritonBackend()
+
+
+class SameProjection(TorchBackend):
+    """The reference with the kernels' own P, which is rounded to bf16 for bf16 gradients."""
+
+    def __init__(self, dtype):
+        self.dtype = dtype
+
+    def sketch(self, *arguments):
+        return Gaussian(triton_backend().sketch(*arguments)(self.dtype).float())
+
+
+def make(weight, backend, **options):
+    """(a copy of `weight` with its strides, its optimizer)."""
+    copy = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype).copy_(weight)
+    param = torch.nn.Parameter(copy)
+    optimizer = Apollo([("w", param)], seed=7, backend="torch", **options)
+    optimizer._backends["cpu"] = backend
+    return param, optimizer
+
+
+def step(param, optimizer, grad):
+    param.grad = grad
+    optimizer.step()
+
+
+def to_bytes(tensor):
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def snapshot(param, optimizer):
+    return [to_bytes(tensor) for tensor in (param, *optimizer.state_tensors().values())]
+
+
+def assert_same_step(reference, ours, before):
+    """After one step from equal weights and states; `before`: the weight."""
+    (expected, state), (got, own) = ((p.detach(), o.state_tensors()) for p, o in (reference, ours))
+    assert torch.equal(state["w.step"], own["w.step"])
+    # Sums of up to 70 squares in another order differ by less than 70 * 2^-24 = 4e-6 of themselves.
+    for key in ("w.exp_avg", "w.exp_avg_sq", "w.update_norm"):
+        if key in state:
+            largest = state[key].abs().max().item()
+            torch.testing.assert_close(own[key], state[key], rtol=1e-5, atol=1e-6 * largest)
+    change = (expected.float() - before.float()).abs().max().item()
+    if expected.dtype == torch.float32:  # where what is left over is kept, it belongs to the value
+        expected, got = (w + s.get("w.compensation", 0.0) for w, s in ((expected, state), (got, own)))
+        torch.testing.assert_close(got, expected, rtol=2**-22, atol=1e-5 * change)
+        return
+    # Before rounding the two differ by 2^-24 of |W| + |change| for each of four operations and 1e-5 of the
+    # change at most: rarely by 2^-10 of the distance of two bf16 values, 2^-8 of the value. So at most one
+    # element in 1,000 is expected to fall on the other side, and to the neighbour, at most 2^-7 away; other
+    # random bits would move one in five.
+    torch.testing.assert_close(got.float(), expected.float(), rtol=2**-7, atol=1e-5 * change)
+    assert (got != expected).sum() <= 1 + expected.numel() // 200
+
+
+EVERYTHING = {
+    "shape": [(24, 48), (48, 24), (33, 70), (70, 33), (1, 40), (5, 64), (37,), (), (6, 1, 4)],
+    "rank": [1, 2, 8],
+    "dtype": [torch.bfloat16, torch.float32],
+    "projection": ["gaussian", "block_sign"],
+    "rounding": ROUNDINGS,
+    "weight_decay": [0.0, 0.1],
+    "limiter_ratio": [0, 1.01],
+    "limiter_norm": ["estimate", "exact"],
+    "noise_guard": [0.0, 0.5],
+}
+CASES = random.Random(1).sample(list(itertools.product(*EVERYTHING.values())), 26)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def check_a_step_is_the_references(case):
+    options = dict(zip(EVERYTHING, case, strict=True))
+    shape, dtype = options.pop("shape"), options.pop("dtype")
+    weight = randn(*shape, scale=0.02).to(dtype)
+    options |= {"lr": 1e-3, "refresh_steps": 2}
+    reference, ours = (make(weight, b, **options) for b in (SameProjection(dtype), triton_backend()))
+    for i in range(3):
+        before = reference[0].detach().clone()
+        # Thirty times the gradient: the limiter bites. A thousandth of it: the noise guard does.
+        grad = (randn(*shape, seed=i + 1) * [1, 30, 1e-3][i]).to(dtype)
+        for made in (reference, ours):
+            step(*made, grad.clone())
+        assert_same_step(reference, ours, before)
+        ours[0].data.copy_(reference[0].data)  # so that each step begins with equals
+        ours[1].load_state(reference[1].state_tensors(), reference[1].state_meta())
+
+
+def check_that_the_sample_of_cases_has_every_choice():
+    for i, values in enumerate(EVERYTHING.values()):
+        assert {case[i] for case in CASES} == set(values)
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(24, 48), (70, 33)])
+def check_what_is_written_is_the_references_bit_for_bit(shape, dtype, rounding):
+    """With a given scale and without weight decay no sum is involved. fp32 weights here have bf16's grid."""
+    from apollo_worker.apollo_triton import _write_weight
+
+    weight = randn(*shape, scale=0.02).bfloat16().to(dtype)
+    grad, scale_c = randn(*shape, seed=1).to(dtype), randn(max(shape), seed=2).abs() + 0.5
+    largest = torch.finfo(torch.bfloat16).max
+    weight.view(-1)[:3] = torch.tensor([largest, -largest, -0.0])
+    grad.view(-1)[:3] = torch.tensor([-3e37, 3e37, 0.0])  # past bf16, within fp32: it saturates
+    grids = {"w": torch.bfloat16}
+    results = []
+    for backend in ("torch", "triton"):
+        param, optimizer = make(weight, None, lr=0.01, rank=8, rounding=rounding, grid_dtypes=grids)
+        state, hyper = optimizer.state[param], optimizer._hyper("w", param)
+        if "compensation" in state:
+            state["compensation"].copy_(randn(*shape, seed=3, scale=1e-5))
+        if backend == "torch":
+            scale = (scale_c[:, None] if shape[0] >= shape[1] else scale_c[None, :]).expand(shape)
+            D = grad.float() * scale
+            apollo_update.write(param.data, lambda r, D=D: D[r], torch.tensor(True), state, hyper)
+        else:
+            state["step"] += 1
+            ok, factor = torch.tensor(1, dtype=torch.int8), torch.tensor(1.0)
+            _write_weight(param.data, grad, scale_c, factor, ok, state, hyper)
+        assert param.isfinite().all()
+        results.append((to_bytes(param), to_bytes(state.get("compensation", param))))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("step_", [0, 1, 199, 2**31 + 5])
+def check_the_random_bits_are_those_of_rounding(step_):
+    from apollo_worker import triton_kernels
+    from apollo_worker.apollo_triton import _halves
+
+    for seed in (0, 1, BIG_SEED, 2**32 - 1):
+        bits = torch.empty(1000, dtype=torch.int32)
+        triton_kernels.hash_counters[(8,)](bits, torch.tensor(step_), *_halves(seed), 1000, BLOCK=128)
+        assert torch.equal(bits, hash_bits(1000, seed, torch.tensor(step_), device=CPU))
+
+
+@pytest.mark.parametrize(("k", "rank"), [(24, 8), (33, 7), (1, 1), (600, 3)])
+def check_projections_are_those_of_projection(k, rank):
+    arguments = (BIG_SEED, "w", torch.tensor(3), k, rank, CPU)
+    make_P = triton_backend().sketch("gaussian", *arguments)
+    P_kr = make_P(torch.float32)
+    torch.testing.assert_close(P_kr, projection(*arguments), rtol=1e-6, atol=1e-6)  # last bits of log and cos
+    assert torch.equal(make_P(torch.bfloat16), P_kr.bfloat16())
+    for dtype in (torch.float32, torch.bfloat16):
+        P_kr = triton_backend().sketch("block_sign", *arguments)(dtype)
+        assert torch.equal(P_kr.float(), block_sign(*arguments).dense())
+
+
+VIEWS = {  # of storage (40, 64)
+    "rows": lambda t: t[5:29],
+    "transposed": lambda t: t.T,
+    "columns": lambda t: t[:, 33:57],
+    "turned columns": lambda t: t[:, 33:57].T,
+    "every other": lambda t: t[::2, ::3],
+    "vector": lambda t: t[:, 60],
+    "thin": lambda t: t[:3, 1:].T,
+}
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "kahan"])
+@pytest.mark.parametrize("view", VIEWS)
+def check_a_view_is_written_in_place_and_like_a_parameter_of_its_own(view, rounding):
+    """The random bits go by an element's place in the tensor, not in memory."""
+    storage = randn(40, 64, scale=0.02).bfloat16()
+    around = torch.ones(40, 64, dtype=torch.bool)
+    VIEWS[view](around)[:] = False
+    untouched = storage[around].clone()
+    options = {"lr": 1e-3, "rank": 8, "rounding": rounding, "limiter_norm": "exact"}
+    own, optimizer = make(VIEWS[view](storage).contiguous(), triton_backend(), **options)
+    viewed = torch.nn.Parameter(VIEWS[view](storage))
+    of_view = Apollo([("w", viewed)], seed=7, backend="torch", **options)
+    of_view._backends["cpu"] = triton_backend()
+    grads = [randn(*own.shape, seed=i).bfloat16() for i in (1, 2)]
+    for made in ((own, optimizer), (viewed, of_view)):
+        step(*made, grads[0])
+    assert torch.equal(own, viewed)
+    step(own, optimizer, grads[1])
+    step(viewed, of_view, grads[1].mT.contiguous().mT if viewed.dim() == 2 else grads[1])
+    # R sums the turned gradient in another order: see assert_same_step.
+    assert (own != viewed).sum() <= 1 + own.numel() // 200
+    assert torch.equal(storage[around], untouched)
+    assert viewed.data_ptr() == VIEWS[view](storage).data_ptr()
+
+
+def check_offsets_beyond_two_to_the_31_are_right():
+    storage = torch.empty(2**31 + 64, dtype=torch.bfloat16)  # 4 GiB of which two pages are touched
+    far = storage.as_strided((2, 24), (2**31 + 32, 1))
+    far.copy_(randn(2, 24, scale=0.02))
+    options = {"lr": 1e-2, "rank": 2, "rounding": "nearest"}
+    own, optimizer = make(far.contiguous(), triton_backend(), **options)
+    param = torch.nn.Parameter(far)
+    of_view = Apollo([("w", param)], seed=7, backend="torch", **options)
+    of_view._backends["cpu"] = triton_backend()
+    for made in ((own, optimizer), (param, of_view)):
+        step(*made, randn(2, 24, seed=1).bfloat16())
+    assert torch.equal(own, far)
+
+
+@pytest.mark.parametrize(("bad", "rounding"), zip([math.inf, math.nan, 3e38], ROUNDINGS, strict=True))
+@pytest.mark.parametrize("shape", [(40, 20), (20, 40), (24,), (), (9000,)])
+def check_a_gradient_that_is_not_finite_changes_nothing_at_all(shape, bad, rounding):
+    options = {"lr": 1e-3, "rank": 8, "rounding": rounding}
+    param, optimizer = make(randn(*shape, scale=0.02).bfloat16(), triton_backend(), **options)
+    step(param, optimizer, randn(*shape, seed=1).bfloat16())
+    assert optimizer.take_bad_updates() == 0
+    before = snapshot(param, optimizer)
+    grad = randn(*shape, seed=2).bfloat16()
+    grad.view(-1)[-1] = bad
+    step(param, optimizer, grad)
+    assert snapshot(param, optimizer) == before
+    assert optimizer.take_bad_updates() == 1
+    step(param, optimizer, randn(*shape, seed=3).bfloat16())
+    assert snapshot(param, optimizer) != before
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def check_adam_by_several_programs_is_the_references(rounding):
+    options = {"lr": 1e-3, "rank": 8, "rounding": rounding, "weight_decay": 0.1}
+    weight = randn(3, 3001, scale=0.02).bfloat16()
+    reference, ours = (make(weight, b, **options) for b in (TorchBackend(), triton_backend()))
+    for made in (reference, ours):
+        step(*made, randn(3, 3001, seed=1).bfloat16())
+    assert_same_step(reference, ours, weight)
+
+
+def check_fp16_is_left_to_the_reference():
+    weight, grad = randn(24, 48, scale=0.02).half(), randn(24, 48, seed=1).half()
+    reference, ours = (
+        make(weight, b, lr=1e-3, rank=8) for b in (SameProjection(torch.float32), triton_backend())
+    )
+    for made in (reference, ours):
+        step(*made, grad.clone())
+    assert torch.equal(reference[0], ours[0])
+
+
+def compile_every_launch_of_a_step(monkeypatch):
+    """For compute capability 9.0, with the backend's own arguments: types, layouts and ptxas' own rules."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    class NoDevice:
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 26)
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+    launches, run = [], JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
+        launches.append((self.__name__, compiled.asm["ptx"]))
+        return compiled
+
+    driver.set_active(NoDevice())
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+
+    def launched(shape, *, dtype=torch.bfloat16, turned=False, **options):
+        launches.clear()
+        weight = torch.zeros(shape, dtype=dtype)
+        made = make(weight.T.contiguous().T if turned else weight, triton_backend(), lr=1e-3, **options)
+        step(*made, torch.zeros(shape, dtype=dtype))
+        ptx = dict(launches)
+        assert not any("atom." in text or "red.global" in text for text in ptx.values())
+        assert not any("fma.rn.f32" in text for name, text in launches if name != "normals")
+        # Whole rows are read and written 16 bytes at a time.
+        if len(shape) == 2 and not any(n % 8 for n in shape):
+            for name in {"write", "adam"} & ptx.keys():
+                assert "ld.global.v4" in ptx[name], name
+                assert "st.global.v4" in ptx[name], name
+        return [name for name, _ in launches]
+
+    moments = ["channel_stats", "verdict", "store_moments", "write"]
+    assert launched((512, 1024), rank=64) == ["normals", *moments]
+    launched((512, 1024), rank=64, rounding="kahan")
+    launched((512, 1024), rank=64, turned=True)
+    launched((70, 33), rank=5, dtype=torch.float32, projection="block_sign", limiter_norm="exact")
+    launched((1, 40), rank=1, rounding="nearest", betas=(0, 0.99), alpha=1, limiter_ratio=0, weight_decay=1)
+    assert launched((5120,)) == ["adam"]
+    assert launched((48, 512), rank=64) == ["adam", "adam"]
+    launched(())
