@@ -83,7 +83,14 @@ def assert_same_step(reference: Made, ours: Made, before: torch.Tensor) -> None:
     ("shape", "rank"), [((1023, 515), 64), ((512, 3000), 64), ((777, 1024), 1), ((70, 33), 33)]
 )
 def test_three_steps_are_the_references(shape, rank, dtype, projection, rounding) -> None:
-    options = {"rank": rank, "projection": projection, "rounding": rounding, "refresh_steps": 2}
+    options = {
+        "rank": rank,
+        "projection": projection,
+        "rounding": rounding,
+        "refresh_steps": 2,
+        "betas": (0.5, 0.999),
+        "limiter_floor": 0.01,
+    }
     options |= {
         "weight_decay": 0.1,
         "noise_guard": 0.5,
@@ -91,14 +98,18 @@ def test_three_steps_are_the_references(shape, rank, dtype, projection, rounding
     }
     weight = randn(*shape, scale=0.02).to(dtype)
     reference, ours = make(weight, SameProjection(dtype), **options), make(weight, **options)
+    norms = []
     for i in range(3):
         before = reference[0].detach().clone()
-        grad = (randn(*shape, seed=i + 1) * [1, 30, 1e-3][i]).to(dtype)
+        grad = (randn(*shape, seed=i + 1) * [1, 1e-3, 30][i]).to(dtype)
         for made in (reference, ours):
             step(*made, grad.clone())
         assert_same_step(reference, ours, before)
+        norms.append(ours[1].state_tensors()["w.update_norm"].item())
         ours[0].data.copy_(reference[0].data)  # so that each step begins with equals
         ours[1].load_state(reference[1].state_tensors(), reference[1].state_meta())
+    largest = 1.01 * max(norms[1], 0.01 * math.sqrt(weight.numel()))
+    assert norms[2] == pytest.approx(largest, rel=1e-5), "the limiter did not bite"
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)

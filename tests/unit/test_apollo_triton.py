@@ -122,17 +122,22 @@ def check_a_step_is_the_references(case):
     options = dict(zip(EVERYTHING, case, strict=True))
     shape, dtype = options.pop("shape"), options.pop("dtype")
     weight = randn(*shape, scale=0.02).to(dtype)
-    options |= {"lr": 1e-3, "refresh_steps": 2}
+    options |= {"lr": 1e-3, "refresh_steps": 2, "betas": (0.5, 0.999), "limiter_floor": 0.01}
     reference, ours = (make(weight, b, **options) for b in (SameProjection(dtype), triton_backend()))
+    norms = []
     for i in range(3):
         before = reference[0].detach().clone()
-        # Thirty times the gradient: the limiter bites. A thousandth of it: the noise guard does.
-        grad = (randn(*shape, seed=i + 1) * [1, 30, 1e-3][i]).to(dtype)
+        # A thousandth of the gradient: the noise guard bites. Thirty times it: the limiter does.
+        grad = (randn(*shape, seed=i + 1) * [1, 1e-3, 30][i]).to(dtype)
         for made in (reference, ours):
             step(*made, grad.clone())
         assert_same_step(reference, ours, before)
+        norms.append(ours[1].state_tensors().get("w.update_norm", torch.tensor(0.0)).item())
         ours[0].data.copy_(reference[0].data)  # so that each step begins with equals
         ours[1].load_state(reference[1].state_tensors(), reference[1].state_meta())
+    if options["limiter_ratio"] and norms[0]:
+        largest = 1.01 * max(norms[1], 0.01 * math.sqrt(weight.numel()))
+        assert norms[2] == pytest.approx(largest, rel=1e-5), "the limiter did not bite"
 
 
 def check_that_the_sample_of_cases_has_every_choice():
