@@ -79,6 +79,7 @@ class Live:
             self.worker.wait()
         self.server.stop()
         if kept := os.environ.get("APOLLO_TEST_LOGS"):
+            Path(kept).mkdir(parents=True, exist_ok=True)
             for log in self.base.glob("*.log"):
                 shutil.copy(log, Path(kept) / f"{self.base.name}-{log.name}")
 
