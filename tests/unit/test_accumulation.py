@@ -8,8 +8,9 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from apollo_worker.job_run import Plan, TrainerQueue, plan
+from apollo_worker.job_run import Plan, plan
 from apollo_worker.live_model import load_offline
+from apollo_worker.queue import JobQueue
 from apollo_worker.tokenise import TokenisedExample
 from apollo_worker.trainer import StepResult, Trainer
 
@@ -195,7 +196,7 @@ def test_the_examples_of_finished_updates_are_remembered_each_once(num_steps, kn
 
 
 def test_a_note_is_added_once_however_often_the_job_is_resumed(tmp_path):
-    queue = TrainerQueue(tmp_path / "queue.sqlite", 10)
+    queue = JobQueue(tmp_path / "queue.sqlite", 10)
     changed: list[Any] = []
     request = TrainRequest([Example(prompt="a", completion="b")])
     job_id = queue.submit(request, num_steps=1, notes=["said before"]).job_id

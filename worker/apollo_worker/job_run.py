@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable
 
 import msgspec
 
@@ -14,20 +12,7 @@ from apollo_worker.queue import JobQueue
 from apollo_worker.schedule import learning_rate, resolve_schedule
 from apollo_worker.tokenise import TokenisedExample, Tokeniser, content_hash
 
-
-class TrainerQueue(JobQueue):
-    """The queue as its trainer has it, who may say something of the job that it trains."""
-
-    def add_notes(self, job_id: str, notes: Iterable[str]) -> None:
-        """What is there already is not said again: a job that is resumed comes here once more."""
-        before = self.get(job_id).notes
-        if not (new := [note for note in notes if note not in before]):
-            return
-        with self._transaction():
-            self._db.execute(
-                "UPDATE jobs SET notes = ? WHERE job_id = ?", (json.dumps([*before, *new]), job_id)
-            )
-        self._changed(job_id)
+TrainerQueue = JobQueue  # what it was called where it alone could add notes
 
 
 class Plan(msgspec.Struct, frozen=True):

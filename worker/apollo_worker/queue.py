@@ -10,40 +10,28 @@ A method returns after its commit, and with synchronous=FULL a commit in WAL mod
 Two processes have the file open: the front submits and cancels, the trainer does the rest. Every change is
 one IMMEDIATE transaction; reads have a connection of their own and wait for no writer (WAL).
 
-This file is the API; apollo_worker.queue_file knows the file, its schema and what a row means.
+This file is the API, of which queue_reader has the questions and queue_writer how a change is made;
+apollo_worker.queue_file knows the file, its schema and what a row means.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import secrets
-import sqlite3
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
 
-from apollo_ipc.errors import Conflict, NotFound, NotReady
+from apollo_ipc.errors import Conflict, NotReady
 from apollo_ipc.messages import ENDED_STATES, JobInfo, JobState
 from apollo_ipc.requests import TrainRequest
-from apollo_worker.queue_file import (
-    BUSY_TIMEOUT_S,
-    JOB_COLUMNS,
-    MAX_VARIABLES,
-    connect,
-    decode_request,
-    encode_request,
-    job_info,
-    open_file,
-)
+from apollo_worker.queue_file import BUSY_TIMEOUT_S, decode_request, encode_request
+from apollo_worker.queue_reader import Jobs, read_job, read_job_of_key, read_num_queued
+from apollo_worker.queue_writer import QueueWriter
 
 MAX_CRASHES = 3
-
-Jobs = list[JobInfo]  # inside JobQueue, `list` is its method
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -53,56 +41,15 @@ class Job(msgspec.Struct, frozen=True):
     request: TrainRequest
 
 
-class JobQueue:
-    """Thread-safe. `on_change`, where set, is called with each changed job after the commit, in the thread
-    that changed it and without the lock: two threads' calls may arrive in either order.
-
-    path: made where there is none. max_queued: how many jobs may wait. busy_timeout_s: how long a change
-    waits for the other process's, before it raises NotReady (code `busy`). Raises QueueDamaged (see
-    queue_file).
-    """
+class JobQueue(QueueWriter):
+    """max_queued: how many jobs may wait. The rest, `on_change` too, as QueueWriter says."""
 
     def __init__(self, path: Path, max_queued: int, busy_timeout_s: float = BUSY_TIMEOUT_S):
-        self.on_change: Callable[[JobInfo], None] | None = None
+        super().__init__(path, busy_timeout_s)
         self._max_queued = max_queued
-        self._lock, self._reader_lock = threading.RLock(), threading.Lock()
-        self._db = open_file(path, busy_timeout_s)
-        self._reader = connect(path, busy_timeout_s)
         self._taken: set[str] = set()  # jobs whose attempt by this process has been counted
 
-    def close(self) -> None:
-        with self._lock, self._reader_lock:
-            self._db.close()
-            self._reader.close()
-
-    @property
-    def queue_id(self) -> int:
-        """Tells this file from another one: a checkpoint's record of jobs is of one queue only."""
-        with self._lock:
-            return self._db.execute("PRAGMA application_id").fetchone()[0]
-
     # --- accepting ---
-
-    def find_by_key(self, idempotency_key: str | None, request: TrainRequest) -> JobInfo | None:
-        """The job accepted under this key, or None. Raises Conflict (422) where its body was another."""
-        if idempotency_key is None:
-            return None
-        digest = encode_request(request)[1]
-        with self._reader_lock:
-            return self._find_by_key(self._reader, idempotency_key, digest)
-
-    def _find_by_key(self, db: sqlite3.Connection, key: str, digest: bytes) -> JobInfo | None:
-        row = db.execute(
-            f"SELECT {JOB_COLUMNS}, request_digest FROM jobs WHERE idempotency_key = ?", (key,)
-        ).fetchone()
-        if row is None:
-            return None
-        if row["request_digest"] != digest:
-            raise Conflict(
-                f"idempotency key {key!r} was used for job {row['job_id']} with another body; use a new key",
-                field="idempotency_key",
-            )
-        return job_info(row)
 
     def submit(
         self,
@@ -121,11 +68,9 @@ class JobQueue:
         # Sortable by time, unique without asking anyone.
         job_id = f"job-{time.time_ns() // 1_000_000:012x}-{secrets.token_hex(4)}"
         with self._transaction():
-            if idempotency_key is not None and (
-                known := self._find_by_key(self._db, idempotency_key, digest)
-            ):
+            if idempotency_key is not None and (known := read_job_of_key(self._db, idempotency_key, digest)):
                 return known
-            if (num_queued := _count_queued(self._db)) >= self._max_queued:
+            if (num_queued := read_num_queued(self._db)) >= self._max_queued:
                 raise NotReady(
                     f"{num_queued} jobs are waiting (limit worker.max_queued_jobs); send it again later",
                     code="queue_full",
@@ -134,16 +79,10 @@ class JobQueue:
                 "INSERT INTO jobs (job_id, state, created_at, num_examples, num_steps, num_skipped, "
                 "idempotency_key, request_digest, notes) VALUES (?, 'queued', ?, ?, ?, ?, ?, ?, ?)",
                 (
-                    job_id,
-                    time.time(),
-                    len(request.examples),
-                    num_steps,
-                    num_skipped,
-                    idempotency_key,
-                    digest,
-                    json.dumps(list(notes)),
+                    job_id, time.time(), len(request.examples), num_steps, num_skipped, idempotency_key,
+                    digest, json.dumps(list(notes)),
                 ),
-            )
+            )  # fmt: skip
             self._db.execute("INSERT INTO requests (seq, body) VALUES (?, ?)", (cursor.lastrowid, body))
         return self._changed(job_id)
 
@@ -180,13 +119,11 @@ class JobQueue:
                         "started_at = coalesce(started_at, ?) WHERE job_id = ?",
                         (is_new, time.time(), job_id),
                     )
-                body = self._db.execute("SELECT body FROM requests WHERE seq = ?", (row["seq"],)).fetchone()[
-                    0
-                ]
+                found = self._db.execute("SELECT body FROM requests WHERE seq = ?", (row["seq"],)).fetchone()
             info = self._changed(job_id)
             if not quarantined:
                 self._taken.add(job_id)
-                return Job(info, decode_request(body))
+                return Job(info, decode_request(found[0]))
 
     def release(self, job_id: str) -> None:
         """A clean stop: the job stays running for the next process, and this attempt does not count."""
@@ -198,7 +135,7 @@ class JobQueue:
     def record_step(self, job_id: str, steps_done: int, loss: float) -> None:
         """Step number `steps_done` (from 1) of the running job is in the weights; its loss was `loss`."""
         with self._transaction():
-            before = self._info(job_id)
+            before = read_job(self._db, job_id)
             assert before.state == "running", f"{job_id} is {before.state}"
             assert steps_done >= before.steps_done, f"{job_id}: step {steps_done} after {before.steps_done}"
             self._db.execute(
@@ -225,7 +162,7 @@ class JobQueue:
         """Ends the running job. Ending it once more in the same state changes nothing."""
         assert state in ENDED_STATES, state
         with self._transaction():
-            before = self._info(job_id)
+            before = read_job(self._db, job_id)
             if before.state == state:
                 return before
             assert before.state == "running", f"{job_id} is {before.state}"
@@ -233,30 +170,36 @@ class JobQueue:
                 "UPDATE jobs SET state = ?, ended_at = ?, weight_version = ?, error = ?, traceback = ?, "
                 "notes = ?, cancel_requested = NULL WHERE job_id = ?",
                 (
-                    state,
-                    time.time(),
-                    weight_version,
-                    error,
-                    traceback,
-                    json.dumps([*before.notes, *notes]),
-                    job_id,
+                    state, time.time(), weight_version, error, traceback,
+                    json.dumps([*before.notes, *notes]), job_id,
                 ),
-            )
+            )  # fmt: skip
         return self._changed(job_id)
+
+    def add_notes(self, job_id: str, notes: Iterable[str]) -> None:
+        """What is there already is not said again: a job that is resumed comes here once more."""
+        with self._transaction():
+            before = read_job(self._db, job_id).notes
+            if not (new := [note for note in notes if note not in before]):
+                return
+            self._db.execute(
+                "UPDATE jobs SET notes = ? WHERE job_id = ?", (json.dumps([*before, *new]), job_id)
+            )
+        self._changed(job_id)
+
+    def remember_examples(self, job_id: str, hashes: Iterable[bytes]) -> None:
+        """`job_id` has trained the examples with these hashes."""
+        with self._transaction():
+            seq = read_job(self._db, job_id).seq
+            self._db.executemany(
+                "INSERT OR IGNORE INTO examples (hash, seq) VALUES (?, ?)", ((one, seq) for one in hashes)
+            )
 
     # --- the checkpoint's side ---
 
-    def applied_seq(self) -> int:
-        """The highest seq such that it and every job before it has ended; 0 where there is none."""
-        with self._reader_lock:
-            return self._reader.execute(
-                "SELECT coalesce((SELECT min(seq) - 1 FROM jobs WHERE state IN ('queued', 'running')), "
-                "(SELECT max(seq) FROM jobs), 0)"
-            ).fetchone()[0]
-
     def mark_durable(self, applied_seq: int) -> Jobs:
         """Every applied job up to `applied_seq` is in the checkpoint on disk. Returns those that changed."""
-        return self._set_state("state = 'applied' AND seq <= ?", (applied_seq,), "state = 'durable'")
+        return self._set("state = 'durable'", "state = 'applied' AND seq <= ?", (applied_seq,))
 
     def reconcile(self, applied_seq: int, job_id: str | None = None, steps_done: int = 0) -> Jobs:
         """After a crash lost the live weights: the checkpoint holds every job up to `applied_seq`, and the
@@ -276,7 +219,7 @@ class JobQueue:
                     (applied_seq, job_id),
                 )
             if job_id is not None:
-                seq = self._info(job_id).seq
+                seq = read_job(self._db, job_id).seq
                 self._db.execute("DELETE FROM losses WHERE seq = ? AND step > ?", (seq, steps_done))
                 # Its own examples, where it was applied after the commit: known, they would be skipped now.
                 self._db.execute("DELETE FROM examples WHERE seq = ?", (seq,))
@@ -292,13 +235,7 @@ class JobQueue:
             "state = 'queued', steps_done = 0, loss_first = NULL, loss_last = NULL, started_at = NULL, "
             "ended_at = NULL, weight_version = NULL"
         )
-        return [*changed, *self._set_state(lost, (applied_seq, job_id), again)]
-
-    def _set_state(self, where: str, values: tuple, change: str) -> Jobs:
-        with self._transaction():
-            rows = self._db.execute(f"SELECT job_id FROM jobs WHERE {where} ORDER BY seq", values).fetchall()
-            self._db.execute(f"UPDATE jobs SET {change} WHERE {where}", values)
-        return [self._changed(row[0]) for row in rows]
+        return [*changed, *self._set(again, lost, (applied_seq, job_id))]
 
     # --- cancelling ---
 
@@ -308,7 +245,7 @@ class JobQueue:
         Raises NotFound, and Conflict (409) where the job has ended.
         """
         with self._transaction():
-            info = self._info(job_id)
+            info = read_job(self._db, job_id)
             if info.state in ENDED_STATES:
                 error = Conflict(f"job {job_id} has ended ({info.state})", code="job_ended")
                 error.http_status = 409
@@ -320,99 +257,3 @@ class JobQueue:
                 (time.time(), job_id),
             )
         return self._changed(job_id)
-
-    def is_cancel_requested(self, job_id: str) -> bool:
-        """From the file, since the front is asked: some 10 us, so it may precede every step."""
-        with self._reader_lock:
-            row = self._reader.execute(
-                "SELECT cancel_requested FROM jobs WHERE job_id = ?", (job_id,)
-            ).fetchone()
-        return row is not None and row[0] is not None
-
-    # --- looking ---
-
-    def get(self, job_id: str, with_history: bool = False) -> JobInfo:
-        """Raises NotFound. `with_history` fills loss_history (one loss for each step done)."""
-        with self._reader_lock:
-            info = self._info(job_id, self._reader)
-            if not with_history:
-                return info
-            rows = self._reader.execute("SELECT loss FROM losses WHERE seq = ? ORDER BY step", (info.seq,))
-            # SQLite stores NaN as NULL (its "Datatypes" page).
-            history = [math.nan if row[0] is None else row[0] for row in rows]
-        return msgspec.structs.replace(info, loss_history=history)
-
-    def list(self, limit: int = 50, state: JobState | None = None) -> Jobs:
-        """The newest `limit` jobs (of one state, if given), newest first."""
-        with self._reader_lock:
-            rows = self._reader.execute(
-                f"SELECT {JOB_COLUMNS} FROM jobs WHERE ?1 IS NULL OR state = ?1 ORDER BY seq DESC LIMIT ?2",
-                (state, max(0, limit)),
-            )
-            return [job_info(row) for row in rows]
-
-    def count_queued(self) -> int:
-        with self._reader_lock:
-            return _count_queued(self._reader)
-
-    # --- duplicates ---
-
-    def known_examples(self, hashes: Iterable[bytes]) -> set[bytes]:
-        """Those of `hashes` that were trained before."""
-        todo, known = [*dict.fromkeys(hashes)], set()
-        with self._reader_lock:
-            for start in range(0, len(todo), MAX_VARIABLES):
-                some = todo[start : start + MAX_VARIABLES]
-                marks = ", ".join("?" * len(some))
-                known.update(
-                    row[0]
-                    for row in self._reader.execute(
-                        f"SELECT hash FROM examples WHERE hash IN ({marks})", some
-                    )
-                )
-        return known
-
-    def remember_examples(self, job_id: str, hashes: Iterable[bytes]) -> None:
-        """`job_id` has trained the examples with these hashes."""
-        with self._transaction():
-            seq = self._info(job_id).seq
-            self._db.executemany(
-                "INSERT OR IGNORE INTO examples (hash, seq) VALUES (?, ?)", ((one, seq) for one in hashes)
-            )
-
-    # --- inside ---
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        """Commits at the end, rolls back on any exception. IMMEDIATE: the write lock is taken first."""
-        with self._lock:
-            try:
-                self._db.execute("BEGIN IMMEDIATE")
-            except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
-                    raise
-                raise NotReady("the trainer is writing to the queue; send it again", code="busy") from error
-            try:
-                yield
-                self._db.commit()  # may fail too: the disk is full
-            except BaseException:
-                self._db.rollback()
-                raise
-
-    def _info(self, job_id: str, db: sqlite3.Connection | None = None) -> JobInfo:
-        row = (
-            (db or self._db).execute(f"SELECT {JOB_COLUMNS} FROM jobs WHERE job_id = ?", (job_id,)).fetchone()
-        )
-        if row is None:
-            raise NotFound(f"no job {job_id!r}")
-        return job_info(row)
-
-    def _changed(self, job_id: str) -> JobInfo:
-        info = self.get(job_id)
-        if self.on_change is not None:
-            self.on_change(info)
-        return info
-
-
-def _count_queued(db: sqlite3.Connection) -> int:
-    return db.execute("SELECT count(*) FROM jobs WHERE state = 'queued'").fetchone()[0]
