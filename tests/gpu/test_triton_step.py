@@ -13,7 +13,7 @@ import pytest
 import torch
 from apollo_worker.apollo import Apollo
 from apollo_worker.apollo_update import TorchBackend
-from apollo_worker.projection import Gaussian, block_sign, projection
+from apollo_worker.projection import Draw, Gaussian, block_sign, projection
 from apollo_worker.rounding import hash_bits
 
 pytest.importorskip("triton")
@@ -28,10 +28,10 @@ class SameProjection(TorchBackend):
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
 
-    def sketch(self, *arguments: Any) -> Gaussian:
+    def sketch(self, draw: Draw) -> Gaussian:
         from apollo_worker.apollo_triton import TritonBackend
 
-        return Gaussian(TritonBackend().sketch(*arguments)(self.dtype).float())
+        return Gaussian(TritonBackend().sketch(draw)(self.dtype).float())
 
 
 def randn(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
@@ -146,11 +146,11 @@ def test_projections_and_random_bits_are_those_of_the_cpu(k: int) -> None:
     triton_kernels.hash_counters[(40,)](bits, torch.tensor(9, device=CUDA), *_halves(seed), 5000, BLOCK=128)
     assert torch.equal(bits.cpu(), hash_bits(5000, seed, 9, device=torch.device("cpu")))
     index = torch.tensor(3, device=CUDA)
-    make_P = TritonBackend().sketch("gaussian", seed, "w", index, k, 64, CUDA)
+    make_P = TritonBackend().sketch(Draw("gaussian", seed, "w", index, k, 64, CUDA))
     # Normals of up to 5.8 / 8, from logarithms and cosines right to two or three last bits.
     torch.testing.assert_close(make_P(torch.float32).cpu(), projection(*arguments), rtol=1e-5, atol=1e-6)
     assert torch.equal(make_P(torch.bfloat16), make_P(torch.float32).bfloat16())
-    signs = TritonBackend().sketch("block_sign", seed, "w", index, k, 64, CUDA)(torch.bfloat16)
+    signs = TritonBackend().sketch(Draw("block_sign", seed, "w", index, k, 64, CUDA))(torch.bfloat16)
     assert torch.equal(signs.float().cpu(), block_sign(*arguments).dense())
 
 

@@ -7,7 +7,7 @@ import torch
 from apollo_worker.apollo import Apollo
 from apollo_worker.apollo_backend import choose_backend
 from apollo_worker.apollo_update import TorchBackend
-from apollo_worker.projection import block_sign, dense
+from apollo_worker.projection import Draw, block_sign, dense
 
 from apollo_ipc.errors import UserError
 
@@ -125,8 +125,8 @@ def test_threads_share_a_large_parameter_and_change_nothing(monkeypatch):
     ("kind", "rank"), [("gaussian", 7), ("gaussian", 64), ("block_sign", 7), ("block_sign", 64)]
 )
 def test_the_compiled_sketch_is_the_plain_one(kind, rank):
-    arguments = (kind, 3, "a.weight", torch.tensor(5), 333, rank, CPU)
-    mine, theirs = dense(numba_backend.sketch(*arguments)), dense(TorchBackend().sketch(*arguments))
+    draw = Draw(kind, 3, "a.weight", torch.tensor(5), 333, rank, CPU)
+    mine, theirs = dense(numba_backend.sketch(draw)), dense(TorchBackend().sketch(draw))
     if kind == "block_sign":
         assert torch.equal(mine, theirs)
     else:  # logarithms and cosines of fp32, each right to a few units in the last place; |P| < 6 / sqrt(r)

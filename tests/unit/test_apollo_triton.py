@@ -20,7 +20,7 @@ import torch
 from apollo_worker import apollo_update
 from apollo_worker.apollo import Apollo
 from apollo_worker.apollo_update import TorchBackend
-from apollo_worker.projection import Gaussian, block_sign, projection
+from apollo_worker.projection import Draw, Gaussian, block_sign, projection
 from apollo_worker.rounding import hash_bits
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -55,8 +55,8 @@ class SameProjection(TorchBackend):
     def __init__(self, dtype):
         self.dtype = dtype
 
-    def sketch(self, *arguments):
-        return Gaussian(triton_backend().sketch(*arguments)(self.dtype).float())
+    def sketch(self, draw):
+        return Gaussian(triton_backend().sketch(draw)(self.dtype).float())
 
 
 def make(weight, backend, **options):
@@ -191,12 +191,12 @@ def check_the_random_bits_are_those_of_rounding(step_):
 @pytest.mark.parametrize(("k", "rank"), [(24, 8), (33, 7), (1, 1), (600, 3)])
 def check_projections_are_those_of_projection(k, rank):
     arguments = (BIG_SEED, "w", torch.tensor(3), k, rank, CPU)
-    make_P = triton_backend().sketch("gaussian", *arguments)
+    make_P = triton_backend().sketch(Draw("gaussian", *arguments))
     P_kr = make_P(torch.float32)
     torch.testing.assert_close(P_kr, projection(*arguments), rtol=1e-6, atol=1e-6)  # last bits of log and cos
     assert torch.equal(make_P(torch.bfloat16), P_kr.bfloat16())
     for dtype in (torch.float32, torch.bfloat16):
-        P_kr = triton_backend().sketch("block_sign", *arguments)(dtype)
+        P_kr = triton_backend().sketch(Draw("block_sign", *arguments))(dtype)
         assert torch.equal(P_kr.float(), block_sign(*arguments).dense())
 
 

@@ -19,7 +19,7 @@ from apollo_ipc.config import DEFAULT_RANK
 from apollo_ipc.errors import UserError
 from apollo_worker.apollo_backend import choose_backend
 from apollo_worker.apollo_update import Backend, Hyper
-from apollo_worker.projection import PROJECTIONS, derive_seed
+from apollo_worker.projection import PROJECTIONS, Draw, derive_seed
 from apollo_worker.rounding import GRID_DTYPES, grid_within
 
 FORMAT_VERSION = 1
@@ -94,7 +94,7 @@ class Apollo(torch.optim.Optimizer):
         if odd := next((n for n, grid in self._grids.items() if grid not in GRID_DTYPES), None):
             raise UserError(f"{odd} is {self._grids[odd]}; float32, bfloat16 or float16 is needed", field=odd)
         self._bad_updates = torch.zeros((), dtype=torch.int64, device=named[0][1].device)
-        self._backends: dict[str, Backend] = {}  # by kind of device
+        self._backends: dict[str, Backend[Any]] = {}  # by kind of device
         self._backend_name = backend
         for name, param in named:
             self.state[param] = self._new_state(name, param)
@@ -160,19 +160,24 @@ class Apollo(torch.optim.Optimizer):
             raise UserError(f"{name} has a sparse gradient; build its layer with sparse=False", field=name)
         backend, hyper = self._backend(param), self._hyper(name, param)
         if self._is_projected(param):
-            k, refresh_index = min(param.shape), state["step"] // self.refresh_steps
-            arguments = (self.seed, name, refresh_index, k, self.rank, param.device)
-            ok = backend.apollo(param.data, grad, state, backend.sketch(self.projection, *arguments), hyper)
+            sketch = backend.sketch(self._draw(name, param))
+            ok = backend.apollo(param.data, grad, state, sketch, hyper)
         else:
             ok = backend.adam(param.data, grad, state, hyper)
         self._bad_updates += (~ok).to(self._bad_updates.device)
         param.grad = None
 
-    def _backend(self, param: Tensor) -> Backend:
+    def _backend(self, param: Tensor) -> Backend[Any]:
         kind = param.device.type
         if kind not in self._backends:
             self._backends[kind] = choose_backend(kind, self._backend_name)
         return self._backends[kind]
+
+    def _draw(self, name: str, param: Tensor) -> Draw:
+        return Draw(
+            self.projection, self.seed, name, refresh_index=self.state[param]["step"] // self.refresh_steps,
+            min_dim=min(param.shape), rank=self.rank, device=param.device,
+        )  # fmt: skip
 
     def _hyper(self, name: str, param: Tensor) -> Hyper:
         alpha = math.sqrt(min(param.shape) / self.rank) if self._is_projected(param) else 1.0

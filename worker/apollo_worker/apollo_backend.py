@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from apollo_ipc.errors import UserError
 from apollo_worker.apollo_update import Backend, TorchBackend
@@ -11,7 +12,7 @@ log = logging.getLogger(__name__)
 BACKENDS = {"cpu": "numba", "cuda": "triton"}  # by kind of device; "torch" runs everywhere
 
 
-def choose_backend(device_type: str, name: str | None = None) -> Backend:
+def choose_backend(device_type: str, name: str | None = None) -> Backend[Any]:
     """name: None for the fastest; without its compiler the plain one, with a line in the log.
 
     Raises UserError where a backend is asked for by a name that this device does not have.

@@ -23,7 +23,7 @@ from torch import Tensor
 from apollo_worker import apollo_cpu_kernels as kernels
 from apollo_worker.apollo_cpu_kernels import F32, U32
 from apollo_worker.apollo_update import Hyper, State, TorchBackend, project
-from apollo_worker.projection import SEED_OF, BlockSign, Gaussian, Sketch, derive_seed
+from apollo_worker.projection import BlockSign, Draw, Gaussian, Sketch
 from apollo_worker.rounding import hash_keys
 
 _MIN_PART_ELEMENTS = 2**18  # below this a second thread costs more than it saves
@@ -62,21 +62,11 @@ class NumbaBackend:
         state["step"] += 1
         return torch.tensor(True)
 
-    def sketch(
-        self,
-        kind: str,
-        seed: int,
-        name: str,
-        refresh_index: Tensor,
-        min_dim: int,
-        rank: int,
-        device: torch.device,
-    ) -> Sketch:
+    def sketch(self, draw: Draw) -> Sketch:
         """The same as projection.make_sketch, up to the last bits of Gaussian's logarithms and cosines."""
-        key1, key2 = (
-            U32(key) for key in hash_keys(derive_seed(seed, name, SEED_OF[kind]), int(refresh_index))
-        )
-        if kind == "block_sign":
+        key1, key2 = (U32(key) for key in hash_keys(draw.derived_seed, int(draw.refresh_index)))
+        min_dim, rank = draw.min_dim, draw.rank
+        if draw.kind == "block_sign":
             bits = np.empty(min_dim, np.int32)
             kernels.hash(key1, key2, bits)
             order_k = np.argsort(bits >> 1, kind="stable")

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,13 +34,15 @@ from torch import Tensor
 
 from apollo_worker import triton_kernels as kernels
 from apollo_worker.apollo_update import Hyper, State, TorchBackend, project
-from apollo_worker.projection import SEED_OF, Gaussian, derive_seed
+from apollo_worker.projection import Draw, Gaussian
 
 _DTYPES = (torch.bfloat16, torch.float32)
 _TILE = 4096  # elements of a program of 8 warps: 16 a thread, two loads of 16 bytes where they are bf16
 _ROW_TILE = 1024  # of them along the contiguous dim: divides 5120 and 17408, so no lane is idle there
 _ADAM_ALONE = 8192  # elements that one program takes: norms and biases of 5120 need a single launch
 _EXACT: dict[str, Any] = {"enable_fp_fusion": False}  # of every launch: Triton's own default changes
+
+MakeP = Callable[[torch.dtype], Tensor]  # dtype -> P (k, r), made anew at each call
 
 
 class TritonBackend:
@@ -52,21 +55,11 @@ class TritonBackend:
             torch.version.cuda is not None and "dtype" in names and has_kernel("aten::mm.dtype", "CUDA")
         )
 
-    def sketch(
-        self,
-        kind: str,
-        seed: int,
-        name: str,
-        refresh_index: Tensor,
-        min_dim: int,
-        rank: int,
-        device: torch.device,
-    ) -> Any:
-        """Makes P (k, r) when it is called with a dtype: that of the gradient is not known here."""
-        make = _block_sign if kind == "block_sign" else _gaussian
-        return functools.partial(make, derive_seed(seed, name, SEED_OF[kind]), refresh_index, min_dim, rank)
+    def sketch(self, draw: Draw) -> MakeP:
+        """Later, since the gradient's dtype is not known here."""
+        return functools.partial(_block_sign if draw.kind == "block_sign" else _gaussian, draw)
 
-    def apollo(self, weight: Tensor, grad: Tensor, state: State, sketch: Any, hyper: Hyper) -> Tensor:
+    def apollo(self, weight: Tensor, grad: Tensor, state: State, sketch: MakeP, hyper: Hyper) -> Tensor:
         with torch.cuda.device_of(weight):
             if not _is_fast(weight, grad, hyper):
                 return self._plain.apollo(weight, grad, state, Gaussian(sketch(torch.float32)), hyper)
@@ -96,22 +89,23 @@ def _is_fast(weight: Tensor, grad: Tensor, hyper: Hyper) -> bool:
     return all(dtype in _DTYPES for dtype in dtypes) and weight.numel() > 0
 
 
-def _gaussian(seed: int, refresh_index: Tensor, k: int, rank: int, dtype: torch.dtype) -> Tensor:
-    P_kr = torch.empty(k, rank, dtype=dtype, device=refresh_index.device)
-    num_pairs = (k * rank + 1) // 2
-    grid = (triton.cdiv(num_pairs, 512),)
-    kernels.normals[grid](
-        P_kr, refresh_index, *_halves(seed), num_pairs, k * rank, -2.0 / rank, BLOCK=512, **_EXACT
+def _gaussian(draw: Draw, dtype: torch.dtype) -> Tensor:
+    size = draw.min_dim * draw.rank
+    P_kr = torch.empty(draw.min_dim, draw.rank, dtype=dtype, device=draw.device)
+    num_pairs = (size + 1) // 2
+    seed = _halves(draw.derived_seed)
+    kernels.normals[(triton.cdiv(num_pairs, 512),)](
+        P_kr, draw.refresh_index, *seed, num_pairs, size, -2.0 / draw.rank, BLOCK=512, **_EXACT
     )
     return P_kr
 
 
-def _block_sign(seed: int, refresh_index: Tensor, k: int, rank: int, dtype: torch.dtype) -> Tensor:
-    P_kr = torch.empty(k, rank, dtype=dtype, device=refresh_index.device)
-    bits_k = torch.empty(k, dtype=torch.int32, device=refresh_index.device)
-    kernels.hash_counters[(triton.cdiv(k, 512),)](
-        bits_k, refresh_index, *_halves(seed), k, BLOCK=512, **_EXACT
-    )
+def _block_sign(draw: Draw, dtype: torch.dtype) -> Tensor:
+    k, rank = draw.min_dim, draw.rank
+    P_kr = torch.empty(k, rank, dtype=dtype, device=draw.device)
+    bits_k = torch.empty(k, dtype=torch.int32, device=draw.device)
+    seed = _halves(draw.derived_seed)
+    kernels.hash_counters[(triton.cdiv(k, 512),)](bits_k, draw.refresh_index, *seed, k, BLOCK=512, **_EXACT)
     order_k = torch.argsort(bits_k >> 1, stable=True)
     block_r = triton.next_power_of_2(rank)
     block_k = max(1, _TILE // block_r)

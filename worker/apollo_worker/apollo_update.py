@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from apollo_worker.projection import Sketch, dense, make_sketch
+from apollo_worker.projection import Draw, Sketch, dense, make_sketch
 from apollo_worker.rounding import kahan_add, nearest_round, stochastic_round
 
 # Elements worked on at a time, so that fp32 temporaries stay small beside the weight: on a CPU in its
@@ -50,41 +50,26 @@ class Hyper(NamedTuple):
     grid: torch.dtype  # what is written is rounded to
 
 
-class Backend(Protocol):
+Drawn = TypeVar("Drawn")
+
+
+class Backend(Protocol[Drawn]):
     """Updates one parameter in place, its state too. What is not finite changes nothing.
 
     `apollo` and `adam` return a 0-dim bool tensor on the weight's device, which nothing has waited for: was
-    it written? `sketch` takes the arguments of projection.make_sketch; its result is for its own backend.
+    it written? What `sketch` makes of a draw is for the same backend's `apollo` alone.
     """
 
-    def sketch(
-        self,
-        kind: str,
-        seed: int,
-        name: str,
-        refresh_index: Tensor,
-        min_dim: int,
-        rank: int,
-        device: torch.device,
-    ) -> Sketch: ...
+    def sketch(self, draw: Draw) -> Drawn: ...
 
-    def apollo(self, weight: Tensor, grad: Tensor, state: State, sketch: Sketch, hyper: Hyper) -> Tensor: ...
+    def apollo(self, weight: Tensor, grad: Tensor, state: State, sketch: Drawn, hyper: Hyper) -> Tensor: ...
 
     def adam(self, weight: Tensor, grad: Tensor, state: State, hyper: Hyper) -> Tensor: ...
 
 
 class TorchBackend:
-    def sketch(
-        self,
-        kind: str,
-        seed: int,
-        name: str,
-        refresh_index: Tensor,
-        min_dim: int,
-        rank: int,
-        device: torch.device,
-    ) -> Sketch:
-        return make_sketch(kind, seed, name, refresh_index, min_dim, rank, device)
+    def sketch(self, draw: Draw) -> Sketch:
+        return make_sketch(draw)
 
     def apollo(self, weight: Tensor, grad: Tensor, state: State, sketch: Sketch, hyper: Hyper) -> Tensor:
         R_cr = project(grad, sketch)

@@ -48,6 +48,22 @@ PROJECTIONS = ("gaussian", "block_sign")
 SEED_OF = {"gaussian": "projection", "block_sign": "block_sign"}  # purposes, for derive_seed
 
 
+class Draw(NamedTuple):
+    """All that a sketch depends on: the same draw makes the same sketch, after a restart too."""
+
+    kind: str  # one of PROJECTIONS
+    seed: int
+    name: str  # the parameter's HF name
+    refresh_index: Tensor  # 0-dim int64 on `device`: how often P was made anew; not waited for on a GPU
+    min_dim: int  # k
+    rank: int
+    device: torch.device
+
+    @property
+    def derived_seed(self) -> int:
+        return derive_seed(self.seed, self.name, SEED_OF[self.kind])
+
+
 def derive_seed(seed: int, name: str, purpose: str) -> int:
     """64 bits that depend on all three and on nothing else: not on order, process or device."""
     return int.from_bytes(blake2b(f"{seed}\0{name}\0{purpose}".encode(), digest_size=8).digest(), "little")
@@ -82,17 +98,9 @@ def block_sign(
     return BlockSign(order_k, sign_k[order_k], rank)
 
 
-def make_sketch(
-    kind: str,
-    seed: int,
-    name: str,
-    refresh_index: int | Tensor,
-    min_dim: int,
-    rank: int,
-    device: torch.device,
-) -> Sketch:
-    arguments = (seed, name, refresh_index, min_dim, rank, device)
-    return block_sign(*arguments) if kind == "block_sign" else Gaussian(projection(*arguments))
+def make_sketch(draw: Draw) -> Sketch:
+    arguments = draw.seed, draw.name, draw.refresh_index, draw.min_dim, draw.rank, draw.device
+    return block_sign(*arguments) if draw.kind == "block_sign" else Gaussian(projection(*arguments))
 
 
 def dense(sketch: Sketch) -> Tensor:
