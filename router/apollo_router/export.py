@@ -25,7 +25,7 @@ from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from apollo_ipc.checkpoint import recover, shard_index
+from apollo_ipc.checkpoint import check_shards, loading, shard_index
 from apollo_ipc.config import load_config as read_config
 from apollo_ipc.config import make_private_dir
 from apollo_ipc.manifest import (
@@ -89,9 +89,6 @@ class ApolloLoader(BaseModelLoader):
         rank = vllm_config.parallel_config.rank
         manifest_path(runtime_dir, rank).unlink(missing_ok=True)  # of an earlier boot
         model_dir = local_model_dir(model_config.model)
-        recovery = recover(model_dir)
-        if recovery.finished_version is not None or recovery.removed:
-            logger.info("checkpoint recovery in %s: %s", model_dir, recovery)
 
         recorded = {}
 
@@ -101,10 +98,16 @@ class ApolloLoader(BaseModelLoader):
             recorded["attributes"] = _tensor_attributes(model)
 
         self._record = record
-        try:
-            model = super().load_model(vllm_config, model_config, prefix)
-        finally:
-            self._record = None
+        # All of it of one version: no sync begins while the shards are being read.
+        with loading(model_dir) as recovery:
+            if recovery:
+                logger.info("checkpoint recovery in %s: %s", model_dir, recovery)
+            if config.checkpoint.verify_at_load:
+                check_shards(model_dir)
+            try:
+                model = super().load_model(vllm_config, model_config, prefix)
+            finally:
+                self._record = None
         export(model, vllm_config, model_dir, runtime_dir, rank, recorded)
         return model
 

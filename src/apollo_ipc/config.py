@@ -62,7 +62,10 @@ class Train(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     activation_checkpointing: bool = False
     on_duplicate: Literal["skip", "train"] = "train"
     publish_interval_s: Positive = 30.0  # longest time inside a job without a new weight version
-    max_bad_steps: Annotated[int, Meta(ge=1)] = 3  # non-finite steps in a row that fail the job
+    max_bad_steps: Annotated[int, Meta(ge=1)] = 3  # bad steps in a row (not finite, spikes) that fail a job
+    spike_ratio: Annotated[float, Meta(ge=0)] = 5.0  # a loss so many times the usual one is bad; 0: none is
+    on_spike: Literal["fail", "restore"] = "fail"  # restore: and go back to the last checkpoint
+    on_torn_step: Literal["restore", "accept"] = "restore"  # accept: go on with a step that was cut off
 
 
 class Worker(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -78,7 +81,16 @@ class Worker(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Checkpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """When the live weights are written to the model directory, and what stays there."""
+
     sync_interval_s: Annotated[float, Meta(ge=0)] = 600.0  # while something changed; 0: only on request
+    full_interval_s: Annotated[float, Meta(ge=0)] = 3600.0  # syncs between two full ones are deltas; 0: none
+    history: Annotated[int, Meta(ge=0, le=1000)] = 4  # older versions that can be restored
+    max_write_bytes_per_s: Annotated[float, Meta(ge=0)] = 0.0  # 0: as fast as the disk takes it
+    max_abs_weight: Annotated[float, Meta(ge=0)] = 0.0  # a live weight beyond it refuses a sync; 0: off
+    verify_at_load: bool = True  # vLLM loads only what the last sync wrote, by digest
+    post_sync_command: list[str] = []  # runs after a commit on a directory that stands still
+    post_sync_timeout_s: Positive = 3600.0
     sync_after_bulk_job: bool = True  # a job of at least bulk_job_steps steps is synced at its end
     bulk_job_steps: Annotated[int, Meta(ge=1)] = 100
     sync_at_stop: bool = True

@@ -135,3 +135,11 @@ def start_ticks(pid: int) -> int | None:
         return None
     # The command name (field 2) may hold spaces and brackets: count from the last one.
     return int(text.rpartition(")")[2].split()[19])
+
+
+def is_served(runtime_dir: Path, model_dir: Path) -> bool:
+    """Whether a vLLM that lives has this directory's weights in memory. Raises like read_manifest."""
+    manifest = read_manifest(runtime_dir)
+    if manifest is None or Path(manifest.model_path).resolve() != model_dir.resolve():
+        return False
+    return start_ticks(manifest.pid) == manifest.pid_start_ticks

@@ -32,6 +32,7 @@ ACK_TIMEOUT_S = 0.8
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024  # MAXMSGSIZE on both ends; libzmq drops a larger one without a word
 
 JobState = Literal["queued", "running", "applied", "durable", "failed", "cancelled", "quarantined"]
+SyncKind = Literal["full", "delta"]  # whole shards, or only what differs from them
 ENDED_STATES = ("applied", "durable", "failed", "cancelled", "quarantined")
 
 
@@ -85,7 +86,33 @@ class SyncResult(msgspec.Struct, frozen=True):
     num_shards_written: int
     bytes_compared: int
     bytes_written: int
+    duration_s: float  # until it was durable
+    kind: SyncKind = "full"
+    training_waited_s: float = 0.0  # of duration_s: comparing and copying out
+    bytes_changed: int = 0  # of the live tensors that were written
+    delta_bytes: int = 0  # what stands for them in a delta
+    max_abs_weight: float = 0.0  # the largest weight seen, and whose it is
+    max_abs_name: str | None = None
+
+
+class RestoreResult(msgspec.Struct, frozen=True):
+    """What writing an older version back did."""
+
+    restored_version: int
+    weight_version: int  # the new version, whose weights are those of restored_version
+    num_tensors_changed: int
+    num_jobs_undone: int  # jobs whose effect went with it; they are not trained again
+    has_optimizer: bool  # the moments of that version came back; else they start anew
     duration_s: float
+
+
+class PostSync(msgspec.Struct, frozen=True):
+    """How the last run of the operator's command (checkpoint.post_sync_command) went, or goes."""
+
+    weight_version: int
+    started_at: float
+    ended_at: float | None = None  # None: it runs
+    error: str | None = None
 
 
 class Status(msgspec.Struct, frozen=True):
@@ -108,6 +135,8 @@ class Status(msgspec.Struct, frozen=True):
     num_routers: int = 0
     optimizer_state_bytes: int = 0
     refused: list[str] = []
+    is_syncing: bool = False  # a sync is being written, beside training
+    post_sync: PostSync | None = None
 
 
 class ErrorInfo(msgspec.Struct, frozen=True):
@@ -166,6 +195,15 @@ class SyncCheckpoint(msgspec.Struct, frozen=True, tag=True):
     """Replied to with SyncResult when the checkpoint is durable."""
 
     request_id: str
+    kind: SyncKind = "full"
+
+
+class RestoreVersion(msgspec.Struct, frozen=True, tag=True):
+    """From the CLI: write this older version back, on disk and into the live weights. Replied to with
+    RestoreResult; refused while a job trains."""
+
+    request_id: str
+    weight_version: int
 
 
 class Watch(msgspec.Struct, frozen=True, tag=True):
@@ -195,6 +233,7 @@ FromClient = (
     | GetJob
     | CancelJob
     | SyncCheckpoint
+    | RestoreVersion
     | Watch
     | Unwatch
     | CacheDropped
@@ -229,6 +268,7 @@ class Reply(msgspec.Struct, frozen=True, tag=True):
     status: Status | None = None
     sync: SyncResult | None = None
     error: ErrorInfo | None = None
+    restore: RestoreResult | None = None
 
 
 class JobEvent(msgspec.Struct, frozen=True, tag=True):

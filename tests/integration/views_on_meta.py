@@ -21,7 +21,7 @@ from vllm.distributed import init_distributed_environment, initialize_model_para
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader.utils import initialize_model
 
-from apollo_ipc.shards import ShardTensor
+from apollo_ipc.checkpoint.shards import ShardTensor
 
 
 def main(config_dir: Path) -> dict:

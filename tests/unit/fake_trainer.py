@@ -75,9 +75,9 @@ class FakeWorker:
         self.queue.finish(job_id, "applied", weight_version=self.shared.weight_version)
 
     def answer_syncs(self):
-        while not self.shared.sync_requests.empty():
+        while not self.shared.asked.empty():
             version = self.shared.weight_version
-            self.shared.sync_requests.get().set_result(SyncResult(version, 1.0, 1, 1, 1, 10, 10, 0.1))
+            self.shared.asked.get().done.set_result(SyncResult(version, 1.0, 1, 1, 1, 10, 10, 0.1))
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ class FakeWorker:
 
     def answer_sync(self) -> None:
         result = SyncResult(3, 1.0, 10, 2, 1, 1000, 200, 0.5)
-        self.shared.sync_requests.get(timeout=5).set_result(result)
+        self.shared.asked.get(timeout=5).done.set_result(result)
 
 
 def share_weights(config: Config, boot_id: str, pid: int | None = None) -> None:

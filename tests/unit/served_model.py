@@ -28,7 +28,7 @@ from apollo_ipc.manifest import (
     start_ticks,
     write_manifest,
 )
-from apollo_ipc.shards import shard_index
+from apollo_ipc.checkpoint.shards import shard_index
 
 # vLLM's fusions of a dense model: `packed_modules_mapping` in vllm/model_executor/models/qwen3.py.
 MERGED = {

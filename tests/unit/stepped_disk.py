@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from apollo_ipc.disk import Disk
+from apollo_ipc.checkpoint.disk import Disk
 
 COUNTED = ("create", "write", "sync", "sync_dir", "rename", "unlink", "mkdir", "rmdir")
 

@@ -82,8 +82,8 @@ def worker(config):
 
     def train():
         while not over.wait(0.01):
-            while not shared.sync_requests.empty():
-                shared.sync_requests.get().set_result(SyncResult(7, time.time(), 10, 3, 1, 2000, 600, 0.5))
+            while not shared.asked.empty():
+                shared.asked.get().done.set_result(SyncResult(7, time.time(), 10, 3, 1, 2000, 600, 0.5))
             if job := queue.take():
                 for step in (1, 2, 3):
                     shared.progress = Progress("training", step, job.info.job_id, step, 3, 4.0 - step)

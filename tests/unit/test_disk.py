@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from apollo_ipc.disk import DISK
+from apollo_ipc.checkpoint.disk import DISK
 from apollo_ipc.errors import CheckpointError
 
 
@@ -66,7 +66,7 @@ def test_a_lock_is_waited_for_and_then_refused(tmp_path):
     lock.parent.mkdir()
     with DISK.lock(lock, 1.0):
         started = time.monotonic()
-        with pytest.raises(CheckpointError, match="another process is writing"), DISK.lock(lock, 0.1):
+        with pytest.raises(CheckpointError, match="another process is using"), DISK.lock(lock, 0.1):
             pass
         assert 0.1 <= time.monotonic() - started < 5
     with DISK.lock(lock, 0.0):
@@ -91,7 +91,7 @@ def test_a_waiting_locker_gets_the_lock_when_it_is_released(tmp_path):
 
 def test_a_killed_process_leaves_no_lock_behind(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from apollo_ipc.disk import DISK\n"
+        "import sys, time; from pathlib import Path; from apollo_ipc.checkpoint.disk import DISK\n"
         "with DISK.lock(Path(sys.argv[1]), 0): print('locked', flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "lock")]

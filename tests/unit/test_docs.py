@@ -18,7 +18,8 @@ from apollo_worker.shared import Shared
 from apollo_worker.state import LiveState, write_state
 from apollo_worker.trainer_end import trainer_lock
 
-from apollo_ipc.checkpoint import STATE_DIR, pending_dir
+from apollo_ipc.checkpoint import STATE_DIR
+from apollo_ipc.checkpoint.record import pending_dir
 from apollo_ipc.cli.main import PASS_ON, app
 from apollo_ipc.config import Config, Paths, load_config
 from apollo_ipc.keys import key_path, train_key

@@ -12,24 +12,24 @@ from apollo_worker import link as link_module
 from apollo_worker.link import (
     MAX_LINK_BYTES,
     MAX_WAITING,
+    Ask,
     FromFront,
     FromTrainer,
     JobChanged,
     Link,
     ModelFacts,
     Publish,
+    Refused,
     Start,
     State,
     Stop,
-    SyncFailed,
-    SyncRequest,
     Wake,
     frame,
     make_pair,
 )
 
 from apollo_ipc.config import Config, Worker
-from apollo_ipc.messages import ErrorInfo, Progress
+from apollo_ipc.messages import ErrorInfo, Progress, SyncCheckpoint
 
 
 @pytest.fixture
@@ -53,13 +53,14 @@ def raw():
 
 def test_messages_arrive_whole_and_in_order_in_both_directions(pair):
     front, trainer = pair
-    sent = [Start(Config(worker=Worker(num_threads=3)), 7), Wake(), SyncRequest(1), Stop()]
+    ask = Ask(1, SyncCheckpoint("", "delta"))
+    sent = [Start(Config(worker=Worker(num_threads=3)), 7), Wake(), ask, Stop()]
     for message in sent:
         assert front.send(message)
     assert [trainer.receive() for _ in sent] == sent
     back = [
         ModelFacts("/m", 320, 2048, {f"layers.{i}.weight": i for i in range(100_000)}),
-        SyncFailed(1, ErrorInfo("CheckpointError", "disk full")),
+        Refused(1, ErrorInfo("CheckpointError", "disk full")),
         State(Progress("idle", 3), refused=["x"]),
     ]
     for message in back:

@@ -109,7 +109,7 @@ def test_every_question_gets_its_answer(served, peer, directory):
     assert status.worker_boot_id == shared.worker_boot_id
 
     peer.send(m.SyncCheckpoint("8"))
-    future = shared.sync_requests.get(timeout=2)
+    future = shared.asked.get(timeout=2).done
     future.set_result(m.SyncResult(3, 1.0, 1, 1, 1, 10, 10, 0.1))
     assert peer.receive(m.Reply).sync.weight_version == 3
 
@@ -406,7 +406,7 @@ def test_stopping_answers_open_requests_and_frees_the_directory(directory):
         stopping.start()
         assert peer.receive(m.Reply).error.code == "stopping"
         stopping.join(timeout=5)
-        shared.sync_requests.get(timeout=1).set_result(None)  # the main loop's answer harms nothing
+        shared.asked.get(timeout=1).done.set_result(None)  # the main loop's answer harms nothing
     assert service.publish(1) is False
     service.stop()
     queue.close()

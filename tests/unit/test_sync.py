@@ -14,18 +14,20 @@ from pathlib import Path
 import pytest
 import torch
 from apollo_worker import hostcopy
-from apollo_worker import sync as sync_module
+from apollo_worker import sync_thread as sync_module
 from apollo_worker.hostcopy import HostBuffer, flat_pieces
-from apollo_worker.sync import CheckpointWriter, compare, read_optimizer
+from apollo_worker.compare import compare
+from apollo_worker.optimizer_file import read_optimizer
+from apollo_worker.sync import CheckpointWriter
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from stepped_disk import Crash, SteppedDisk
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from apollo_ipc.checkpoint import read_commit, recover, verify
-from apollo_ipc.disk import Disk
+from apollo_ipc.checkpoint.disk import Disk
 from apollo_ipc.errors import CheckpointError
-from apollo_ipc.shards import read_shards, shard_index
+from apollo_ipc.checkpoint.shards import read_shards, shard_index
 
 EMBED, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 LAST_MLP = "model.layers.1.mlp.down_proj.weight"
@@ -159,7 +161,7 @@ def test_a_sync_without_change_writes_no_shard_but_advances_the_record(multi):
             10 * version,
             {"k": [1]},
         )
-        tensors, state = read_optimizer(multi, commit)
+        tensors, state = read_optimizer(multi, commit.optimizer)
         assert torch.equal(tensors["m"], moments["m"])
         assert state == {"step": version}
         assert state_files(multi) == {"commit.json", commit.optimizer.name}
@@ -282,8 +284,9 @@ def test_pieces_cover_a_tensor_in_order_whatever_its_shape():
 def test_at_most_a_block_of_the_model_is_in_host_memory():
     tensor = torch.zeros(3 * hostcopy.BLOCK_BYTES, dtype=torch.uint8)
     host = HostBuffer(pinned=False)
-    addresses = {block.data_ptr() for block in host.blocks(tensor, torch.uint8)}
-    assert len(addresses) == 1
+    in_place = [block.data_ptr() for block in host.blocks(tensor, torch.uint8)]
+    assert in_place == [tensor.data_ptr() + i * hostcopy.BLOCK_BYTES for i in range(3)]
+    assert len({block.data_ptr() for block in host.blocks(tensor, torch.float16)}) == 1
 
 
 # --- refusals ---
@@ -344,7 +347,7 @@ def test_space_is_checked_before_anything_is_written(multi, monkeypatch):
     CheckpointWriter(multi, live).sync(weight_version=2, applied_seq=0)  # nothing changed: needs nothing
     live[LAST_MLP] += 1
     needed = shard_of(multi, LAST_MLP).stat().st_size
-    with pytest.raises(CheckpointError, match=f"changed shards need {needed:,}"):
+    with pytest.raises(CheckpointError, match=f"needs {needed:,}"):
         CheckpointWriter(multi, live).sync(weight_version=3, applied_seq=0)
 
 
@@ -382,7 +385,7 @@ def test_a_sync_that_stops_at_any_operation_leaves_the_old_or_the_new_weights(mu
         versions.append(commit.weight_version)
         assert shard_bytes(model_dir) == {1: old, 2: new}[commit.weight_version]
         assert commit.applied_seq == commit.weight_version
-        assert read_optimizer(model_dir, commit)[1] == {"version": commit.weight_version}
+        assert read_optimizer(model_dir, commit.optimizer)[1] == {"version": commit.weight_version}
         assert verify(model_dir) == []
         assert state_files(model_dir) == {"commit.json", commit.optimizer.name}
         shutil.rmtree(model_dir)
@@ -418,7 +421,7 @@ def test_a_killed_sync_leaves_the_old_or_the_new_checkpoint(multi):
     commit = read_commit(multi)
     assert verify(multi) == []
     assert {t.float().unique().item() for t in stored(multi).values()} == {commit.weight_version}
-    assert read_optimizer(multi, commit)[0]["v"].item() == commit.weight_version
+    assert read_optimizer(multi, commit.optimizer)[0]["v"].item() == commit.weight_version
 
 
 def test_a_reader_that_has_a_shard_open_keeps_the_weights_it_began_with(single):
@@ -480,7 +483,7 @@ def test_optimizer_state_comes_back_bit_for_bit(single):
     state = {"lr": 1e-5, "seed": 2**61 + 1, "names": ["a", None], "limit": float("inf")}
     CheckpointWriter(single, {}).sync(weight_version=1, applied_seq=0, optimizer=(tensors, state))
     commit = read_commit(single)
-    loaded, loaded_state = read_optimizer(single, commit)
+    loaded, loaded_state = read_optimizer(single, commit.optimizer)
     assert loaded_state == state
     assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -498,19 +501,19 @@ def test_a_damaged_optimizer_file_is_refused(single):
     data = path.read_bytes()
     path.write_bytes(data[:-1] + b"\x01")
     with pytest.raises(CheckpointError, match="damaged"):
-        read_optimizer(single, commit)
+        read_optimizer(single, commit.optimizer)
     for length in (0, 4, 40, len(data) - 1):
         path.write_bytes(data[:length])
         with pytest.raises(CheckpointError, match=str(path.name)):
-            read_optimizer(single, commit)
+            read_optimizer(single, commit.optimizer)
     path.unlink()
     with pytest.raises(CheckpointError, match="cannot read"):
-        read_optimizer(single, commit)
+        read_optimizer(single, commit.optimizer)
 
 
 def test_a_commit_without_optimizer_has_none(single):
     writer = CheckpointWriter(single, {})
     writer.sync(weight_version=1, applied_seq=0, optimizer=({"m": torch.zeros(4)}, {}))
     writer.sync(weight_version=2, applied_seq=0)
-    assert read_optimizer(single, read_commit(single)) is None
+    assert read_optimizer(single, read_commit(single).optimizer) is None
     assert state_files(single) == {"commit.json"}

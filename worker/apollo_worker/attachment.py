@@ -11,18 +11,20 @@ import torch
 from safetensors import safe_open
 
 from apollo_ipc.checkpoint import Commit, is_current, read_commit, recover
+from apollo_ipc.checkpoint.disk import DISK, ThrottledDisk
+from apollo_ipc.checkpoint.shards import shard_index
 from apollo_ipc.config import Config
 from apollo_ipc.errors import ApolloError, AttachError, CheckpointError, UserError
 from apollo_ipc.manifest import Manifest, read_manifest
-from apollo_ipc.shards import shard_index
 from apollo_worker.hf_model import vocab_size_of
 from apollo_worker.link import ModelFacts
 from apollo_worker.live_model import LiveModel, attach
 from apollo_worker.marks import LastStep, StepMarks
+from apollo_worker.optimizer_file import read_optimizer
 from apollo_worker.queue import JobQueue
 from apollo_worker.shared import Shared
 from apollo_worker.state import LiveState, check_same_model, read_state, write_state
-from apollo_worker.sync import CheckpointWriter, read_optimizer
+from apollo_worker.sync import CheckpointWriter
 from apollo_worker.tokenise import Tokeniser, load_tokeniser
 from apollo_worker.trainer import Trainer
 
@@ -109,8 +111,9 @@ class Attachment:
         before = read_state(config.state_dir)
         check_same_model(before, manifest.model_path, config.state_dir)
         model_dir = Path(manifest.model_path)
-        recover(model_dir)
         is_new_boot = before is None or before.boot_id != manifest.boot_id
+        # A vLLM that loads has worked the last delta in before; one written since stays beside the shards.
+        recover(model_dir, is_folding=False)
         try:
             # Weights that were trained since vLLM loaded them differ from the disk, and rightly so.
             live = attach(manifest, verify=is_new_boot and config.worker.verify_checkpoint)
@@ -120,7 +123,7 @@ class Attachment:
             raise
         self.live = live
         self.trainer = Trainer(live, config.train)
-        self.writer = CheckpointWriter(live.model_dir, live.trained_tensors())
+        self.writer = make_writer(live, config)
         self.tokeniser = read_tokeniser(live, config)
         self._tell_model(model_facts(live, self.trainer, self.tokeniser))
         commit = current_commit(model_dir)
@@ -128,7 +131,7 @@ class Attachment:
         if is_new_boot:
             version += self._reconcile(commit)
         elif (last := self._marks.read()) is not None and last.boot_id == manifest.boot_id:
-            version += self._mend_last_step(last, commit)
+            version += self._mend_last_step(last)
         load_optimizer(self.trainer, model_dir, commit)
         self.set_version(version)
         shared.durable_version = commit.weight_version if commit else 0
@@ -167,7 +170,7 @@ class Attachment:
             log.warning("%s in the lost weights only, not in the checkpoint: training again", jobs)
         return 1 if again else 0
 
-    def _mend_last_step(self, last: LastStep, commit: Commit | None) -> int:
+    def _mend_last_step(self, last: LastStep) -> int:
         """After a crash of the worker alone. 1 where the weights had to be restored.
 
         A step that ended but was not recorded is recorded; one that did not end left weights that are neither
@@ -176,42 +179,69 @@ class Attachment:
         job = next(
             (j for j in self._queue.list(limit=1, state="running") if j.job_id.endswith(last.job_id)), None
         )
+        if last.is_torn and self._config.train.on_torn_step == "accept" and job is not None:
+            log.warning(
+                "step %d of job %s was cut off; going on with the weights as they are (on_torn_step)",
+                *(last.begun, last.job_id),
+            )
+            self._marks.clear()
+            return 1
         if last.is_torn:
             log.warning(
                 "step %d of job %s was cut off; restoring the last checkpoint", last.begun, last.job_id
             )
-            restore(self.live)
-            self._reconcile(commit)
+            self.restore_last_commit()
             return 1
         if job is not None and last.ended == job.steps_done + 1:
             self._queue.record_step(job.job_id, last.ended, last.loss)
         return 0
+
+    def restore_last_commit(self) -> None:
+        """Live weights of the last checkpoint; jobs that it does not hold are queued again.
+
+        Cut off, it is done again by the next trainer: the step's mark stays torn until the end.
+        """
+        assert self.live is not None
+        recover(self.live.model_dir)
+        commit = current_commit(self.live.model_dir)
+        restore(self.live)
+        self._reconcile(commit)
+        if self.trainer is not None:
+            self.trainer.close()
+            self.trainer = Trainer(self.live, self._config.train)
+            load_optimizer(self.trainer, self.live.model_dir, commit)
 
     def undo_torn_step(self) -> None:
         """After an error inside a step (out of memory, a CUDA error): the same recovery as after a crash."""
         last = self._marks.read()
         if last is None or not last.is_torn or self.live is None:
             return
-        commit = current_commit(self.live.model_dir)
-        self._mend_last_step(last, commit)
-        assert self.trainer is not None
-        self.trainer.close()
-        self.trainer = Trainer(self.live, self._config.train)
-        load_optimizer(self.trainer, self.live.model_dir, commit)
+        self._mend_last_step(last)
 
 
 def load_optimizer(trainer: Trainer, model_dir: Path, commit: Commit | None) -> None:
     """The moments of the last commit; anew, with a warning, where those do not fit or are damaged."""
     try:
-        if commit is not None and (saved := read_optimizer(model_dir, commit)) is not None:
+        if commit is not None and (saved := read_optimizer(model_dir, commit.optimizer)) is not None:
             trainer.main_optimizer.load_state(*saved)
     except (UserError, CheckpointError) as error:
         log.warning("the saved optimizer state is not used, moments start anew: %s", error.message)
 
 
+def make_writer(live: LiveModel, config: Config) -> CheckpointWriter:
+    limit = config.checkpoint.max_write_bytes_per_s
+    return CheckpointWriter(
+        live.model_dir,
+        live.trained_tensors(),
+        disk=ThrottledDisk(limit) if limit else DISK,
+        num_kept=config.checkpoint.history,
+        max_abs_limit=config.checkpoint.max_abs_weight,
+    )
+
+
 @torch.no_grad()
 def restore(live: LiveModel | None) -> None:
-    """Writes the checkpoint on disk back into the live weights, in place."""
+    """Writes the shards on disk back into the live weights, in place. Recover them before."""
     assert live is not None
     index = shard_index(live.model_dir)
     for name, tensor in live.trained_tensors().items():

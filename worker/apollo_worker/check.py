@@ -22,9 +22,9 @@ from apollo_ipc.config import Train
 from apollo_ipc.errors import ApolloError, AttachError
 from apollo_ipc.manifest import read_manifest
 from apollo_ipc.serving import VllmServer, prompt_logprobs
+from apollo_worker.compare import compare
 from apollo_worker.hf_model import build_model, checkpoint_names, parameter_names, vocab_size_of
 from apollo_worker.live_model import LiveModel, attach
-from apollo_worker.sync import compare
 from apollo_worker.trainer import Trainer
 
 NUM_PROMPTS = 3

@@ -17,20 +17,20 @@ from concurrent.futures import Future
 
 from apollo_ipc.config import Config, make_private_dir
 from apollo_ipc.errors import NotReady
-from apollo_ipc.messages import SyncResult
+from apollo_ipc.messages import RestoreResult, SyncResult
 from apollo_ipc.notify import notify
 from apollo_ipc.remote import error_from
 from apollo_worker.admission import Admitter
 from apollo_worker.link import (
+    Answered,
+    Ask,
     JobChanged,
     Link,
     ModelFacts,
     Publish,
     Published,
+    Refused,
     State,
-    SyncDone,
-    SyncFailed,
-    SyncRequest,
     Wake,
 )
 from apollo_worker.queue import JobQueue
@@ -56,8 +56,9 @@ class Front:
         self.shared.admit = self.admitter.admit
         self.service = Service(config, self.shared, self.queue)
         self.trainer = TrainerChild(config, self._read, trainer_command)
-        self._syncs: dict[int, Future[SyncResult]] = {}  # asked of the trainer, not answered yet
-        self._num_syncs = 0
+        # Asked of the trainer, not answered yet.
+        self._asked: dict[int, Future[SyncResult | RestoreResult]] = {}
+        self._num_asked = 0
         self._is_ready = False
         self._told_at = 0.0
 
@@ -89,13 +90,13 @@ class Front:
         if is_woken := self.shared.wake.is_set():
             self.shared.wake.clear()  # before looking: what comes in meanwhile sets it again
         link = self.trainer.open_link
-        while not self.shared.sync_requests.empty():
-            future = self.shared.sync_requests.get()
-            self._num_syncs += 1
-            self._syncs[self._num_syncs] = future
-            if link is None or not link.send(SyncRequest(self._num_syncs)):
-                del self._syncs[self._num_syncs]
-                future.set_exception(NotReady(self.shared.attach_error or "the trainer does not answer"))
+        while not self.shared.asked.empty():
+            asked = self.shared.asked.get()
+            self._num_asked += 1
+            self._asked[self._num_asked] = asked.done
+            if link is None or not link.send(Ask(self._num_asked, asked.request)):
+                del self._asked[self._num_asked]
+                asked.done.set_exception(NotReady(self.shared.attach_error or "the trainer does not answer"))
         if is_woken and link is not None:
             link.note(Wake, Wake)
 
@@ -116,7 +117,7 @@ class Front:
         """The trainer first: it finishes its step and syncs what changed; clients may ask how far it is."""
         notify("STOPPING=1")
         self.trainer.stop(on_wait=lambda: notify("EXTEND_TIMEOUT_USEC=30000000"))
-        self._fail_syncs("the worker is stopping; send the request again", code="stopping")
+        self._refuse_asked("the worker is stopping; send the request again", code="stopping")
         self.service.stop()
         self.admitter.stop()
         self.queue.close()
@@ -125,11 +126,11 @@ class Front:
     def _show_no_trainer(self, reason: str) -> None:
         self.shared.attached, self.shared.attach_error = False, reason
         self.shared.show("trainer restarting")
-        self._fail_syncs(reason)
+        self._refuse_asked(reason)
 
-    def _fail_syncs(self, reason: str, code: str | None = None) -> None:
-        while self._syncs:
-            self._syncs.popitem()[1].set_exception(NotReady(reason, code=code))
+    def _refuse_asked(self, reason: str, code: str | None = None) -> None:
+        while self._asked:
+            self._asked.popitem()[1].set_exception(NotReady(reason, code=code))
 
     # --- from the trainer, in a thread of its own ---
 
@@ -158,11 +159,12 @@ class Front:
                 version = message.weight_version
                 publishing = self.service.start_publishing(version)
                 publishing.add_done_callback(lambda done: link.send(Published(version, _is_confirmed(done))))
-            case SyncDone():
-                if future := self._syncs.pop(message.id, None):
-                    future.set_result(message.result)
-            case SyncFailed():
-                if future := self._syncs.pop(message.id, None):
+            case Answered():
+                result = message.sync or message.restore
+                if (future := self._asked.pop(message.id, None)) and result:
+                    future.set_result(result)
+            case Refused():
+                if future := self._asked.pop(message.id, None):
                     future.set_exception(error_from(message.error))
 
 

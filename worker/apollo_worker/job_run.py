@@ -12,8 +12,6 @@ from apollo_worker.queue import JobQueue
 from apollo_worker.schedule import learning_rate, resolve_schedule
 from apollo_worker.tokenise import TokenisedExample, Tokeniser, content_hash
 
-TrainerQueue = JobQueue  # what it was called where it alone could add notes
-
 
 class Plan(msgspec.Struct, frozen=True):
     """examples: those to train, in order; hashes: of their contents; num_steps: updates over all epochs;

@@ -7,8 +7,8 @@
             <------------------------------ ModelFacts  at each attach
             <------------------------------ Publish
       Published -------------------------->
-      SyncRequest ------------------------>
-            <------------------------------ SyncDone | SyncFailed
+      Ask -------------------------------->
+            <------------------------------ Answered | Refused
       Wake, Stop ------------------------->
 
 Four bytes of length, then a msgpack map tagged with the type's name. Neither end ever waits for the other:
@@ -28,7 +28,14 @@ from typing import Any
 import msgspec
 
 from apollo_ipc.config import Config
-from apollo_ipc.messages import ErrorInfo, Progress, SyncResult
+from apollo_ipc.messages import (
+    ErrorInfo,
+    Progress,
+    RestoreResult,
+    RestoreVersion,
+    SyncCheckpoint,
+    SyncResult,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +58,11 @@ class Wake(msgspec.Struct, frozen=True, tag=True):
     """Look at the queue: a job was submitted or cancelled."""
 
 
-class SyncRequest(msgspec.Struct, frozen=True, tag=True):
-    """Write the checkpoint between two steps. Answered by SyncDone or SyncFailed with this id."""
+class Ask(msgspec.Struct, frozen=True, tag=True):
+    """What a client wants done between two steps. Replied to by Answered or Refused with this id."""
 
     id: int
+    request: SyncCheckpoint | RestoreVersion
 
 
 class Published(msgspec.Struct, frozen=True, tag=True):
@@ -68,7 +76,7 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
     """Finish the step, write the last checkpoint, end."""
 
 
-FromFront = Start | Wake | SyncRequest | Published | Stop
+FromFront = Start | Wake | Ask | Published | Stop
 
 # --- trainer -> front ---
 
@@ -89,6 +97,7 @@ class State(msgspec.Struct, frozen=True, tag=True):
     optimizer_state_bytes: int = 0
     refused: list[str] = []
     last_sync: SyncResult | None = None
+    is_syncing: bool = False
     sync_error: str | None = None
 
 
@@ -116,17 +125,20 @@ class Publish(msgspec.Struct, frozen=True, tag=True):
     weight_version: int
 
 
-class SyncDone(msgspec.Struct, frozen=True, tag=True):
+class Answered(msgspec.Struct, frozen=True, tag=True):
+    """One of the two is set."""
+
     id: int
-    result: SyncResult
+    sync: SyncResult | None = None
+    restore: RestoreResult | None = None
 
 
-class SyncFailed(msgspec.Struct, frozen=True, tag=True):
+class Refused(msgspec.Struct, frozen=True, tag=True):
     id: int
     error: ErrorInfo
 
 
-FromTrainer = State | ModelFacts | JobChanged | Publish | SyncDone | SyncFailed
+FromTrainer = State | ModelFacts | JobChanged | Publish | Answered | Refused
 
 _encoder = msgspec.msgpack.Encoder()
 

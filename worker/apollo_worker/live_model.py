@@ -14,9 +14,10 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
+from apollo_ipc.checkpoint.shards import shard_index
 from apollo_ipc.errors import AttachError
 from apollo_ipc.manifest import Manifest
-from apollo_ipc.shards import shard_index
+from apollo_worker.compare import compare
 from apollo_worker.hf_model import (
     build_model,
     checkpoint_names,
@@ -25,7 +26,6 @@ from apollo_worker.hf_model import (
     parameter_names,
 )
 from apollo_worker.mapping import Exporter, Transport, map_views, open_transport
-from apollo_worker.sync import compare
 
 log = logging.getLogger(__name__)
 _SHARD_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -18,14 +18,14 @@ import msgspec
 
 from apollo_ipc.checkpoint import read_commit, recover
 from apollo_ipc.config import Config, load_config
-from apollo_ipc.errors import ApolloError, UserError
+from apollo_ipc.errors import ApolloError
 from apollo_ipc.messages import JobInfo
 from apollo_ipc.requests import TrainRequest, parse_train_body
-from apollo_worker.attachment import load_optimizer, read_tokeniser
+from apollo_worker.attachment import load_optimizer, make_writer, read_tokeniser
 from apollo_worker.job_run import plan
 from apollo_worker.live_model import load_offline
+from apollo_worker.loss_guard import LossGuard
 from apollo_worker.queue import JobQueue
-from apollo_worker.sync import CheckpointWriter
 from apollo_worker.trainer import Trainer
 
 
@@ -56,18 +56,17 @@ def train(
     if on_note is not None:
         for note in notes:
             on_note(note)
-    started, losses, num_bad = time.time(), [], 0
+    started, losses = time.time(), []
+    guard = LossGuard(config.train.max_bad_steps, config.train.spike_ratio)
     for step in range(todo.num_steps):
         result = trainer.step_on(todo.examples_of(step), todo.learning_rate(step), todo.weight_decay)
         losses.append(result.loss)
-        num_bad = num_bad + 1 if result.is_bad else 0
-        if num_bad >= config.train.max_bad_steps:
-            raise UserError(f"{num_bad} steps in a row were not finite; nothing was saved", code="not_finite")
+        guard.look(result.loss, is_written=not result.is_bad)  # what it raises leaves the directory as it was
         if on_step is not None:
             on_step(step + 1, todo.num_steps, result.loss)
     version = (commit.weight_version if commit else 0) + 1
     optimizer = trainer.main_optimizer
-    CheckpointWriter(model_dir, live.trained_tensors()).sync(
+    make_writer(live, config).sync(
         weight_version=version,
         applied_seq=commit.applied_seq if commit else 0,
         optimizer=(optimizer.state_tensors(), optimizer.state_meta()),

@@ -237,6 +237,20 @@ class JobQueue(QueueWriter):
         )
         return [*changed, *self._set(again, lost, (applied_seq, job_id))]
 
+    def note_undone(self, applied_seq: int, note: str) -> Jobs:
+        """An older version was restored, which holds jobs up to `applied_seq` only: `note` says so in each
+        later one that had trained. They are not trained again, unless someone sends them anew."""
+        trained = "seq > ? AND state IN ('applied', 'durable')"
+        with self._transaction():
+            rows = self._db.execute(
+                f"SELECT seq, job_id, notes FROM jobs WHERE {trained} ORDER BY seq", (applied_seq,)
+            ).fetchall()
+            for row in rows:
+                notes = json.dumps([*json.loads(row["notes"]), note])
+                self._db.execute("UPDATE jobs SET notes = ? WHERE seq = ?", (notes, row["seq"]))
+                self._db.execute("DELETE FROM examples WHERE seq = ?", (row["seq"],))
+        return [self._changed(row["job_id"]) for row in rows]
+
     # --- cancelling ---
 
     def cancel(self, job_id: str) -> JobInfo:

@@ -39,6 +39,8 @@ from apollo_ipc.messages import (
     JobInfo,
     ListJobs,
     Reply,
+    RestoreResult,
+    RestoreVersion,
     Status,
     Submit,
     SyncCheckpoint,
@@ -287,10 +289,13 @@ class Service:
                 job = await self._in(self._answering, self._queue.cancel, message.job_id)
                 self._shared.wake.set()
                 return Reply(request_id, job=job)
-            case SyncCheckpoint():
-                syncing = asyncio.wrap_future(self._shared.request_sync())
+            case SyncCheckpoint() | RestoreVersion():
+                asked = asyncio.wrap_future(self._shared.ask(message))
                 # Shielded: the main loop could not set the result of a cancelled future.
-                return Reply(request_id, sync=await asyncio.shield(syncing))
+                result = await asyncio.shield(asked)
+                if isinstance(result, RestoreResult):
+                    return Reply(request_id, restore=result)
+                return Reply(request_id, sync=result)
             case Watch():
                 await self._in(self._answering, self._queue.get, message.job_id)  # NotFound, if it is unknown
                 self._watches.add(identity, request_id, message.job_id)

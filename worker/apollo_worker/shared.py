@@ -15,7 +15,15 @@ from queue import SimpleQueue
 import msgspec
 
 from apollo_ipc.errors import NotReady
-from apollo_ipc.messages import Progress, Status, SyncResult
+from apollo_ipc.messages import (
+    PostSync,
+    Progress,
+    RestoreResult,
+    RestoreVersion,
+    Status,
+    SyncCheckpoint,
+    SyncResult,
+)
 from apollo_ipc.requests import TrainRequest
 from apollo_worker.link import State
 
@@ -28,6 +36,13 @@ class Admission(msgspec.Struct, frozen=True):
     num_steps: int
     num_skipped: int = 0
     notes: list[str] = []
+
+
+class Asked(msgspec.Struct, frozen=True):
+    """What a client wants of the main loop, to be done between two steps."""
+
+    request: SyncCheckpoint | RestoreVersion
+    done: Future[SyncResult | RestoreResult]
 
 
 def admit_nothing(request: TrainRequest) -> Admission:
@@ -63,10 +78,12 @@ class Shared:
         self.refused: list[str] = []
         self.last_sync: SyncResult | None = None
         self.sync_error: str | None = None
+        self.is_syncing = False
+        self.post_sync: PostSync | None = None
         self.stopping = threading.Event()
-        # Wakes the main loop: a job was queued, a sync was asked for, the process shall stop.
+        # Wakes the main loop: a job was queued, something was asked for, the process shall stop.
         self.wake = threading.Event()
-        self.sync_requests: SimpleQueue[Future[SyncResult]] = SimpleQueue()
+        self.asked: SimpleQueue[Asked] = SimpleQueue()
 
     def show(self, activity: str, **details) -> None:
         """Main loop: what it does now. Every call counts as getting on."""
@@ -86,12 +103,12 @@ class Shared:
             if name != "last_sync" or state.last_sync is not None:
                 setattr(self, name, getattr(state, name))
 
-    def request_sync(self) -> Future[SyncResult]:
-        """Service: ask the main loop for a checkpoint sync between two steps."""
-        future: Future[SyncResult] = Future()
-        self.sync_requests.put(future)
+    def ask(self, request: SyncCheckpoint | RestoreVersion) -> Future[SyncResult | RestoreResult]:
+        """Service: have the main loop do it between two steps."""
+        asked = Asked(request, Future())
+        self.asked.put(asked)
         self.wake.set()
-        return future
+        return asked.done
 
     def status(self, *, num_queued: int, num_bad_messages: int, num_routers: int, worker_pid: int) -> Status:
         return Status(
@@ -114,4 +131,6 @@ class Shared:
             num_routers=num_routers,
             optimizer_state_bytes=self.optimizer_state_bytes,
             refused=self.refused,
+            is_syncing=self.is_syncing,
+            post_sync=self.post_sync,
         )

@@ -12,20 +12,20 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
-from apollo_ipc.messages import JobInfo, Progress, SyncResult
+from apollo_ipc.messages import JobInfo, Progress, RestoreResult, SyncResult
 from apollo_ipc.remote import error_info
 from apollo_worker.link import (
+    Answered,
+    Ask,
     JobChanged,
     Link,
     ModelFacts,
     Publish,
     Published,
+    Refused,
     Start,
     State,
     Stop,
-    SyncDone,
-    SyncFailed,
-    SyncRequest,
     Wake,
 )
 from apollo_worker.shared import Shared
@@ -108,21 +108,25 @@ class TrainerEnd:
                     self.shared.wake.set()
                 case Stop():
                     self.stop()
-                case SyncRequest():
-                    self._on_sync_request(message.id)
+                case Ask():
+                    self._on_ask(message)
                 case Published():
                     with self._confirmed:
                         self._answer = message
                         self._confirmed.notify_all()
 
-    def _on_sync_request(self, request_id: int) -> None:
-        def answer(done: Future[SyncResult]) -> None:
+    def _on_ask(self, ask: Ask) -> None:
+        def answer(done: Future[SyncResult | RestoreResult]) -> None:
             if error := done.exception():
-                self._link.send(SyncFailed(request_id, error_info(error)))
-            else:
-                self._link.send(SyncDone(request_id, done.result()))
+                self._link.send(Refused(ask.id, error_info(error)))
+                return
+            match result := done.result():
+                case SyncResult():
+                    self._link.send(Answered(ask.id, sync=result))
+                case RestoreResult():
+                    self._link.send(Answered(ask.id, restore=result))
 
-        self.shared.request_sync().add_done_callback(answer)
+        self.shared.ask(ask.request).add_done_callback(answer)
 
     def _on_front_gone(self) -> None:
         if self._is_finishing:

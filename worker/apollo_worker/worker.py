@@ -10,18 +10,22 @@ import logging
 import os
 import time
 import traceback
+from contextlib import suppress
 from functools import partial
 
 import torch
 
-from apollo_ipc.checkpoint import read_commit
-from apollo_ipc.errors import ApolloError, CheckpointError, NotReady, UserError
-from apollo_ipc.messages import SyncResult
+from apollo_ipc.checkpoint import history, read_commit, restore_version
+from apollo_ipc.errors import ApolloError, Conflict, NotReady, UserError
+from apollo_ipc.messages import RestoreResult, RestoreVersion, SyncCheckpoint
 from apollo_worker.attachment import Attachment
-from apollo_worker.job_run import Plan, TrainerQueue, plan
+from apollo_worker.job_run import Plan, plan
+from apollo_worker.loss_guard import LossGuard
 from apollo_worker.marks import StepMarks
 from apollo_worker.priority import use_idle_priority
-from apollo_worker.queue import Job
+from apollo_worker.queue import Job, JobQueue
+from apollo_worker.shared import Asked
+from apollo_worker.syncing import Syncing
 from apollo_worker.trainer import VllmDied
 from apollo_worker.trainer_end import TrainerEnd
 
@@ -45,14 +49,15 @@ class TrainingWorker:
         self.front, self.shared = end, end.shared
         # The front answers clients and never holds the file for long; a job must not fail on it.
         busy_timeout_s = config.worker.step_timeout_s
-        self.queue = TrainerQueue(
+        self.queue = JobQueue(
             config.state_dir / "queue.sqlite", config.worker.max_queued_jobs, busy_timeout_s
         )
         self.queue.on_change = end.on_change
         self.marks = StepMarks(config.state_dir / "step.marks")
         self.attachment = Attachment(config, self.shared, self.queue, self.marks, end.tell_model)
-        self._synced_at = self._published_at = time.monotonic()
-        self._is_bulk_done = False  # a bulk job has ended since the last sync
+        self.syncing = Syncing(config.checkpoint, self.shared, self.queue, self.attachment)
+        self._published_at = time.monotonic()
+        self._num_unpublished = 0  # steps since the last weight version
 
     def run(self) -> None:
         """Until `shared.stopping` is set."""
@@ -62,7 +67,7 @@ class TrainingWorker:
                 if not self.attachment.ensure():
                     self.wait("waiting for vLLM")
                     continue
-                self.sync_if_asked_or_due()
+                self.do_what_is_asked(is_training=False)
                 if (job := self.queue.take()) is None:
                     self.wait("idle")
                     continue
@@ -96,17 +101,22 @@ class TrainingWorker:
                 raise
             self.fail(job, error)
         else:
-            checkpoint = self.config.checkpoint
-            self._is_bulk_done |= (
-                checkpoint.sync_after_bulk_job and todo.num_steps >= checkpoint.bulk_job_steps
-            )
+            self.syncing.note_job_done(todo.num_steps)
 
     def fail(self, job: Job, error: Exception) -> None:
         """Ends the job. A step that was cut off by the error is undone with the whole recovery of a crash."""
         log.exception("job %s failed", job.info.job_id)
         message = error.message if isinstance(error, ApolloError) else f"{type(error).__name__}: {error}"
         self.queue.finish(job.info.job_id, "failed", error=message, traceback=traceback.format_exc())
-        self.attachment.undo_torn_step()
+        if (
+            isinstance(error, UserError)
+            and error.code == "loss_spike"
+            and self.config.train.on_spike == "restore"
+        ):
+            self.syncing.wait()
+            self.attachment.restore_last_commit()
+        else:
+            self.attachment.undo_torn_step()
         self.publish()
 
     def tokenise(self, job: Job) -> Plan:
@@ -122,7 +132,8 @@ class TrainingWorker:
         trainer.use_rank(job.request.options.rank)
         if todo.num_steps:
             self.queue.add_notes(job_id, trainer.prepare_accumulation(todo.accumulate_steps))
-        num_bad, num_steps, loss = 0, todo.num_steps, None
+        guard = LossGuard(self.config.train.max_bad_steps, self.config.train.spike_ratio)
+        num_steps, loss = todo.num_steps, None
 
         def show(steps_done: int) -> None:
             self.shared.show("training", job_id=job_id, steps_done=steps_done, num_steps=num_steps, loss=loss)
@@ -137,14 +148,9 @@ class TrainingWorker:
             loss = result.loss
             self.marks.end(live.boot_id, job_id, step + 1, loss)
             self.queue.record_step(job_id, step + 1, loss)
+            self._num_unpublished += 1
             show(step + 1)
-            num_bad = num_bad + 1 if result.is_bad else 0
-            if num_bad >= self.config.train.max_bad_steps:
-                raise UserError(
-                    f"{num_bad} steps in a row gave a loss or gradient that is not finite (last loss "
-                    f"{loss}); nothing of them was written. A smaller lr may help",
-                    code="not_finite",
-                )
+            guard.look(loss, is_written=not result.is_bad)
 
     def between_steps(self, job_id: str) -> None:
         """What may happen while no step is in the making."""
@@ -152,7 +158,7 @@ class TrainingWorker:
             raise JobStopped("stopping")
         if self.queue.is_cancel_requested(job_id):
             raise JobStopped("cancelled")
-        self.sync_if_asked_or_due()
+        self.do_what_is_asked(is_training=True)
         if time.monotonic() - self._published_at >= self.config.train.publish_interval_s:
             self.publish()
 
@@ -174,76 +180,97 @@ class TrainingWorker:
         version = self.shared.weight_version
         if not self.front.publish(version):
             log.info("weight version %d: no router has confirmed yet", version)
-        self._published_at = time.monotonic()
+        self._published_at, self._num_unpublished = time.monotonic(), 0
         return version
 
-    def sync_if_asked_or_due(self) -> None:
-        """One sync for every waiting `POST /checkpoint`; else by the clock while something changed."""
-        waiting = []
-        while not self.shared.sync_requests.empty():
-            waiting.append(self.shared.sync_requests.get())
-        interval = self.config.checkpoint.sync_interval_s
-        is_due = interval > 0 and time.monotonic() - self._synced_at >= interval and self._has_changed()
-        is_due, self._is_bulk_done = is_due or self._is_bulk_done, False
-        if not waiting and not is_due:
-            return
+    # --- what may happen between two steps ---
+
+    def do_what_is_asked(self, *, is_training: bool) -> None:
+        """Starts a sync that is asked for or due; restores an older version, while no job trains."""
+        while not self.shared.asked.empty():
+            asked = self.shared.asked.get()
+            if isinstance(asked.request, SyncCheckpoint):
+                self.syncing.ask(asked)
+            else:
+                self.answer_restore(asked, is_training)
+        if self.syncing.is_wanted(self._has_changed()):
+            if self._num_unpublished:
+                self.publish()  # two checkpoints with different weights have different versions
+            with suppress(ApolloError):  # noted in the status, and told to those who asked
+                self.syncing.start(self.syncing.kind())
+
+    def answer_restore(self, asked: Asked, is_training: bool) -> None:
+        assert isinstance(asked.request, RestoreVersion)
         try:
-            result = self.sync()
+            if is_training:
+                error = Conflict("a job is being trained; wait for its end or cancel it", code="job_running")
+                error.http_status = 409
+                raise error
+            asked.done.set_result(self.restore_version(asked.request.weight_version))
         except ApolloError as error:
-            for future in waiting:
-                future.set_exception(error)
-        else:
-            for future in waiting:
-                future.set_result(result)
+            log.warning("restoring version %d: %s", asked.request.weight_version, error.message)
+            asked.done.set_exception(error)
+
+    def restore_version(self, weight_version: int) -> RestoreResult:
+        """Writes an older version back: on disk as a new commit, then into the live weights.
+
+        The present state is synced first where it can be, so that this step back can be undone. A crash on
+        the way leaves a torn mark: the next trainer brings the live weights to the last commit, old or new.
+        """
+        live, started = self.attachment.live, time.monotonic()
+        assert live is not None
+        before = read_commit(live.model_dir)
+        if before is None:
+            raise UserError("nothing was synced yet, so there is no older version", field="VERSION")
+        version = history.find(before, weight_version)
+        log.warning("restoring weight version %d; now it is %d", weight_version, self.shared.weight_version)
+        if self._has_changed():
+            self.sync_before_restore()
+        self.syncing.wait()
+        self.shared.show("restoring")
+        self.marks.begin(live.boot_id, "restore", 1)
+        commit = restore_version(
+            live.model_dir,
+            weight_version,
+            new_version=self.shared.weight_version + 1,
+            applied_seq=self.queue.applied_seq(),
+            num_kept=self.config.checkpoint.history,
+        )
+        undone = self.queue.note_undone(
+            version.applied_seq, f"undone: weight version {weight_version} restored"
+        )
+        self.attachment.restore_last_commit()
+        self.attachment.set_version(commit.weight_version - 1)
+        new_version = self.publish()
+        self.shared.durable_version = new_version
+        log.warning(
+            "weight version %d restored as %d; %d jobs undone", weight_version, new_version, len(undone)
+        )
+        return RestoreResult(
+            restored_version=weight_version,
+            weight_version=new_version,
+            num_tensors_changed=sum(before.tensors.get(n) != d for n, d in commit.tensors.items()),
+            num_jobs_undone=len(undone),
+            has_optimizer=commit.optimizer is not None,
+            duration_s=time.monotonic() - started,
+        )
+
+    def sync_before_restore(self) -> None:
+        try:
+            self.syncing.start("delta")
+            self.syncing.wait()
+        except ApolloError as error:
+            # Weights that no sync takes (NaN) are what a restore is for.
+            log.warning("the present weights are not kept, since they cannot be synced: %s", error.message)
 
     def _has_changed(self) -> bool:
-        return self.shared.weight_version != self.shared.durable_version or self._running() is not None
-
-    def sync(self) -> SyncResult:
-        """Live weights, optimizer state and what they hold, as one commit. Raises CheckpointError."""
-        attached = self.attachment
-        if attached.live is None or not attached.live.is_alive():
-            raise NotReady("not attached to vLLM: there are no live weights to sync")
-        assert attached.writer is not None
-        assert attached.trainer is not None
-        self.shared.show("syncing")
-        self._synced_at = time.monotonic()  # a failing disk is tried again by the clock, not at every step
-        optimizer, model_dir = attached.trainer.main_optimizer, attached.live.model_dir
-        before = read_commit(model_dir)
-        applied_seq = self.queue.applied_seq()
-        try:
-            result = attached.writer.sync(
-                weight_version=self.shared.weight_version,
-                applied_seq=applied_seq,
-                optimizer=(optimizer.state_tensors(), optimizer.state_meta()),
-                extra={"running": self._running(), "queue_id": self.queue.queue_id},
-            )
-        except CheckpointError as error:
-            log.error("sync failed: %s", error.message)
-            self.shared.sync_error = error.message
-            # What failed may have come after the rename that commits: then the commit stands.
-            if (commit := read_commit(model_dir)) is not None and commit != before:
-                self.queue.mark_durable(commit.applied_seq)
-                self.shared.durable_version = commit.weight_version
-            raise
-        self.queue.mark_durable(applied_seq)
-        self.shared.last_sync, self.shared.sync_error = result, None
-        self.shared.durable_version = result.weight_version
-        log.info("synced weight version %d: %d bytes", result.weight_version, result.bytes_written)
-        return result
-
-    def _running(self) -> dict | None:
-        """The job that is half done, as the commit record keeps it."""
-        running = self.queue.list(limit=1, state="running")
-        if not running or not running[0].steps_done:
-            return None
-        return {"job_id": running[0].job_id, "steps_done": running[0].steps_done}
+        return self._num_unpublished > 0 or self.shared.weight_version != self.shared.durable_version
 
     def wait(self, activity: str) -> None:
         self.shared.show(activity)
-        while not self.shared.sync_requests.empty() and self.attachment.live is None:
+        while not self.shared.asked.empty() and self.attachment.live is None:
             reason = self.shared.attach_error or "not attached to vLLM"
-            self.shared.sync_requests.get().set_exception(NotReady(reason))
+            self.shared.asked.get().done.set_exception(NotReady(reason))
         self.shared.wake.wait(IDLE_WAIT_S)
         self.shared.wake.clear()
 
@@ -254,11 +281,16 @@ class TrainingWorker:
         is_attached = self.shared.attached and live is not None and live.is_alive()
         is_wanted = self.config.checkpoint.sync_at_stop and self.front.has_front
         try:
-            if is_attached and is_wanted and self._has_changed():
-                self.sync()
+            if is_attached and is_wanted:
+                self.syncing.sync_at_stop(self._has_changed())
+            else:
+                self.syncing.wait()
         except ApolloError as error:
             log.error("the last sync failed, the checkpoint stays at version %d: %s",
                       self.shared.durable_version, error.message)  # fmt: skip
+        self.syncing.refuse_waiting(
+            NotReady("the worker is stopping; send the request again", code="stopping")
+        )
         self.attachment.detach("the worker is stopping")
         self.queue.close()
         self.marks.close()

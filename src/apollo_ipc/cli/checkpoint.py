@@ -1,4 +1,4 @@
-"""`apollo-ipc checkpoint ...`: the model directory, which is the checkpoint."""
+"""`apollo-ipc checkpoint ...`: the model directory, which is the checkpoint (older ones: versions.py)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ModelDir = Annotated[
 ]
 
 
-def _model_dir(given: Path | None, config_file: Path | None) -> Path:
+def find_model_dir(given: Path | None, config_file: Path | None) -> Path:
     if given is not None:
         return check_is_dir(given)
     manifest = read_manifest(load_config(config_file).runtime_dir)
@@ -34,12 +34,19 @@ def _model_dir(given: Path | None, config_file: Path | None) -> Path:
 
 
 @app.command()
-def sync(config_file: ConfigFile = None, as_json: AsJson = False) -> None:
+def sync(
+    is_delta: Annotated[
+        bool, typer.Option("--delta", help="Write only what differs; the shards stay as they are.")
+    ] = False,
+    config_file: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
     """Write the live weights into the model directory now."""
     from apollo_ipc.client import call
 
     socket_path = load_config(config_file).socket_path
-    result = call(socket_path, SyncCheckpoint(""), timeout_s=SYNC_TIMEOUT_S).sync
+    request = SyncCheckpoint("", "delta" if is_delta else "full")
+    result = call(socket_path, request, timeout_s=SYNC_TIMEOUT_S).sync
     assert result is not None
     if as_json:
         print_json(result)
@@ -52,7 +59,7 @@ def verify(model_dir: ModelDir = None, config_file: ConfigFile = None, as_json: 
     """Read every tensor and compare it with the digest that the last sync recorded."""
     from apollo_ipc import checkpoint
 
-    path = _model_dir(model_dir, config_file)
+    path = find_model_dir(model_dir, config_file)
     problems = checkpoint.verify(path)
     if as_json:
         print_json({"model_dir": str(path), "ok": not problems, "problems": problems})
@@ -68,15 +75,17 @@ def recover(model_dir: ModelDir = None, config_file: ConfigFile = None, as_json:
     """Finish a sync that a crash interrupted after its commit, throw away one that it interrupted before."""
     from apollo_ipc import checkpoint
 
-    path = _model_dir(model_dir, config_file)
+    path = find_model_dir(model_dir, config_file)
     recovery = checkpoint.recover(path)
     if as_json:
         print_json(recovery)
-    elif recovery.finished_version is None and not recovery.removed:
+    elif not recovery:
         print(f"{path}: in order, nothing to do")
     else:
         if recovery.finished_version is not None:
             print(f"{path}: finished the sync of weight version {recovery.finished_version}")
+        if recovery.folded_version is not None:
+            print(f"{path}: worked the delta of weight version {recovery.folded_version} into the shards")
         for name in recovery.removed:
             print(f"{path}: removed {name}")
 
@@ -86,7 +95,7 @@ def show(model_dir: ModelDir = None, config_file: ConfigFile = None, as_json: As
     """What the last sync recorded."""
     from apollo_ipc import checkpoint
 
-    path = _model_dir(model_dir, config_file)
+    path = find_model_dir(model_dir, config_file)
     commit = checkpoint.read_commit(path)
     if as_json:
         print_json(commit)
@@ -97,4 +106,5 @@ def show(model_dir: ModelDir = None, config_file: ConfigFile = None, as_json: As
             f"{path}: weight version {commit.weight_version}, written {describe_ago(commit.committed_at)}, "
             f"{len(commit.tensors)} tensors in {len(commit.shards)} shards, "
             f"{'with' if commit.optimizer else 'without'} optimizer state"
+            f"{', of which the last changes in a delta' if commit.delta else ''}"
         )

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from apollo_ipc.cli import checkpoint, jobs, plan, processes, serve, train
+from apollo_ipc.cli import checkpoint, jobs, plan, processes, serve, train, versions
 from apollo_ipc.cli.output import print_error
 from apollo_ipc.errors import ApolloError
 
@@ -28,6 +28,11 @@ app.command()(jobs.status)
 app.command("jobs")(jobs.list_jobs)
 app.command()(jobs.cancel)
 app.add_typer(checkpoint.app, name="checkpoint")
+checkpoint.app.command()(versions.history)
+checkpoint.app.command()(versions.diff)
+checkpoint.app.command()(versions.restore)
+checkpoint.app.command()(versions.forget)
+checkpoint.app.command(context_settings=PASS_ON)(versions.snapshot)
 app.command(context_settings=PASS_ON)(processes.check)
 app.command()(plan.plan)
 app.command()(processes.key)

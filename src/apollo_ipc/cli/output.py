@@ -68,7 +68,8 @@ def describe_loss(job: JobInfo) -> str:
 
 def describe_sync(sync: SyncResult) -> str:
     return (
-        f"weight version {sync.weight_version} is on disk: {sync.num_tensors_changed} of {sync.num_tensors} "
+        f"weight version {sync.weight_version} is on disk"
+        f"{' as a delta' if sync.kind == 'delta' else ''}: {sync.num_tensors_changed} of {sync.num_tensors} "
         f"tensors changed, {describe_bytes(sync.bytes_compared)} compared, "
         f"{describe_bytes(sync.bytes_written)} written, {sync.duration_s:.2g} s"
     )

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from apollo_ipc.errors import CheckpointError
 
 LOCK_POLL_S = 0.02
+THROTTLE_SYNC_BYTES = 64 * 1024 * 1024
 
 
 class OpenFile(NamedTuple):
@@ -71,6 +72,14 @@ class Disk:
         with _in_words("rename a file to", target):
             os.rename(source, target)
 
+    def link(self, source: Path, target: Path) -> None:
+        """`target` is another name of the file `source`, or of what it points to if it is a symlink.
+
+        A `target` that is there already stays.
+        """
+        with _in_words("link a file to", target), suppress(FileExistsError):
+            os.link(os.path.realpath(source), target)
+
     def unlink(self, path: Path) -> None:
         with _in_words("remove", path):
             os.unlink(path)
@@ -90,8 +99,8 @@ class Disk:
         return info.f_bavail * info.f_frsize
 
     @contextmanager
-    def lock(self, path: Path, wait_s: float) -> Iterator[None]:
-        """Holds an exclusive flock on the file `path`, which is created and stays.
+    def lock(self, path: Path, wait_s: float, *, is_shared: bool = False) -> Iterator[None]:
+        """Holds a flock on the file `path`, which is created and stays: an exclusive one, or a reader's.
 
         The kernel releases it when its holder dies, however that happens. Raises CheckpointError when
         another holder keeps it for longer than `wait_s`.
@@ -100,10 +109,10 @@ class Disk:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
             give_up_at = time.monotonic() + wait_s
-            while not _try_lock(fd, path):
+            while not _try_lock(fd, path, is_shared):
                 if time.monotonic() >= give_up_at:
                     raise CheckpointError(
-                        f"{path.parent.parent}: another process is writing this checkpoint "
+                        f"{path.parent.parent}: another process is using this checkpoint "
                         f"(it has held {path} for more than {wait_s:g} s)"
                     )
                 time.sleep(LOCK_POLL_S)
@@ -115,13 +124,44 @@ class Disk:
 DISK = Disk()
 
 
-def _try_lock(fd: int, path: Path) -> bool:
+def _try_lock(fd: int, path: Path, is_shared: bool) -> bool:
     with _in_words("lock", path):
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
     return True
+
+
+def is_locked(path: Path) -> bool:
+    """Whether some process holds a flock on `path`, a file or a directory."""
+    with _in_words("open", path):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return not _try_lock(fd, path, is_shared=True)
+    finally:
+        os.close(fd)
+
+
+class ThrottledDisk(Disk):
+    """Writes no faster than `bytes_per_s` on average, so that a sync leaves the disk to others as well."""
+
+    def __init__(self, bytes_per_s: float):
+        self._bytes_per_s = bytes_per_s
+        self._unsynced = 0
+        self._free_at = 0.0  # when the next write may begin
+
+    def write(self, file: OpenFile, data: bytes | memoryview) -> None:
+        now = time.monotonic()
+        if self._free_at > now:
+            time.sleep(self._free_at - now)
+        super().write(file, data)
+        self._free_at = max(self._free_at, now) + len(data) / self._bytes_per_s
+        # In small portions to the disk itself: the kernel would collect them and write them out at once.
+        self._unsynced += len(data)
+        if self._unsynced >= THROTTLE_SYNC_BYTES:
+            self._unsynced = 0
+            self.sync(file)
 
 
 HINTS = {

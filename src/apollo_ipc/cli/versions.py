@@ -1,0 +1,186 @@
+"""`apollo-ipc checkpoint history | diff | restore | forget | snapshot`: older versions, and copies."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from apollo_ipc.cli.checkpoint import ModelDir, find_model_dir
+from apollo_ipc.cli.options import AsJson, ConfigFile
+from apollo_ipc.cli.output import describe_ago, describe_bytes, print_json
+from apollo_ipc.config import load_config
+from apollo_ipc.errors import UserError
+from apollo_ipc.manifest import is_served
+from apollo_ipc.messages import RestoreVersion
+
+RESTORE_TIMEOUT_S = 3600.0
+MAX_TENSORS_SHOWN = 20
+
+Directory = Annotated[Path | None, typer.Option("--model-dir", help="Default: the model that is served now.")]
+
+
+def history(model_dir: ModelDir = None, config_file: ConfigFile = None, as_json: AsJson = False) -> None:
+    """The versions that can be restored, oldest first, and what keeping them takes."""
+    from apollo_ipc import checkpoint
+    from apollo_ipc.checkpoint import history as versions
+
+    path = find_model_dir(model_dir, config_file)
+    commit = checkpoint.read_commit(path)
+    if commit is None:
+        raise UserError(f"{path}: nothing was synced here yet, so there are no versions", field="MODEL_DIR")
+    rows = [
+        {
+            "weight_version": one.weight_version,
+            "serial": one.serial,
+            "committed_at": one.committed_at,
+            "kind": "delta" if one.delta else "full",
+            "has_optimizer": one.optimizer is not None,
+            "applied_seq": one.applied_seq,
+            "restored_from": one.extra.get("restored_from"),
+            "is_present": one.serial == commit.serial,
+        }
+        for one in versions.versions(commit)
+    ]
+    size = versions.size_bytes(path, commit)
+    if as_json:
+        print_json({"model_dir": str(path), "history_bytes": size, "versions": rows})
+        return
+    print("version  written           kind   jobs up to  notes")
+    for row in rows:
+        notes = ["the present one"] if row["is_present"] else []
+        notes += [f"restored from {row['restored_from']}"] if row["restored_from"] is not None else []
+        notes += [] if row["has_optimizer"] else ["no optimizer state"]
+        notes += ["before the first sync"] if not row["serial"] else []
+        print(
+            f"{row['weight_version']:>7}  {describe_ago(row['committed_at']):<16}  {row['kind']:<5}  "
+            f"{row['applied_seq']:>10}  {', '.join(notes)}".rstrip()
+        )
+    print(f"{describe_bytes(size)} beside the present version")
+
+
+def diff(
+    a: Annotated[int, typer.Argument(metavar="A", help="A weight version of the history.")],
+    b: Annotated[int, typer.Argument(metavar="B", help="Another one.")],
+    model_dir: Directory = None,
+    config_file: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """What changed from version A to version B, tensor by tensor, the most changed ones first."""
+    from apollo_ipc import checkpoint
+    from apollo_ipc.checkpoint import history as versions
+
+    path = find_model_dir(model_dir, config_file)
+    commit = checkpoint.read_commit(path)
+    if commit is None:
+        raise UserError(f"{path}: nothing was synced here yet, so there are no versions", field="MODEL_DIR")
+    old, new = versions.find(commit, a), versions.find(commit, b)
+    found = sorted(versions.diff(path, commit, old, new), key=lambda one: -(one.relative_norm or 0.0))
+    num_changed, num_elements = (
+        sum(one.num_changed for one in found),
+        sum(one.num_elements for one in found),
+    )
+    if as_json:
+        print_json({"a": a, "b": b, "num_tensors": len(commit.tensors), "tensors": found})
+        return
+    if not found:
+        print(f"versions {a} and {b} hold the same weights")
+        return
+    print(f"{len(found)} of {len(commit.tensors)} tensors differ")
+    print(f"{num_changed:,} of their {num_elements:,} elements")
+    print("relative  elements  most steps  tensor")
+    for one in found[:MAX_TENSORS_SHOWN]:
+        norm = "-" if one.relative_norm is None else f"{one.relative_norm:.2e}"
+        share = one.num_changed / one.num_elements
+        print(f"{norm:>8}  {share:>8.1%}  {one.max_steps:>10}  {one.name}")
+    if len(found) > MAX_TENSORS_SHOWN:
+        print(f"... and {len(found) - MAX_TENSORS_SHOWN} more (--json lists them all)")
+
+
+def restore(
+    version: Annotated[int, typer.Argument(metavar="VERSION", help="A weight version of the history.")],
+    model_dir: Directory = None,
+    is_live: Annotated[
+        bool, typer.Option("--live", help="Into the weights that vLLM is serving, too, by the worker.")
+    ] = False,
+    is_sure: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    config_file: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write an older version back, as a new one: this step can be undone like any other."""
+    from apollo_ipc import checkpoint
+
+    config = load_config(config_file)
+    path = find_model_dir(model_dir, config_file)
+    is_now_served = is_served(config.runtime_dir, path)
+    if is_live and not is_now_served:
+        raise UserError(f"{path} is not being served; leave --live away", field="--live")
+    if is_now_served and not is_live:
+        raise UserError(
+            "vLLM is serving this directory, and its next sync would write over what is restored; "
+            "give --live to restore the served weights as well",
+            field="--live",
+        )
+    if not is_sure:
+        typer.confirm(f"Restore version {version} of {path}? Jobs trained since are undone", abort=True)
+    if is_live:
+        from apollo_ipc.client import call
+
+        result = call(config.socket_path, RestoreVersion("", version), timeout_s=RESTORE_TIMEOUT_S).restore
+        assert result is not None
+        if as_json:
+            print_json(result)
+            return
+        print(
+            f"version {version} restored as version {result.weight_version} in {result.duration_s:.1f} s: "
+            f"{result.num_tensors_changed} tensors changed, {result.num_jobs_undone} jobs undone, "
+            f"optimizer state {'of that version' if result.has_optimizer else 'starts anew'}"
+        )
+        return
+    commit = checkpoint.restore_version(path, version, num_kept=config.checkpoint.history)
+    if as_json:
+        print_json({"restored_version": version, "weight_version": commit.weight_version})
+    else:
+        print(f"{path}: version {version} restored as version {commit.weight_version}")
+
+
+def forget(
+    model_dir: Annotated[Path, typer.Argument(metavar="MODEL_DIR")],
+    is_sure: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    config_file: ConfigFile = None,
+) -> None:
+    """Take the shards as they are: remove every record of syncs, older versions and optimizer state."""
+    from apollo_ipc import checkpoint
+
+    path = find_model_dir(model_dir, config_file)
+    if is_served(load_config(config_file).runtime_dir, path):
+        raise UserError("vLLM is serving this directory; stop it first", field="MODEL_DIR")
+    if not is_sure:
+        typer.confirm(f"Remove all older versions and the optimizer state of {path}?", abort=True)
+    print(f"{path}: {'forgotten' if checkpoint.forget(path) else 'there was nothing to forget'}")
+
+
+def snapshot(context: typer.Context, model_dir: Directory = None, config_file: ConfigFile = None) -> None:
+    """Run a command on a copy of the present version that stands still: `snapshot -- rsync -a {snapshot}/ X`.
+
+    The copy has no bytes of its own (hard links); it is removed when the command ends, and the command's exit
+    status is this one's. {snapshot}, {model_dir} and {weight_version} are filled in.
+    """
+    from apollo_ipc import checkpoint
+    from apollo_ipc.checkpoint.snapshot import command_for
+
+    if not context.args:
+        raise UserError("a command is needed after --, for example: -- rsync -a {snapshot}/ /backup/model/")
+    path = find_model_dir(model_dir, config_file)
+    with checkpoint.snapshot(path) as taken:
+        command, environment = command_for(context.args, taken, path)
+        try:
+            ended = subprocess.run(
+                command, cwd=taken.path, env={**os.environ, **environment}, pass_fds=[taken.held_by]
+            )
+        except OSError as error:
+            raise UserError(f"cannot run {command[0]}: {error.strerror}") from None
+    raise typer.Exit(ended.returncode)

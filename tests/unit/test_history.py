@@ -1,0 +1,542 @@
+"""Delta commits, folding, older versions, snapshots: live tensors into a small model directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from apollo_worker.optimizer_file import read_optimizer
+from apollo_worker.sync import CheckpointWriter
+from safetensors.torch import load_file, save_file
+
+from apollo_ipc.checkpoint import (
+    check_shards,
+    compact,
+    forget,
+    loading,
+    read_commit,
+    recover,
+    restore_version,
+    snapshot,
+    verify,
+)
+from apollo_ipc.checkpoint import history as versions
+from apollo_ipc.checkpoint.disk import DISK, Disk, ThrottledDisk
+from apollo_ipc.errors import CheckpointError, UserError
+
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+
+
+def make_model(model_dir: Path) -> Path:
+    torch.manual_seed(0)
+    model_dir.mkdir()
+    tensors = {
+        SHARDS[0]: {"a": torch.randn(40, 30).bfloat16(), "still": torch.randn(8)},
+        SHARDS[1]: {"b": torch.randn(64, 16).bfloat16(), "c": torch.randn(7, 5)},
+    }
+    for name, some in tensors.items():
+        save_file(some, model_dir / name, metadata={"format": "pt"})
+    weight_map = {tensor: name for name, some in tensors.items() for tensor in some}
+    (model_dir / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (model_dir / "config.json").write_text("{}")
+    (model_dir / "original").mkdir()
+    (model_dir / "original" / "params.json").write_text("{}")
+    return model_dir
+
+
+@pytest.fixture
+def model_dir(tmp_path) -> Path:
+    return make_model(tmp_path / "model")
+
+
+def stored(model_dir: Path) -> dict[str, torch.Tensor]:
+    return {
+        name: t for path in sorted(model_dir.glob("*.safetensors")) for name, t in load_file(path).items()
+    }
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+class Live:
+    """Weights in memory that are trained and synced; remembers each version."""
+
+    def __init__(self, model_dir: Path, *, num_kept: int = 4, disk: Disk = DISK):
+        self.model_dir = model_dir
+        self.tensors = {name: t for name, t in stored(model_dir).items() if name != "still"}
+        self.versions = {0: stored(model_dir)}
+        self.writer = CheckpointWriter(model_dir, self.tensors, num_kept=num_kept, disk=disk, lock_wait_s=0.5)
+
+    def train(self, *names: str) -> None:
+        for name in names or self.tensors:
+            bits = self.tensors[name].view(-1).view(torch.uint8).numpy()
+            flat = bits.view("i2") if self.tensors[name].dtype == torch.bfloat16 else bits.view("i4")
+            flat[:: len(self.versions) + 1] += 1
+
+    def sync(self, kind: str = "full") -> int:
+        version = len(self.versions)
+        moments = {"m": torch.full((3,), float(version))}
+        self.writer.sync(
+            kind, weight_version=version, applied_seq=10 * version, optimizer=(moments, {"version": version})
+        )
+        self.versions[version] = {**self.versions[0], **{n: t.clone() for n, t in self.tensors.items()}}
+        return version
+
+    def read(self, version: int) -> dict[str, torch.Tensor]:
+        """By the history's own reader, whatever lies in the shards."""
+        commit = read_commit(self.model_dir)
+        reader = versions.VersionReader(self.model_dir, commit, versions.find(commit, version))
+        found = {}
+        for shard in commit.shards:
+            for tensor in versions.read_shard(self.model_dir / shard).tensors:
+                dtype = {"BF16": torch.bfloat16, "F32": torch.float32}[tensor.dtype]
+                found[tensor.name] = torch.frombuffer(reader.read(tensor), dtype=dtype).view(tensor.shape)
+        return found
+
+    def assert_all_readable(self, *expected: int) -> None:
+        commit = read_commit(self.model_dir)
+        assert [one.weight_version for one in versions.versions(commit)] == list(expected)
+        for version in expected:
+            assert_same(self.read(version), self.versions[version])
+            record = versions.find(commit, version)
+            if version:
+                assert read_optimizer(self.model_dir, record.optimizer)[1] == {"version": version}
+                assert record.applied_seq == 10 * version
+        assert verify(self.model_dir) == []
+
+
+def state_files(model_dir: Path) -> set[str]:
+    return {path.name for path in (model_dir / ".apollo").iterdir()} - {"lock"}
+
+
+def test_a_delta_leaves_the_shards_alone_and_a_recovery_works_it_in(model_dir):
+    live = Live(model_dir)
+    inodes = {name: (model_dir / name).stat().st_ino for name in SHARDS}
+    live.train("a")
+    version = live.sync("delta")
+    assert {name: (model_dir / name).stat().st_ino for name in SHARDS} == inodes
+    assert_same(stored(model_dir), live.versions[0])
+    assert_same(live.read(version), live.versions[version])
+    assert verify(model_dir) == []
+    assert recover(model_dir).folded_version == version
+    assert_same(stored(model_dir), live.versions[version])
+    assert (model_dir / SHARDS[1]).stat().st_ino == inodes[SHARDS[1]], "an untouched shard was written"
+    assert not recover(model_dir)
+    live.assert_all_readable(0, version)
+
+
+def test_deltas_are_cumulative_and_each_stays_restorable(model_dir):
+    live = Live(model_dir)
+    for names in (["a"], ["b"], ["a", "c"]):
+        live.train(*names)
+        live.sync("delta")
+    live.assert_all_readable(0, 1, 2, 3)
+    recover(model_dir)
+    assert_same(stored(model_dir), live.versions[3])
+    live.assert_all_readable(0, 1, 2, 3)
+
+
+def test_versions_stay_readable_through_full_syncs_deltas_and_folds_in_any_order(model_dir):
+    live = Live(model_dir, num_kept=20)
+    for kind in ("full", "delta", "delta", "full", "full", "delta", "fold", "delta", "full", "delta"):
+        if kind == "fold":
+            recover(model_dir)
+        else:
+            live.train(*(["a", "b"] if len(live.versions) % 2 else []))
+            live.sync(kind)
+        live.assert_all_readable(*live.versions)
+
+
+def test_only_so_many_versions_are_kept_and_their_files_go(model_dir):
+    live = Live(model_dir, num_kept=2)
+    for kind in ("full", "delta", "delta", "full", "delta", "delta", "delta", "full"):
+        live.train()
+        live.sync(kind)
+    live.assert_all_readable(6, 7, 8)
+    assert state_files(model_dir) == {
+        "commit.json",
+        *(f"optimizer-{i}.safetensors" for i in (6, 7, 8)),
+        *(f"delta-{i}" for i in (6, 7)),
+        "undo-4-8",
+    }
+
+
+def test_without_history_nothing_is_kept(model_dir):
+    live = Live(model_dir, num_kept=0)
+    for kind in ("full", "delta", "full"):
+        live.train()
+        live.sync(kind)
+    live.assert_all_readable(3)
+    assert state_files(model_dir) == {"commit.json", "optimizer-3.safetensors"}
+
+
+def test_older_shards_are_kept_whole_until_they_are_compacted(model_dir, monkeypatch):
+    monkeypatch.setattr("apollo_worker.sync_thread.compact", lambda *args, **kwargs: 0)
+    live = Live(model_dir)
+    for _ in range(3):
+        live.train()
+        live.sync()
+    assert {"old-0", "old-1", "old-2"} <= state_files(model_dir)
+    live.assert_all_readable(0, 1, 2, 3)
+    assert compact(model_dir) > 0
+    assert {"undo-0-1", "undo-1-2", "undo-2-3"} <= state_files(model_dir)
+    assert not [name for name in state_files(model_dir) if name.startswith("old")]
+    live.assert_all_readable(0, 1, 2, 3)
+    assert compact(model_dir) == 0
+
+
+def test_a_compaction_that_is_overtaken_changes_nothing(model_dir, monkeypatch):
+    monkeypatch.setattr("apollo_worker.sync_thread.compact", lambda *args, **kwargs: 0)
+    live = Live(model_dir)
+    live.train()
+    live.sync()
+
+    class Overtaken(Disk):
+        def sync(self, file):
+            super().sync(file)
+            if file.path.name.startswith("undo"):
+                live.train()
+                live.sync()  # its begin throws the unfinished file away
+
+    assert compact(model_dir, disk=Overtaken()) == 0
+    live.assert_all_readable(0, 1, 2)
+    compact(model_dir)
+    live.assert_all_readable(0, 1, 2)
+
+
+def test_a_compaction_can_be_cancelled(model_dir, monkeypatch):
+    monkeypatch.setattr("apollo_worker.sync_thread.compact", lambda *args, **kwargs: 0)
+    live = Live(model_dir)
+    live.train()
+    live.sync()
+    assert compact(model_dir, is_cancelled=lambda: True) == 0
+    assert "old-0" in state_files(model_dir)
+    live.assert_all_readable(0, 1)
+
+
+def test_nothing_trained_makes_no_new_version(model_dir):
+    live = Live(model_dir)
+    live.train()
+    live.sync()
+    before = read_commit(model_dir)
+    live.writer.sync(weight_version=1, applied_seq=10)
+    after = read_commit(model_dir)
+    assert [v.weight_version for v in after.history] == [v.weight_version for v in before.history] == [0]
+    assert after.serial == before.serial + 1
+
+
+@pytest.mark.parametrize("target", [0, 1, 2, 3])
+def test_a_restored_version_is_a_new_one_and_the_step_back_can_be_undone(model_dir, target):
+    live = Live(model_dir)
+    for kind in ("full", "delta", "full"):
+        live.train()
+        live.sync(kind)
+    commit = restore_version(model_dir, target, num_kept=4)
+    assert commit.weight_version == 4
+    assert commit.extra["restored_from"] == target
+    assert_same(stored(model_dir), live.versions[target])
+    saved = read_optimizer(model_dir, commit.optimizer)
+    assert (saved[1]["version"] if saved else 0) == target
+    restore_version(model_dir, 3, num_kept=6)
+    assert_same(stored(model_dir), live.versions[3])
+    assert verify(model_dir) == []
+
+
+def test_a_version_that_is_not_kept_is_refused_with_those_that_are(model_dir):
+    live = Live(model_dir, num_kept=1)
+    for _ in range(3):
+        live.train()
+        live.sync()
+    with pytest.raises(UserError, match="version 1 is not kept; there are: 2, 3"):
+        restore_version(model_dir, 1)
+
+
+def test_a_damaged_older_version_is_not_restored_and_the_present_one_stays(model_dir):
+    live = Live(model_dir)
+    live.train()
+    live.sync()
+    path = model_dir / ".apollo" / "undo-0-1"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x55
+    path.write_bytes(data)
+    assert [p.message for p in verify(model_dir)] == ["missing or damaged differences of older versions"]
+    with pytest.raises(CheckpointError):
+        restore_version(model_dir, 0)
+    assert_same(stored(model_dir), live.versions[1])
+    assert not [name for name in state_files(model_dir) if name.startswith("pending")]
+
+
+def test_a_delta_is_refused_on_the_wrong_base(model_dir):
+    live = Live(model_dir)
+    live.train()
+    live.sync("delta")
+    damaged = load_file(model_dir / SHARDS[0])
+    damaged["a"][3] += 1
+    save_file(damaged, model_dir / SHARDS[0], metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="'a' is neither what the last full sync wrote nor"):
+        recover(model_dir)
+    with pytest.raises(CheckpointError), loading(model_dir, lock_wait_s=0.1):
+        pass
+
+
+def test_a_fold_that_was_cut_off_goes_on_where_it_was(model_dir, tmp_path):
+    live = Live(model_dir)
+    live.train()
+    live.sync("delta")
+
+    class Stops(Disk):
+        def rename(self, source, target):
+            super().rename(source, target)
+            raise KeyboardInterrupt  # after the first shard
+
+    with pytest.raises(KeyboardInterrupt):
+        recover(model_dir, disk=Stops())
+    names = [problem.message for problem in verify(model_dir)]
+    assert any("run recover" in name for name in names)
+    assert recover(model_dir).folded_version == 1
+    assert_same(stored(model_dir), live.versions[1])
+    live.assert_all_readable(0, 1)
+
+
+def test_a_copy_of_a_directory_folds_though_its_times_are_new(model_dir, tmp_path):
+    live = Live(model_dir)
+    live.train()
+    live.sync("delta")
+    copy = tmp_path / "copy"
+    shutil.copytree(model_dir, copy, copy_function=shutil.copyfile)
+    assert recover(copy).folded_version == 1
+    assert_same(stored(copy), live.versions[1])
+
+
+def test_a_damaged_base_gives_no_delta(model_dir):
+    live = Live(model_dir)
+    live.train()
+    live.sync()
+    info = (model_dir / SHARDS[0]).stat()
+    data = bytearray((model_dir / SHARDS[0]).read_bytes())
+    data[-5] ^= 1
+    (model_dir / SHARDS[0]).write_bytes(data)
+    os.utime(model_dir / SHARDS[0], ns=(info.st_atime_ns, info.st_mtime_ns))
+    live.train()
+    with pytest.raises(CheckpointError, match="damaged on disk"):
+        live.writer.sync("delta", weight_version=2, applied_seq=1)
+    assert read_commit(model_dir).weight_version == 1
+
+
+def test_shards_are_loaded_only_as_they_were_committed(model_dir):
+    check_shards(model_dir)  # never synced: taken as they are
+    live = Live(model_dir)
+    live.train()
+    live.sync()
+    check_shards(model_dir)
+    with (model_dir / SHARDS[1]).open("r+b") as file:
+        file.seek(-64, os.SEEK_END)
+        file.write(bytes(64))
+    with pytest.raises(CheckpointError, match=r"b in model-00002.*checkpoint forget"):
+        check_shards(model_dir)
+    assert forget(model_dir)
+    check_shards(model_dir)
+    assert state_files(model_dir) == set()
+    assert not forget(model_dir)
+
+
+def test_no_sync_begins_while_the_shards_are_being_loaded(model_dir):
+    live = Live(model_dir)
+    live.train()
+    live.sync()
+    live.train()
+    with loading(model_dir), pytest.raises(CheckpointError, match="another process is using"):
+        live.sync()
+    live.sync()
+    live.assert_all_readable(0, 1, 2)
+
+
+def test_loading_a_directory_that_nobody_can_write_to_needs_no_lock(tmp_path):
+    model_dir = make_model(tmp_path / "model")
+    with loading(model_dir) as recovery:
+        assert not recovery
+    assert not (model_dir / ".apollo").exists()
+
+
+def test_training_goes_on_while_a_sync_is_being_written(model_dir):
+    """What was copied out is what is committed, whatever happens to the live weights afterwards."""
+    may_write = threading.Event()
+
+    class Slow(Disk):
+        def write(self, file, data):
+            assert may_write.wait(10)
+            super().write(file, data)
+
+    live = Live(model_dir, disk=Slow())
+    live.train("a")  # of one shard: so much may be copied out before anything is written
+    expected = {**live.versions[0], **{name: t.clone() for name, t in live.tensors.items()}}
+    running = live.writer.start(weight_version=1, applied_seq=1)
+    assert not running.is_committed()
+    live.train()
+    may_write.set()
+    assert running.committed.result(10).training_waited_s < 10
+    live.writer.wait()
+    assert_same(stored(model_dir), expected)
+    assert verify(model_dir) == []
+
+
+def test_an_error_of_the_writing_thread_reaches_who_waits(model_dir):
+    class Full(Disk):
+        def sync(self, file):
+            raise CheckpointError("cannot flush: no space")
+
+    live = Live(model_dir, disk=Full())
+    live.train()
+    running = live.writer.start(weight_version=1, applied_seq=1)
+    with pytest.raises(CheckpointError, match="no space"):
+        running.committed.result(10)
+    live.writer.wait()
+    assert read_commit(model_dir) is None
+    assert state_files(model_dir) == set()
+
+
+def test_copying_out_waits_for_the_writer_beyond_one_shard(model_dir):
+    from apollo_worker.copy_out import CopyOut
+
+    copies, seen = CopyOut(budget_bytes=100), []
+
+    def write() -> None:
+        seen.extend(block.nbytes for name in "xyz" for block in copies.take(name))
+
+    for name in "xy":
+        copies.put(name, iter([torch.zeros(50, dtype=torch.uint8)]))
+    putting = threading.Thread(target=copies.put, args=("z", iter([torch.zeros(50, dtype=torch.uint8)])))
+    putting.start()
+    putting.join(0.2)
+    assert putting.is_alive(), "150 bytes were taken where 100 are the limit"
+    write()
+    putting.join(5)
+    assert seen == [50, 50, 50]
+
+
+def test_a_weight_beyond_the_limit_refuses_the_sync(model_dir):
+    live = Live(model_dir)
+    live.tensors["b"][0, 0] = 500.0
+    writer = CheckpointWriter(model_dir, live.tensors, max_abs_limit=100.0)
+    with pytest.raises(CheckpointError, match=r"'b' holds a weight of 500, beyond checkpoint.max_abs_weight"):
+        writer.sync(weight_version=1, applied_seq=0)
+    assert read_commit(model_dir) is None
+    result = live.writer.sync(weight_version=1, applied_seq=0)
+    assert (result.max_abs_weight, result.max_abs_name) == (500.0, "b")
+
+
+def test_versions_can_be_compared(model_dir):
+    live = Live(model_dir)
+    live.train("a")
+    live.sync()
+    commit = read_commit(model_dir)
+    found = list(versions.diff(model_dir, commit, versions.find(commit, 0), versions.find(commit, 1)))
+    assert [one.name for one in found] == ["a"]
+    assert (found[0].num_elements, found[0].num_changed, found[0].max_steps) == (1200, 600, 1)
+    before, after = live.versions[0]["a"].double(), live.versions[1]["a"].double()
+    expected = ((after - before).norm() / before.norm()).item()
+    assert np.isclose(found[0].relative_norm, expected, rtol=1e-9)
+
+
+def test_a_snapshot_stands_still_while_syncs_go_on_and_is_a_checkpoint_itself(model_dir, tmp_path):
+    live = Live(model_dir)
+    live.train()
+    live.sync()
+    live.train()
+    live.sync("delta")
+    with snapshot(model_dir) as taken:
+        live.train()
+        live.sync()
+        live.train()
+        live.sync("delta")
+        copy = shutil.copytree(taken.path, tmp_path / "copy")
+        assert "pending" not in " ".join(state_files(model_dir))
+        assert taken.path.is_dir(), "a sync has removed a snapshot that is held"
+    assert not taken.path.exists()
+    assert verify(copy) == []
+    assert recover(copy).folded_version == 2
+    assert_same(stored(copy), live.versions[2])
+    assert (copy / "original" / "params.json").read_text() == "{}"
+    assert read_optimizer(copy, read_commit(copy).optimizer)[1] == {"version": 2}
+    live.assert_all_readable(0, 1, 2, 3, 4)
+
+
+def test_a_snapshot_whose_maker_was_killed_is_removed_by_the_next_sync(model_dir):
+    live = Live(model_dir)
+    live.train()
+    live.sync()
+    code = (
+        "import os, signal, sys; from pathlib import Path; from apollo_ipc.checkpoint import snapshot\n"
+        "with snapshot(Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(model_dir)], timeout=60)
+    assert any(name.startswith("snapshot") for name in state_files(model_dir))
+    live.train()
+    live.sync()
+    assert not any(name.startswith("snapshot") for name in state_files(model_dir))
+
+
+def test_a_file_system_without_links_keeps_no_history_and_syncs_all_the_same(model_dir):
+    class NoLinks(Disk):
+        def link(self, source, target):
+            error = CheckpointError("cannot link")
+            raise error from OSError(95, "not supported")
+
+    live = Live(model_dir, disk=NoLinks())
+    for _ in range(2):
+        live.train()
+        live.sync()
+    live.assert_all_readable(2)
+
+
+def test_shards_that_someone_replaced_have_no_older_versions(model_dir):
+    live = Live(model_dir)
+    live.train()
+    live.sync()
+    other = load_file(model_dir / SHARDS[1])
+    other["c"] += 1
+    save_file(other, model_dir / SHARDS[1], metadata={"format": "pt"})
+    live.train()
+    live.sync()
+    live.assert_all_readable(2)
+
+
+def test_a_throttled_disk_writes_no_faster_than_it_may(tmp_path):
+    import time
+
+    disk = ThrottledDisk(bytes_per_s=1_000_000)
+    file = disk.create(tmp_path / "x")
+    started = time.monotonic()
+    for _ in range(11):
+        disk.write(file, bytes(20_000))
+    disk.close(file)
+    assert time.monotonic() - started >= 0.2
+    assert (tmp_path / "x").stat().st_size == 220_000
+
+
+def test_a_record_of_the_first_format_is_read(model_dir):
+    live = Live(model_dir)
+    live.train()
+    live.sync()
+    path = model_dir / ".apollo" / "commit.json"
+    record = msgspec.json.decode(path.read_bytes())
+    for name in ("base", "delta", "history", "undos"):
+        del record[name]
+    record["format"] = 1
+    path.write_bytes(msgspec.json.encode(record))
+    live.train()
+    live.sync("delta")
+    live.train()
+    live.sync()
+    live.assert_all_readable(1, 2, 3)
