@@ -1,4 +1,4 @@
-"""The update on a CPU: two passes over the gradient and one over the weight, a row at a time in the cache.
+"""The update on a CPU: the gradient is read twice, the weight once and written once, by parts in the cache.
 
 Compiled by numba, which vLLM needs anyway; machine code is kept in numba's cache, so that only the first
 start waits for it. The kernels hold no interpreter lock and take ranges of rows, which threads share out.
@@ -22,13 +22,20 @@ from torch import Tensor
 
 from apollo_worker import apollo_cpu_kernels as kernels
 from apollo_worker.apollo_cpu_kernels import F32, U32
-from apollo_worker.apollo_update import Hyper, State, TorchBackend, project
+from apollo_worker.apollo_update import (
+    CPU_PRODUCT_ELEMENTS,
+    Hyper,
+    State,
+    TorchBackend,
+    channel_norms,
+    channels_first,
+    project,
+)
 from apollo_worker.projection import BlockSign, Draw, Gaussian, Sketch
 from apollo_worker.rounding import hash_keys
 
 _MIN_PART_ELEMENTS = 2**18  # below this a second thread costs more than it saves
-_SEGMENT = 1024  # of a weight's row: three buffers of 4 KiB in the first-level cache
-_SCRATCH_ELEMENTS = 2**22  # 16 MiB: a product of matrices that is too small does not fill two cores
+_SEGMENT = 1024  # of a weight's row: its scales and random bits, 6 KiB, stay in the first-level cache
 _LANES = 8  # fp32 numbers in a vector of AVX2
 
 
@@ -36,7 +43,7 @@ class NumbaBackend:
     def __init__(self) -> None:
         self._plain = TorchBackend()
         self._threads = _Threads()
-        self._scratch = torch.empty(_SCRATCH_ELEMENTS)  # new memory costs more than what is computed in it
+        self._scratch = torch.empty(CPU_PRODUCT_ELEMENTS)  # new memory costs more than what is computed in it
 
     def apollo(self, weight: Tensor, grad: Tensor, state: State, sketch: Sketch, hyper: Hyper) -> Tensor:
         if not _is_fast(weight, grad, hyper):
@@ -109,8 +116,7 @@ class NumbaBackend:
         size = np.maximum(np.sqrt(size2) + hyper.eps, hyper.noise_guard * np.sqrt(vhat))
         scale = hyper.alpha * np.sqrt(U2) / size
         if hyper.is_limiter_exact:
-            R2 = np.empty(len(R2), F32)
-            self._channel_squares(grad, R2)
+            R2 = channel_norms(channels_first(grad)).double().square().flatten().numpy()
         norm = math.sqrt(float((scale * scale * R2).sum()))
         if hyper.limiter_ratio and int(state["step"]):
             floor = hyper.limiter_floor * math.sqrt(grad.numel())
@@ -118,13 +124,6 @@ class NumbaBackend:
             if norm > largest:
                 scale, norm = scale * (largest / norm), largest
         return scale.astype(F32), norm
-
-    def _channel_squares(self, grad: Tensor, out_c: np.ndarray) -> None:
-        is_tall = grad.shape[0] >= grad.shape[1]
-        for block in range(0, len(out_c), 256):
-            part = grad[block : block + 256] if is_tall else grad[:, block : block + 256]
-            norms = part.float().square().sum(dim=1 if is_tall else 0)
-            out_c[block : block + 256] = norms.numpy()
 
     def _write(self, weight: Tensor, grad: Tensor, scale: np.ndarray, state: State, hyper: Hyper) -> None:
         rows, cols = weight.shape
@@ -179,7 +178,7 @@ def _is_fast(weight: Tensor, grad: Tensor, hyper: Hyper) -> bool:
 
 @functools.cache
 def _part_length(cols: int) -> int:
-    """Rows are written in equal parts of this length, whose buffers stay in the cache; prime rows whole."""
+    """Rows are written in equal parts of this length, prime rows whole."""
     if cols <= _SEGMENT:
         return cols
     return max((num for num in range(64, _SEGMENT + 1) if cols % num == 0), default=cols)

@@ -33,7 +33,7 @@ import triton
 from torch import Tensor
 
 from apollo_worker import triton_kernels as kernels
-from apollo_worker.apollo_update import Hyper, State, TorchBackend, project
+from apollo_worker.apollo_update import Hyper, State, TorchBackend, channels_first, project
 from apollo_worker.projection import Draw, Gaussian
 
 _DTYPES = (torch.bfloat16, torch.float32)
@@ -76,7 +76,7 @@ class TritonBackend:
             return _adam_step(weight, grad, state, hyper)
 
     def _project(self, grad: Tensor, P_kr: Tensor) -> Tensor:
-        G_ck = grad if grad.shape[0] >= grad.shape[1] else grad.T
+        G_ck = channels_first(grad)
         if grad.dtype == torch.float32:
             return torch.mm(G_ck, P_kr)
         if self._has_fp32_product and grad.is_cuda:
@@ -146,7 +146,7 @@ def _scale(R_cr: Tensor, grad: Tensor, state: State, hyper: Hyper) -> tuple[Tens
 
 def _squares(grad: Tensor) -> Tensor:
     """|G_j|^2 (c,) fp32; tiles are long in the dim that is contiguous."""
-    G_ck = grad if grad.shape[0] >= grad.shape[1] else grad.T
+    G_ck = channels_first(grad)
     norm2 = torch.empty(len(G_ck), dtype=torch.float32, device=grad.device)
     block_c, block_k = (64, 64) if G_ck.stride(0) < G_ck.stride(1) else (8, 512)
     grid = (triton.cdiv(len(G_ck), block_c),)

@@ -27,7 +27,7 @@ from apollo_worker.rounding import kahan_add, nearest_round, stochastic_round
 # cache, on a GPU 64 MiB each.
 _BLOCK_ELEMENTS = {"cpu": 2**18}
 _BLOCK_ELEMENTS_DEVICE = 2**24
-_PRODUCT_ELEMENTS = {"cpu": 2**22}  # a product of matrices that is too small does not fill two cores
+CPU_PRODUCT_ELEMENTS = 2**22  # of a product of matrices on a CPU: a smaller one does not fill two cores
 
 State = dict[str, Tensor]  # of one parameter: step, exp_avg, exp_avg_sq, update_norm, compensation
 
@@ -104,8 +104,8 @@ def project(grad: Tensor, sketch: Sketch, scratch: Tensor | None = None) -> Tens
     P_kr = dense(sketch)
     R_cr = torch.empty(max(grad.shape), P_kr.shape[1], dtype=torch.float32, device=grad.device)
     is_tall = grad.shape[0] >= grad.shape[1]
-    num_elements = len(scratch) if scratch is not None else _PRODUCT_ELEMENTS.get(grad.device.type)
-    for block in blocks(grad if is_tall else grad.T, num_elements):
+    num_elements = CPU_PRODUCT_ELEMENTS if grad.device.type == "cpu" else None
+    for block in blocks(channels_first(grad), num_elements):
         G = grad[block] if is_tall else grad[:, block]  # never transposed in memory
         if scratch is None or G.dtype == torch.float32 or G.numel() > len(scratch):
             G = G.float()
@@ -113,6 +113,11 @@ def project(grad: Tensor, sketch: Sketch, scratch: Tensor | None = None) -> Tens
             G = scratch[: G.numel()].view(G.shape).copy_(G)
         torch.matmul(G if is_tall else G.T, P_kr, out=R_cr[block])
     return R_cr
+
+
+def channels_first(grad: Tensor) -> Tensor:
+    """G_ck: a view."""
+    return grad if grad.shape[0] >= grad.shape[1] else grad.T
 
 
 def adam_update(
@@ -146,13 +151,16 @@ def channel_scales(R_cr: Tensor, U_cr: Tensor, vhat_cr: Tensor, hyper: Hyper) ->
 
 def update_norm(scale_c: Tensor, R_cr: Tensor, grad: Tensor, hyper: Hyper) -> Tensor:
     """|D| (0-dim fp32), exact, or with |R_j| in the place of |G_j|: unbiased in its square."""
-    of_rows = R_cr
-    if hyper.is_limiter_exact:
-        of_rows = grad if grad.shape[0] >= grad.shape[1] else grad.T
-    norm_c = torch.empty(len(of_rows), 1, dtype=torch.float32, device=grad.device)
-    for block in blocks(of_rows):
-        torch.linalg.vector_norm(of_rows[block].float(), dim=1, keepdim=True, out=norm_c[block])
+    norm_c = channel_norms(channels_first(grad) if hyper.is_limiter_exact else R_cr)
     return torch.linalg.vector_norm(scale_c * norm_c)
+
+
+def channel_norms(G_ck: Tensor) -> Tensor:
+    """|G_j| (c, 1) fp32, of R_cr as well."""
+    norm_c = torch.empty(len(G_ck), 1, dtype=torch.float32, device=G_ck.device)
+    for block in blocks(G_ck):
+        torch.linalg.vector_norm(G_ck[block].float(), dim=1, keepdim=True, out=norm_c[block])
+    return norm_c
 
 
 def limit_growth(
