@@ -33,6 +33,7 @@ from apollo_worker.link import (
     State,
     Wake,
 )
+from apollo_worker.post_sync import PostSyncRunner
 from apollo_worker.queue import JobQueue
 from apollo_worker.service import Service
 from apollo_worker.shared import Shared
@@ -59,6 +60,9 @@ class Front:
         # Asked of the trainer, not answered yet.
         self._asked: dict[int, Future[SyncResult | RestoreResult]] = {}
         self._num_asked = 0
+        self._post_sync = PostSyncRunner(
+            config.checkpoint, lambda state: setattr(self.shared, "post_sync", state)
+        )
         self._is_ready = False
         self._told_at = 0.0
 
@@ -117,6 +121,7 @@ class Front:
         """The trainer first: it finishes its step and syncs what changed; clients may ask how far it is."""
         notify("STOPPING=1")
         self.trainer.stop(on_wait=lambda: notify("EXTEND_TIMEOUT_USEC=30000000"))
+        self._post_sync.wait(on_wait=lambda: notify("EXTEND_TIMEOUT_USEC=30000000"))
         self._refuse_asked("the worker is stopping; send the request again", code="stopping")
         self.service.stop()
         self.admitter.stop()
@@ -151,6 +156,7 @@ class Front:
             case State():
                 self.trainer.on_state(message)
                 self.shared.mirror(message)
+                self._post_sync.note(message.last_sync, message.model_path)
             case ModelFacts():
                 self.admitter.learn(message)
             case JobChanged():
