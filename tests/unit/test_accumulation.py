@@ -89,7 +89,7 @@ def test_each_example_weighs_the_same_whatever_its_length(model_dir):
 
     trainer.optimizer.update_parameter = remember
     result = trainer.step_on(examples, 1e-3)
-    assert result.loss == pytest.approx(float(torch.stack(losses).mean()))
+    assert result.loss == pytest.approx(torch.stack(losses).mean().item())
     assert set(seen) == set(names.values()), "one update each"
     for (param, name), gradient in zip(names.items(), gradients, strict=True):
         # fp32 sums in another order: some 2**-24 of the largest element for each of the few hundred terms.

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from apollo_worker.live_model import load_offline
-from apollo_worker.plan import Request, plan
+from apollo_worker.plan import Request, has_compiled_update, plan
 from apollo_worker.tokenise import TokenisedExample
 from apollo_worker.trainer import Trainer
 from torch.profiler import ProfilerActivity, profile
@@ -145,6 +145,14 @@ def test_accumulation_adds_every_parameters_gradient(model_dirs):
     assert four.trainer_bytes == one.trainer_bytes + gradients
     trainer = Trainer(load_offline(model_dirs["qwen3"]), Train())
     assert trainer.accumulation_bytes() == gradients
+
+
+@pytest.mark.skipif(not has_compiled_update(is_gpu=False), reason="numba is not installed")
+def test_what_the_first_step_leaves_allocated_is_the_compiled_updates_scratch(model_dirs):
+    trainer = Trainer(load_offline(model_dirs["qwen3"]), Train())
+    kept, _ = allocated(lambda: trainer.step(TokenisedExample(IDS[:8], [True] * 8), 1e-5))
+    # Beside it only what the model keeps of small things, such as masks.
+    assert of(forecast(model_dirs["qwen3"]).trainer, "compiled update") == pytest.approx(kept, rel=0.01)
 
 
 # --- the command ---

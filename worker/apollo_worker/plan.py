@@ -23,7 +23,7 @@ from apollo_ipc.config import Train
 from apollo_ipc.errors import ApolloError, AttachError, UserError
 from apollo_ipc.memory_plan import Item, MemoryPlan
 from apollo_worker.apollo import Apollo
-from apollo_worker.apollo_update import blocks
+from apollo_worker.apollo_update import CPU_PRODUCT_ELEMENTS, blocks
 from apollo_worker.hf_model import read_model_config, vocab_size_of
 from apollo_worker.step_memory import StepSimulator
 from apollo_worker.trainer import read_head
@@ -91,6 +91,8 @@ def plan(request: Request) -> MemoryPlan:
         trainer.append(Item("gradients of accumulation", num_trained, note))
     if device.is_gpu:
         trainer.append(Item("CUDA context", CUDA_CONTEXT_BYTES, "assumed"))
+    elif has_compiled_update(is_gpu=False):
+        trainer.append(Item("compiled update's scratch", 4 * CPU_PRODUCT_ELEMENTS, "kept between steps"))
     gradient_note = f"the head's: fp32 sum and {dtype_name(dtype)} copy" if head else "the largest single one"
     parts = [
         Item("activations", needs[chosen].activation_bytes, f"{num_tokens} tokens, {_word(chosen)}"),
