@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import small_lm_options
+
 if TYPE_CHECKING:
     from finetune_train import Outcome, Task
 
@@ -68,30 +70,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=300, help="examples learned in a run (%(default)s)")
     add("--seeds", type=int, default=3, help="runs of each contestant at each rate (%(default)s)")
     add("--lr", type=float, nargs="+", default=[1e-5, 1e-4], help="peak learning rates (1e-5 1e-4)")
-    add("--only", help=f"some of {', '.join(c.name for c in CONTESTANTS)}")
-    quick = ", ".join(f"{name} {value}" for name, value in QUICK.items())
-    add("--quick", action="store_true", help=f"about a minute: {quick}")
-    add("--layers", type=int, default=2, help="of the model (%(default)s)")
-    add("--pretrain-steps", type=int, default=500, help="on the English, 16 windows each (%(default)s)")
-    add("--eval-windows", type=int, default=48, help="of 128 bytes, from each held-out text (%(default)s)")
     add("--evals", type=int, default=6, help="points of the loss curve after the first (%(default)s)")
-    add("--threads", type=int, default=1, help="of torch (%(default)s)")
-    add("--cache", type=Path, help="directory of the pretrained model (XDG_CACHE_HOME/apollo-ipc/bench)")
-    add("--json", type=Path, help="write the figures to this file")
     add("--plot", type=Path, help="draw the loss curves to this .png (needs matplotlib)")
-    if "--quick" in (sys.argv[1:] if argv is None else argv):
-        parser.set_defaults(**QUICK)  # what is given beside it still holds
-    args = parser.parse_args(argv)
-    args.contestants = choose(parser, args.only)
+    small_lm_options.add_options(parser, CONTESTANTS, QUICK, held_out="each held-out text")
+    args, args.contestants = small_lm_options.parse(parser, argv, CONTESTANTS, QUICK)
     return args
-
-
-def choose(parser: argparse.ArgumentParser, only: str | None) -> list[Contestant]:
-    by_name = {contestant.name: contestant for contestant in CONTESTANTS}
-    names = [name.strip() for name in only.split(",")] if only else list(by_name)
-    if unknown := [name for name in names if name not in by_name]:
-        parser.error(f"--only: no contestant {', '.join(unknown)}; there are {', '.join(by_name)}")
-    return [contestant for name, contestant in by_name.items() if name in names]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -17,8 +17,9 @@ import math
 import statistics
 import sys
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import small_lm_options
 
 if TYPE_CHECKING:
     import torch
@@ -76,23 +77,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--lr", type=float, default=1e-4, help="constant learning rate (%(default)s)")
     add("--seeds", type=int, default=1, help="runs of each setting (%(default)s)")
     add("--scale", type=float, default=1.0, help="of the length of every phase (%(default)s)")
-    add("--only", help=f"some of {', '.join(s.name for s in SETTINGS)}")
-    quick = ", ".join(f"{name} {value}" for name, value in QUICK.items())
-    add("--quick", action="store_true", help=f"about a minute: {quick}")
-    add("--layers", type=int, default=2, help="of the model (%(default)s)")
-    add("--pretrain-steps", type=int, default=500, help="on the English, 16 windows each (%(default)s)")
-    add("--eval-windows", type=int, default=48, help="of 128 bytes, from the held-out English (%(default)s)")
-    add("--threads", type=int, default=1, help="of torch (%(default)s)")
-    add("--cache", type=Path, help="directory of the pretrained model (XDG_CACHE_HOME/apollo-ipc/bench)")
-    add("--json", type=Path, help="write the figures to this file")
-    if "--quick" in (sys.argv[1:] if argv is None else argv):
-        parser.set_defaults(**QUICK)  # what is given beside it still holds
-    args = parser.parse_args(argv)
-    by_name = {setting.name: setting for setting in SETTINGS}
-    names = [name.strip() for name in args.only.split(",")] if args.only else list(by_name)
-    if unknown := [name for name in names if name not in by_name]:
-        parser.error(f"--only: no setting {', '.join(unknown)}; there are {', '.join(by_name)}")
-    args.chosen = [by_name[name] for name in by_name if name in names]
+    small_lm_options.add_options(parser, SETTINGS, QUICK, held_out="the held-out English")
+    args, args.chosen = small_lm_options.parse(parser, argv, SETTINGS, QUICK)
     return args
 
 

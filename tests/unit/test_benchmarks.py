@@ -30,7 +30,7 @@ def run(script, *arguments):
 @pytest.mark.parametrize("script", ["finetune.py", "online.py"])
 def test_help_is_there_without_loading_torch(script):
     code = (
-        f"import runpy, sys; sys.argv = [{script!r}, '--help']\n"
+        f"import runpy, sys; sys.argv = [{script!r}, '--help']; sys.path.insert(0, {str(BENCHMARKS)!r})\n"
         f"try: runpy.run_path({str(BENCHMARKS / script)!r}, run_name='__main__')\n"
         "except SystemExit: print('loaded', *sorted(sys.modules))"
     )
