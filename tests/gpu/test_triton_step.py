@@ -11,69 +11,29 @@ from typing import Any
 
 import pytest
 import torch
-from apollo_worker.apollo import Apollo
 from apollo_worker.apollo_update import TorchBackend
-from apollo_worker.projection import Draw, Gaussian, block_sign, projection
+from apollo_worker.projection import Draw, block_sign, projection
 from apollo_worker.rounding import hash_bits
+from triton_twins import (
+    BIG_SEED,
+    ROUNDINGS,
+    SameProjection,
+    assert_same_step,
+    make,
+    snapshot,
+    step,
+    triton_backend,
+    with_backend,
+)
 
 pytest.importorskip("triton")
-ROUNDINGS = ["stochastic", "nearest", "kahan"]
 CUDA = torch.device("cuda")
-Made = tuple[torch.nn.Parameter, Apollo]
-
-
-class SameProjection(TorchBackend):
-    """The reference with the kernels' own P, which is rounded to bf16 for bf16 gradients."""
-
-    def __init__(self, dtype: torch.dtype):
-        self.dtype = dtype
-
-    def sketch(self, draw: Draw) -> Gaussian:
-        from apollo_worker.apollo_triton import TritonBackend
-
-        return Gaussian(TritonBackend().sketch(draw)(self.dtype).float())
+# Products of bf16 are exact in fp32: R differs by the order of up to 1,000 sums, some 1e-6 of |G| |P|.
+ERRORS = {"error": 1e-4, "rounding": 2**-21}
 
 
 def randn(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator(CUDA).manual_seed(seed), device=CUDA) * scale
-
-
-def make(weight: torch.Tensor, backend: TorchBackend | None = None, **options: Any) -> Made:
-    """(a copy of `weight` with its strides, its optimizer); backend: None for Triton's."""
-    copy = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device=CUDA).copy_(weight)
-    param = torch.nn.Parameter(copy)
-    optimizer = Apollo([("w", param)], **{"lr": 1e-3, "seed": 7, "backend": "triton", **options})
-    if backend is not None:
-        optimizer._backends["cuda"] = backend
-    return param, optimizer
-
-
-def step(param: torch.nn.Parameter, optimizer: Apollo, grad: torch.Tensor) -> None:
-    param.grad = grad
-    optimizer.step()
-
-
-def snapshot(param: torch.nn.Parameter, optimizer: Apollo) -> list[torch.Tensor]:
-    return [t.detach().clone() for t in (param, *optimizer.state_tensors().values())]
-
-
-def assert_same_step(reference: Made, ours: Made, before: torch.Tensor) -> None:
-    """After one step from equal weights and states; `before`: the weight."""
-    (expected, state), (got, own) = ((p.detach(), o.state_tensors()) for p, o in (reference, ours))
-    assert torch.equal(state["w.step"], own["w.step"])
-    # Products of bf16 are exact in fp32: R differs by the order of up to 1,000 sums, some 1e-6 of |G| |P|.
-    for key in ("w.exp_avg", "w.exp_avg_sq", "w.update_norm"):
-        if key in state:
-            largest = state[key].abs().max().item()
-            torch.testing.assert_close(own[key], state[key], rtol=1e-4, atol=1e-5 * largest)
-    change = (expected.float() - before.float()).abs().max().item()
-    if expected.dtype == torch.float32:
-        expected, got = (w + s.get("w.compensation", 0.0) for w, s in ((expected, state), (got, own)))
-        torch.testing.assert_close(got, expected, rtol=2**-21, atol=1e-4 * change)
-        return
-    # As on the CPU: an element is at most one bf16 value away, 2^-7 of it, and such elements are rare.
-    torch.testing.assert_close(got.float(), expected.float(), rtol=2**-7, atol=1e-4 * change)
-    assert (got != expected).sum() <= 1 + expected.numel() // 200
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
@@ -104,7 +64,7 @@ def test_three_steps_are_the_references(shape, rank, dtype, projection, rounding
         grad = (randn(*shape, seed=i + 1) * [1, 1e-3, 30][i]).to(dtype)
         for made in (reference, ours):
             step(*made, grad.clone())
-        assert_same_step(reference, ours, before)
+        assert_same_step(reference, ours, before, **ERRORS)
         norms.append(ours[1].state_tensors()["w.update_norm"].item())
         ours[0].data.copy_(reference[0].data)  # so that each step begins with equals
         ours[1].load_state(reference[1].state_tensors(), reference[1].state_meta())
@@ -120,7 +80,7 @@ def test_adam_is_the_references(shape, rounding) -> None:
     reference, ours = make(weight, TorchBackend(), **options), make(weight, **options)
     for made in (reference, ours):
         step(*made, randn(*shape, seed=1).bfloat16())
-    assert_same_step(reference, ours, weight)
+    assert_same_step(reference, ours, weight, **ERRORS)
 
 
 def test_a_step_is_repeated_bit_for_bit() -> None:
@@ -130,27 +90,24 @@ def test_a_step_is_repeated_bit_for_bit() -> None:
         for seed in (1, 2):
             step(*made, randn(1024, 5120, seed=seed).bfloat16())
         results.append(snapshot(*made))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert results[0] == results[1]
 
 
 @pytest.mark.parametrize("k", [33, 5120])
 def test_projections_and_random_bits_are_those_of_the_cpu(k: int) -> None:
     from apollo_worker import triton_kernels
-    from apollo_worker.apollo_triton import TritonBackend, _halves
+    from apollo_worker.apollo_triton import _halves
 
-    seed, arguments = (
-        0xFEDCBA9876543210,
-        (0xFEDCBA9876543210, "w", torch.tensor(3), k, 64, torch.device("cpu")),
-    )
+    seed, arguments = BIG_SEED, (BIG_SEED, "w", torch.tensor(3), k, 64, torch.device("cpu"))
     bits = torch.empty(5000, dtype=torch.int32, device=CUDA)
     triton_kernels.hash_counters[(40,)](bits, torch.tensor(9, device=CUDA), *_halves(seed), 5000, BLOCK=128)
     assert torch.equal(bits.cpu(), hash_bits(5000, seed, 9, device=torch.device("cpu")))
     index = torch.tensor(3, device=CUDA)
-    make_P = TritonBackend().sketch(Draw("gaussian", seed, "w", index, k, 64, CUDA))
+    make_P = triton_backend().sketch(Draw("gaussian", seed, "w", index, k, 64, CUDA))
     # Normals of up to 5.8 / 8, from logarithms and cosines right to two or three last bits.
     torch.testing.assert_close(make_P(torch.float32).cpu(), projection(*arguments), rtol=1e-5, atol=1e-6)
     assert torch.equal(make_P(torch.bfloat16), make_P(torch.float32).bfloat16())
-    signs = TritonBackend().sketch(Draw("block_sign", seed, "w", index, k, 64, CUDA))(torch.bfloat16)
+    signs = triton_backend().sketch(Draw("block_sign", seed, "w", index, k, 64, CUDA))(torch.bfloat16)
     assert torch.equal(signs.float().cpu(), block_sign(*arguments).dense())
 
 
@@ -164,8 +121,7 @@ def test_a_view_is_written_in_place_and_like_a_parameter_of_its_own(view, roundi
     view(around)[:] = False
     untouched = storage[around].clone()
     own, optimizer = make(view(storage).contiguous(), rounding=rounding)
-    viewed = torch.nn.Parameter(view(storage))
-    of_view = Apollo([("w", viewed)], lr=1e-3, seed=7, backend="triton", rounding=rounding)
+    viewed, of_view = with_backend(torch.nn.Parameter(view(storage)), None, rounding=rounding)
     for made in ((own, optimizer), (viewed, of_view)):
         step(*made, randn(*own.shape, seed=1).bfloat16())
     assert torch.equal(own, viewed)
@@ -179,8 +135,7 @@ def test_offsets_beyond_two_to_the_31_are_right() -> None:
     far = storage.as_strided((2, 64), (2**31 + 64, 1))
     far.copy_(randn(2, 64, scale=0.02))
     own, optimizer = make(far.contiguous(), rank=2)
-    param = torch.nn.Parameter(far)
-    of_view = Apollo([("w", param)], lr=1e-3, seed=7, rank=2, backend="triton")
+    param, of_view = with_backend(torch.nn.Parameter(far), None, rank=2)
     for made in ((own, optimizer), (param, of_view)):
         step(*made, randn(2, 64, seed=1).bfloat16())
     assert torch.equal(own, far)
@@ -197,7 +152,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_at_all(shape, bad, roundi
     grad.view(-1)[-1] = bad
     step(*made, grad)
     assert made[1].take_bad_updates() == 1
-    assert all(torch.equal(a, b) for a, b in zip(snapshot(*made), before, strict=True))
+    assert snapshot(*made) == before
 
 
 @pytest.mark.parametrize("projection", ["gaussian", "block_sign"])

@@ -13,20 +13,28 @@ import os
 import random
 import subprocess
 import sys
-from functools import cache
 
 import pytest
 import torch
 from apollo_worker import apollo_update
-from apollo_worker.apollo import Apollo
 from apollo_worker.apollo_update import TorchBackend
-from apollo_worker.projection import Draw, Gaussian, block_sign, projection
+from apollo_worker.projection import Draw, block_sign, projection
 from apollo_worker.rounding import hash_bits
+from triton_twins import (
+    BIG_SEED,
+    ROUNDINGS,
+    SameProjection,
+    assert_same_step,
+    make,
+    snapshot,
+    step,
+    to_bytes,
+    triton_backend,
+    with_backend,
+)
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 CPU = torch.device("cpu")
-ROUNDINGS = ["stochastic", "nearest", "kahan"]
-BIG_SEED = 0xFEDCBA9876543210  # neither half fits into int32
 
 
 @pytest.mark.parametrize(("kind", "interpret"), [("check", "1"), ("compile", "0")])
@@ -40,67 +48,6 @@ def test_the_kernels_pass_their_checks(kind, interpret, tmp_path):
 
 def randn(*shape, seed=0, scale=1.0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
-
-
-@cache
-def triton_backend():
-    from apollo_worker.apollo_triton import TritonBackend
-
-    return TritonBackend()
-
-
-class SameProjection(TorchBackend):
-    """The reference with the kernels' own P, which is rounded to bf16 for bf16 gradients."""
-
-    def __init__(self, dtype):
-        self.dtype = dtype
-
-    def sketch(self, draw):
-        return Gaussian(triton_backend().sketch(draw)(self.dtype).float())
-
-
-def make(weight, backend, **options):
-    """(a copy of `weight` with its strides, its optimizer)."""
-    copy = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype).copy_(weight)
-    param = torch.nn.Parameter(copy)
-    optimizer = Apollo([("w", param)], seed=7, backend="torch", **options)
-    optimizer._backends["cpu"] = backend
-    return param, optimizer
-
-
-def step(param, optimizer, grad):
-    param.grad = grad
-    optimizer.step()
-
-
-def to_bytes(tensor):
-    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-
-
-def snapshot(param, optimizer):
-    return [to_bytes(tensor) for tensor in (param, *optimizer.state_tensors().values())]
-
-
-def assert_same_step(reference, ours, before):
-    """After one step from equal weights and states; `before`: the weight."""
-    (expected, state), (got, own) = ((p.detach(), o.state_tensors()) for p, o in (reference, ours))
-    assert torch.equal(state["w.step"], own["w.step"])
-    # Sums of up to 70 squares in another order differ by less than 70 * 2^-24 = 4e-6 of themselves.
-    for key in ("w.exp_avg", "w.exp_avg_sq", "w.update_norm"):
-        if key in state:
-            largest = state[key].abs().max().item()
-            torch.testing.assert_close(own[key], state[key], rtol=1e-5, atol=1e-6 * largest)
-    change = (expected.float() - before.float()).abs().max().item()
-    if expected.dtype == torch.float32:  # where what is left over is kept, it belongs to the value
-        expected, got = (w + s.get("w.compensation", 0.0) for w, s in ((expected, state), (got, own)))
-        torch.testing.assert_close(got, expected, rtol=2**-22, atol=1e-5 * change)
-        return
-    # Before rounding the two differ by 2^-24 of |W| + |change| for each of four operations and 1e-5 of the
-    # change at most: rarely by 2^-10 of the distance of two bf16 values, 2^-8 of the value. So at most one
-    # element in 1,000 is expected to fall on the other side, and to the neighbour, at most 2^-7 away; other
-    # random bits would move one in five.
-    torch.testing.assert_close(got.float(), expected.float(), rtol=2**-7, atol=1e-5 * change)
-    assert (got != expected).sum() <= 1 + expected.numel() // 200
 
 
 EVERYTHING = {
@@ -160,7 +107,7 @@ def check_what_is_written_is_the_references_bit_for_bit(shape, dtype, rounding):
     grids = {"w": torch.bfloat16}
     results = []
     for backend in ("torch", "triton"):
-        param, optimizer = make(weight, None, lr=0.01, rank=8, rounding=rounding, grid_dtypes=grids)
+        param, optimizer = make(weight, lr=0.01, rank=8, rounding=rounding, grid_dtypes=grids)
         state, hyper = optimizer.state[param], optimizer._hyper("w", param)
         if "compensation" in state:
             state["compensation"].copy_(randn(*shape, seed=3, scale=1e-5))
@@ -220,10 +167,8 @@ def check_a_view_is_written_in_place_and_like_a_parameter_of_its_own(view, round
     VIEWS[view](around)[:] = False
     untouched = storage[around].clone()
     options = {"lr": 1e-3, "rank": 8, "rounding": rounding, "limiter_norm": "exact"}
-    own, optimizer = make(VIEWS[view](storage).contiguous(), triton_backend(), **options)
-    viewed = torch.nn.Parameter(VIEWS[view](storage))
-    of_view = Apollo([("w", viewed)], seed=7, backend="torch", **options)
-    of_view._backends["cpu"] = triton_backend()
+    own, optimizer = make(VIEWS[view](storage).contiguous(), **options)
+    viewed, of_view = with_backend(torch.nn.Parameter(VIEWS[view](storage)), None, **options)
     grads = [randn(*own.shape, seed=i).bfloat16() for i in (1, 2)]
     for made in ((own, optimizer), (viewed, of_view)):
         step(*made, grads[0])
@@ -241,10 +186,8 @@ def check_offsets_beyond_two_to_the_31_are_right():
     far = storage.as_strided((2, 24), (2**31 + 32, 1))
     far.copy_(randn(2, 24, scale=0.02))
     options = {"lr": 1e-2, "rank": 2, "rounding": "nearest"}
-    own, optimizer = make(far.contiguous(), triton_backend(), **options)
-    param = torch.nn.Parameter(far)
-    of_view = Apollo([("w", param)], seed=7, backend="torch", **options)
-    of_view._backends["cpu"] = triton_backend()
+    own, optimizer = make(far.contiguous(), **options)
+    param, of_view = with_backend(torch.nn.Parameter(far), None, **options)
     for made in ((own, optimizer), (param, of_view)):
         step(*made, randn(2, 24, seed=1).bfloat16())
     assert torch.equal(own, far)
@@ -254,7 +197,7 @@ def check_offsets_beyond_two_to_the_31_are_right():
 @pytest.mark.parametrize("shape", [(40, 20), (20, 40), (24,), (), (9000,)])
 def check_a_gradient_that_is_not_finite_changes_nothing_at_all(shape, bad, rounding):
     options = {"lr": 1e-3, "rank": 8, "rounding": rounding}
-    param, optimizer = make(randn(*shape, scale=0.02).bfloat16(), triton_backend(), **options)
+    param, optimizer = make(randn(*shape, scale=0.02).bfloat16(), **options)
     step(param, optimizer, randn(*shape, seed=1).bfloat16())
     assert optimizer.take_bad_updates() == 0
     before = snapshot(param, optimizer)
