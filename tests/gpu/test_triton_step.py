@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from apollo_worker.apollo_backend import choose_backend
 from apollo_worker.apollo_update import TorchBackend
 from apollo_worker.projection import Draw, block_sign, projection
 from apollo_worker.rounding import hash_bits
@@ -34,6 +35,10 @@ ERRORS = {"error": 1e-4, "rounding": 2**-21}
 
 def randn(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator(CUDA).manual_seed(seed), device=CUDA) * scale
+
+
+def test_a_gpus_backend_is_tritons_where_nothing_else_is_asked_for() -> None:
+    assert type(choose_backend("cuda")).__name__ == "TritonBackend"
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)

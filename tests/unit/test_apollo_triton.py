@@ -11,12 +11,14 @@ import itertools
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from apollo_worker import apollo_update
+from apollo_worker.apollo_backend import choose_backend, why_nothing_compiles
 from apollo_worker.apollo_update import TorchBackend
 from apollo_worker.projection import Draw, block_sign, projection
 from apollo_worker.rounding import hash_bits
@@ -33,6 +35,8 @@ from triton_twins import (
     with_backend,
 )
 
+from apollo_ipc.errors import UserError
+
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 CPU = torch.device("cpu")
 
@@ -48,6 +52,47 @@ def test_the_kernels_pass_their_checks(kind, interpret, tmp_path):
 
 def randn(*shape, seed=0, scale=1.0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def make_compiler(path, script):
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_without_a_c_compiler_the_plain_update_runs_and_says_so(monkeypatch, tmp_path, caplog):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert isinstance(choose_backend("cuda"), TorchBackend)
+    assert "no C compiler: neither gcc nor clang is in PATH" in caplog.text
+    assert "slow" in caplog.text
+    with pytest.raises(UserError, match="no C compiler"):
+        choose_backend("cuda", "triton")
+
+
+@pytest.mark.parametrize("name", ["gcc", "clang"])
+def test_a_c_compiler_that_reads_pythons_header_is_enough_for_triton(monkeypatch, tmp_path, caplog, name):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    make_compiler(tmp_path / name, "exit 0")
+    backend = choose_backend("cuda")
+    assert type(backend).__name__ == "TritonBackend"
+    assert not caplog.text
+
+
+def test_a_compiler_without_pythons_header_or_that_cannot_be_run_is_named(monkeypatch, tmp_path, caplog):
+    said = "<stdin>:1:10: fatal error: Python.h: No such file or directory"
+    monkeypatch.setenv("CC", make_compiler(tmp_path / "headless", f"echo '{said}' >&2; exit 1"))
+    assert isinstance(choose_backend("cuda"), TorchBackend)
+    assert f"headless compiles no Python extension: {said}" in caplog.text
+    monkeypatch.setenv("CC", str(tmp_path / "nowhere"))
+    assert isinstance(choose_backend("cuda"), TorchBackend)
+    assert "nowhere cannot be run: No such file or directory" in caplog.text
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed")
+def test_the_real_compiler_is_asked():
+    assert why_nothing_compiles() is None or "Python.h" in str(why_nothing_compiles())
 
 
 EVERYTHING = {
