@@ -1,6 +1,8 @@
 """The compiled update against the plain one: the same random bits, the same rounding, the same refusals."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -216,6 +218,47 @@ def test_the_guard_keeps_the_step_of_a_vanished_gradient_small(backend):
         sizes[guard] = (param.data - before).norm().item()
     # Unguarded, the step along the tiny gradient is nearly a full one; guarded it is about a thousandth.
     assert sizes[1.0] < 0.005 * sizes[0.0]
+
+
+# --- compiling before the first step ---
+
+# In a process of its own, where nothing is compiled yet: prints what the warm-up and each step compiled.
+WARM_UP = """
+import itertools
+import torch
+from apollo_worker import apollo_cpu_kernels as kernels
+from apollo_worker.apollo import Apollo
+
+dispatchers = {**vars(kernels), **{f"write_{n}": kernel for n, kernel in kernels.WRITE_BF16.items()}}
+dispatchers = {name: d for name, d in dispatchers.items() if hasattr(d, "signatures")}
+
+def compiled():
+    return {(name, str(signature)) for name, d in dispatchers.items() for signature in d.signatures}
+
+choices = [["gaussian", "block_sign"], [8, 1], ["stochastic", "nearest", "kahan"]]
+for projection, rank, rounding in itertools.product(*choices):
+    for dtype in (torch.bfloat16, torch.float32):
+        shapes = [(24, 40), (40, 24), (300, 1031), (24,)]
+        params = [torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in shapes]
+        options = {"projection": projection, "rank": rank, "rounding": rounding, "lr": 1e-3}
+        optimizer = Apollo([(str(i), p) for i, p in enumerate(params)], **options)
+        before = [t.clone() for t in (*params, *optimizer.state_tensors().values())]
+        optimizer.warm_up()
+        warm = compiled()
+        assert all(map(torch.equal, before, (*params, *optimizer.state_tensors().values())))
+        for param in params:
+            param.grad = torch.randn(param.shape).to(dtype)
+        optimizer.step()
+        assert compiled() == warm, (options, dtype, compiled() - warm)
+print(*sorted(name for name, d in dispatchers.items() if not d.signatures))
+"""
+
+
+def test_a_warm_up_compiles_every_kernel_of_a_step_and_changes_nothing():
+    done = subprocess.run([sys.executable, "-c", WARM_UP], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    # Parts of other kernels, compiled within them; all else of the file is used by some step.
+    assert done.stdout.split() == ["_mix", "_scale_of", "_to_nearest"]
 
 
 # --- choosing ---

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from apollo_ipc.config import DEFAULT_RANK
 from apollo_ipc.errors import UserError
 from apollo_worker.apollo_backend import choose_backend
-from apollo_worker.apollo_update import Backend, Hyper
+from apollo_worker.apollo_update import Backend, Hyper, new_state
 from apollo_worker.projection import PROJECTIONS, Draw, derive_seed
 from apollo_worker.rounding import GRID_DTYPES, grid_within
 
@@ -125,17 +125,23 @@ class Apollo(torch.optim.Optimizer):
         return [name for param, name in self._names.items() if not self._is_projected(param)]
 
     def _new_state(self, name: str, param: Tensor) -> dict[str, Tensor]:
-        moments = (max(param.shape), self.rank) if self._is_projected(param) else param.shape
-        state = {
-            "step": torch.zeros((), dtype=torch.int64, device=param.device),
-            "exp_avg": torch.zeros(moments, dtype=torch.float32, device=param.device),
-            "exp_avg_sq": torch.zeros(moments, dtype=torch.float32, device=param.device),
+        return new_state(
+            param.shape, param.device,
+            rank=self.rank if self._is_projected(param) else None,
+            compensation=self._grids[name] if self.rounding == "kahan" else None,
+        )  # fmt: skip
+
+    def warm_up(self) -> None:
+        """Compiles on a CPU what the first step would wait for otherwise, seconds after an installation.
+
+        Optional; parameters, state and random bits stay as they are.
+        """
+        kinds = {
+            (p.device, p.dtype, self._grids[n]): p for p, n in self._names.items() if self._is_projected(p)
         }
-        if self._is_projected(param):
-            state["update_norm"] = torch.zeros((), dtype=torch.float32, device=param.device)
-        if self.rounding == "kahan":
-            state["compensation"] = torch.zeros(param.shape, dtype=self._grids[name], device=param.device)
-        return state
+        for (_, dtype, _), param in kinds.items():
+            name = self._names[param]
+            self._backend(param).warm_up(dtype, self._draw(name, param), self._hyper(name, param))
 
     def attach_hooks(self) -> list[RemovableHandle]:
         """Optimizer in backward: each gradient lives only until its parameter is updated.

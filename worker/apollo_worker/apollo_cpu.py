@@ -29,6 +29,7 @@ from apollo_worker.apollo_update import (
     TorchBackend,
     channel_norms,
     channels_first,
+    new_state,
     project,
 )
 from apollo_worker.projection import BlockSign, Draw, Gaussian, Sketch
@@ -44,6 +45,15 @@ class NumbaBackend:
         self._plain = TorchBackend()
         self._threads = _Threads()
         self._scratch = torch.empty(CPU_PRODUCT_ELEMENTS)  # new memory costs more than what is computed in it
+
+    def warm_up(self, dtype: torch.dtype, draw: Draw, hyper: Hyper) -> None:
+        """By steps on small weights of its own. Some seconds once, then numba has the kernels on disk."""
+        k, compensation = draw.rank, hyper.grid if hyper.rounding == "kahan" else None
+        for shape in ((k + 1, k), (k, k + 1)):  # channels as rows, as columns
+            weight = torch.zeros(shape, dtype=dtype)
+            state = new_state(weight.shape, weight.device, rank=draw.rank, compensation=compensation)
+            sketch = self.sketch(draw._replace(min_dim=k))
+            self.apollo(weight, torch.zeros_like(weight), state, sketch, hyper)
 
     def apollo(self, weight: Tensor, grad: Tensor, state: State, sketch: Sketch, hyper: Hyper) -> Tensor:
         if not _is_fast(weight, grad, hyper):

@@ -55,6 +55,10 @@ class TritonBackend:
             torch.version.cuda is not None and "dtype" in names and has_kernel("aten::mm.dtype", "CUDA")
         )
 
+    def warm_up(self, dtype: torch.dtype, draw: Draw, hyper: Hyper) -> None:
+        """Nothing: Triton compiles anew for strides and sizes that are multiples of 16 and for those that are
+        not, so a small step would compile other kernels than the real ones."""
+
     def sketch(self, draw: Draw) -> MakeP:
         """Later, since the gradient's dtype is not known here."""
         return functools.partial(_block_sign if draw.kind == "block_sign" else _gaussian, draw)

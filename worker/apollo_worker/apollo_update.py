@@ -66,8 +66,33 @@ class Backend(Protocol[Drawn]):
 
     def adam(self, weight: Tensor, grad: Tensor, state: State, hyper: Hyper) -> Tensor: ...
 
+    def warm_up(self, dtype: torch.dtype, draw: Draw, hyper: Hyper) -> None:
+        """Compiles what `sketch` and `apollo` run on weights of this dtype, where the first step would wait
+        for that. draw, hyper: like those of the steps to come. Nothing of theirs is changed."""
+        ...
+
+
+def new_state(
+    shape: torch.Size, device: torch.device, *, rank: int | None, compensation: torch.dtype | None
+) -> State:
+    """Of a parameter before its first step. rank: None for Adam; compensation: None where none is kept."""
+    moments = shape if rank is None else (max(shape), rank)
+    state = {
+        "step": torch.zeros((), dtype=torch.int64, device=device),
+        "exp_avg": torch.zeros(moments, dtype=torch.float32, device=device),
+        "exp_avg_sq": torch.zeros(moments, dtype=torch.float32, device=device),
+    }
+    if rank is not None:
+        state["update_norm"] = torch.zeros((), dtype=torch.float32, device=device)
+    if compensation is not None:
+        state["compensation"] = torch.zeros(shape, dtype=compensation, device=device)
+    return state
+
 
 class TorchBackend:
+    def warm_up(self, dtype: torch.dtype, draw: Draw, hyper: Hyper) -> None:
+        pass
+
     def sketch(self, draw: Draw) -> Sketch:
         return make_sketch(draw)
 
