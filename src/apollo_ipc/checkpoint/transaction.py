@@ -243,7 +243,8 @@ def recover(
 ) -> Recovery:
     """Finishes a committed sync, throws an unfinished one away, works a delta into the shards.
 
-    To be called before the shards are loaded. is_folding=False: the shards stay without the delta's changes.
+    To be called before the shards are loaded. is_folding=False: the shards stay without the delta's changes,
+    unless some have them already: a fold that was cut off is finished.
     Idempotent, and free of writes where there is nothing to do. Raises CheckpointError when that cannot be
     done (read-only directory), since the shards may then be of two versions, or older than the last commit.
     """
@@ -255,8 +256,8 @@ def recover(
             return _recover(model_dir, disk, is_folding)
     except CheckpointError as error:
         read_only = getattr(error.__cause__, "errno", None) in _READ_ONLY
-        has_delta = is_folding and commit is not None and commit.delta is not None
-        if not read_only or has_delta or _is_unfinished(model_dir, commit):
+        must_fold = _must_fold(model_dir, commit, is_folding)
+        if not read_only or must_fold or _is_unfinished(model_dir, commit):
             raise
         return Recovery()  # what is left over there is no part of the checkpoint
 
@@ -288,12 +289,20 @@ def loading(model_dir: Path, *, disk: Disk = DISK, lock_wait_s: float = LOAD_WAI
 
 
 def _needs_recovery(model_dir: Path, commit: Commit | None, is_folding: bool) -> bool:
-    has_delta = commit is not None and commit.delta is not None
-    return bool(leftovers(model_dir, commit)) or (is_folding and has_delta)
+    return bool(leftovers(model_dir, commit)) or _must_fold(model_dir, commit, is_folding)
+
+
+def _must_fold(model_dir: Path, commit: Commit | None, is_folding: bool) -> bool:
+    """Shards not as the commit left them: a fold was cut off, and is finished before anything else."""
+    if commit is None or commit.delta is None:
+        return False
+    return is_folding or not is_current(model_dir, commit)
 
 
 def _recover(model_dir: Path, disk: Disk, is_folding: bool) -> Recovery:
     commit = read_commit(model_dir)
+    if not _needs_recovery(model_dir, commit, is_folding):
+        return Recovery()
     finished = folded = None
     if commit is not None and _is_unfinished(model_dir, commit):
         # The record's rename is visible but perhaps not durable: its directory's flush may be what failed,
@@ -302,8 +311,7 @@ def _recover(model_dir: Path, disk: Disk, is_folding: bool) -> Recovery:
         _finish(model_dir, commit, disk)
         finished = commit.weight_version
     removed = clean(model_dir, commit, disk)
-    # Shards that are not as the commit left them: a fold was cut off, and is finished before anything else.
-    if commit is not None and commit.delta and (is_folding or not is_current(model_dir, commit)):
+    if commit is not None and _must_fold(model_dir, commit, is_folding):
         commit = fold(model_dir, commit, disk)
         clean(model_dir, commit, disk)
         folded = commit.weight_version
