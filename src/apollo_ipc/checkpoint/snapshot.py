@@ -51,14 +51,19 @@ def snapshot(model_dir: Path, *, disk: Disk = DISK, lock_wait_s: float = LOCK_WA
             fcntl.flock(held_by, fcntl.LOCK_EX)
             _fill(model_dir, path, commit, disk)
         except BaseException:
-            remove(path, disk)
-            os.close(held_by)
+            _drop(path, held_by, disk)
             raise
     try:
         yield Snapshot(path, held_by, commit)
     finally:
+        _drop(path, held_by, disk)
+
+
+def _drop(path: Path, held_by: int, disk: Disk) -> None:
+    try:
         remove(path, disk)
-        os.close(held_by)
+    finally:
+        os.close(held_by)  # whatever is left is then nobody's, and the next recovery removes it
 
 
 def command_for(command: list[str], taken: Snapshot, model_dir: Path) -> tuple[list[str], dict[str, str]]:
