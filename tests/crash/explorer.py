@@ -1,0 +1,147 @@
+"""Crash states of a recorded run, each brought up again by the real recovery and examined to the last byte."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from platter import Platter, State, StoredFile
+from scenarios import RECOVERIES, Recorded, prefixes
+from simulated_disk import FLUSHES, Operation, SimulatedDisk
+from small_model import Known, Outcome, examine, known, sync
+
+from apollo_ipc.checkpoint import recover
+from apollo_ipc.errors import CheckpointError
+
+NEXT = 9  # weight version of a sync after the crash
+
+
+class Explorer:
+    """`states` counts those that were brought up, each different from all others. work_dir: in memory, best."""
+
+    def __init__(self, work_dir: Path, truth: dict[int, Known], rng: random.Random):
+        self.work_dir, self._truth, self._rng = work_dir, truth, rng
+        self._found: dict[bytes, Outcome | str] = {}
+        self._nested: set[bytes] = set()
+
+    @property
+    def num_states(self) -> int:
+        return len(self._found)
+
+    def problems(
+        self, recorded: Recorded, log: list[Operation] | None = None, *, limit: int, num_nested: int = 0
+    ) -> Iterator[str]:
+        """Each state after each operation (at most `limit` for one) that does not come up as it must.
+
+        num_nested: from how many of the states after an operation the power is cut in the recovery too.
+        """
+        for n, platter in enumerate(prefixes(recorded, log)):
+            for i, state in enumerate(platter.states(self._rng, limit)):
+                outcome = self.outcome(state)
+                if outcome not in platter.allowed:
+                    yield f"{recorded.scenario}, operation {n}: {outcome}, not one of {set(platter.allowed)}"
+                elif i < num_nested:
+                    yield from self._cut_again(state, outcome, limit)
+
+    def _cut_again(self, state: State, outcome: Outcome, limit: int) -> Iterator[str]:
+        """A power cut inside the recovery: whatever that loses, the next one comes to the same."""
+        if state.key() in self._nested:
+            return
+        self._nested.add(state.key())
+        how = self._rng.choice([*RECOVERIES])
+        root = self._materialise(state)
+        disk = SimulatedDisk(root)
+        RECOVERIES[how](root, disk)
+        shutil.rmtree(root)
+        platter = Platter(state)
+        for op in disk.log:
+            platter.apply(op)
+            if op.kind not in FLUSHES:
+                for second in platter.states(self._rng, limit):
+                    if (found := self.outcome(second)) != outcome:
+                        yield f"a second power cut in {how}, after {op}: {found}, before it {outcome}"
+
+    def outcome(self, state: State) -> Outcome | str:
+        """What recovery makes of it, or in words how that is wrong."""
+        key = state.key()
+        if key not in self._found:
+            way = WAYS[key[0] % len(WAYS)]
+            root = self._materialise(_without_times(state) if way is _times_lost else state)
+            try:
+                self._found[key] = way(root, self._truth)
+            except (AssertionError, CheckpointError) as error:
+                self._found[key] = f"{type(error).__name__}: {error}".replace(str(root), "")
+            shutil.rmtree(root)
+        return self._found[key]
+
+    def _materialise(self, state: State) -> Path:
+        root = self.work_dir / f"state-{len(self._found)}"
+        state.materialise(root)
+        return root
+
+
+Way = Callable[[Path, dict[int, Known]], Outcome]
+
+
+def _recovered(root: Path, truth: dict[int, Known], **details) -> Outcome:
+    recover(root, lock_wait_s=0.0)
+    outcome = examine(root, truth, **details)
+    again = SimulatedDisk(root)
+    assert not recover(root, disk=again), "recovery has found more to do"
+    assert {op.kind for op in again.log} <= {"sync_dir"}, "recovery writes where there is nothing to do"
+    return outcome
+
+
+def _times_lost(root: Path, truth: dict[int, Known]) -> Outcome:
+    return _recovered(root, truth, are_times_kept=False)
+
+
+def _without_fold_first(how: str) -> Way:
+    """`how` leaves a delta beside its shards; and then recovery comes to the same."""
+
+    def way(root: Path, truth: dict[int, Known]) -> Outcome:
+        RECOVERIES[how](root, SimulatedDisk(root))
+        outcome = examine(root, truth, is_folded=False)
+        assert _recovered(root, truth) == outcome
+        return outcome
+
+    return way
+
+
+def _next_sync(kind: str) -> Way:
+    """The next sync needs no recovery by hand, and keeps what the crash has left as an older version."""
+
+    def way(root: Path, truth: dict[int, Known]) -> Outcome:
+        RECOVERIES["begin"](root, SimulatedDisk(root))
+        outcome = examine(root, truth, is_folded=False)
+        sync(root, NEXT, kind, num_kept=9)
+        # Without a record, what the shards hold becomes a version 0 of its own.
+        before = (*outcome.kept, outcome.version) if outcome.version is not None else (0,)
+        unrecorded = {0: known(0)._replace(weights=outcome.weights)} if outcome.version is None else {}
+        found = _recovered(root, truth | unrecorded | {NEXT: known(NEXT)})
+        assert found == Outcome(NEXT, before, NEXT), f"{found} after {outcome} and another sync"
+        return outcome
+
+    return way
+
+
+WAYS: list[Way] = [
+    *(_recovered for _ in range(8)),
+    _times_lost,
+    _without_fold_first("begin"),
+    _without_fold_first("attach"),
+    _next_sync("full"),
+    _next_sync("delta"),
+]
+
+
+def _without_times(state: State) -> State:
+    """Every file's time is another: a power cut may take it, where a file system keeps it apart."""
+    return State(
+        {
+            path: file and StoredFile(file.data, file.mtime_ns + 7, file.mode, file.identity)
+            for path, file in state.tree.items()
+        }
+    )

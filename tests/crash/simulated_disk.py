@@ -1,0 +1,140 @@
+"""A disk that remembers every operation, to be replayed on a Platter (platter.py) with a power cut after any.
+
+Each operation is done for real in the directory `root`, and logged with paths relative to it. A process that
+is killed is another thing than a power cut: its operations so far stay visible to the next process, and what
+was not flushed is as unflushed as before. `kill_before` and `revive` do that.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from apollo_ipc.checkpoint.disk import Disk, OpenFile
+
+# Every write has a time of its own, in steps of a second: the kernel's clock stands still for milliseconds.
+_CLOCK = itertools.count(1_800_000_000)
+FLUSHES = ("sync", "sync_dir")
+
+
+class Killed(BaseException):
+    """Not an Exception: no handler of the code under test may mistake it for an error that it can treat."""
+
+
+class Operation(NamedTuple):
+    """`kind` is a method of Disk, or "mark": from here on only the outcomes `allowed` are right ones."""
+
+    kind: str
+    path: str = ""
+    other: str = ""  # source of a rename or link
+    data: bytes = b""
+    mtime_ns: int = 0
+    mode: int = 0
+    allowed: frozenset = frozenset()
+    site: str = ""  # of a flush: where in the package it is called from
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.other + ' -> ' if self.other else ''}{self.path or '.'}"
+
+
+class SimulatedDisk(Disk):
+    def __init__(self, root: Path):
+        self.root = root
+        self.log: list[Operation] = []
+        self._kill_before: int | None = None
+
+    def allow(self, *outcomes: object) -> None:
+        """A power cut from here on must lead to one of these."""
+        self.log.append(Operation("mark", allowed=frozenset(outcomes)))
+
+    def kill_before(self, index: int) -> None:
+        """The process dies before the log's entry number `index`, in the middle of it if that is a write."""
+        self._kill_before = index
+
+    def revive(self) -> None:
+        """What follows is done by another process."""
+        self._kill_before = None
+
+    def create(self, path: Path, mode: int = 0o644) -> OpenFile:
+        self._log("create", path, mtime_ns=_now(), mode=mode)
+        file = super().create(path, mode)
+        os.utime(file.fd, ns=(self.log[-1].mtime_ns,) * 2)
+        return file
+
+    def write(self, file: OpenFile, data: bytes | memoryview) -> None:
+        is_last = self._kill_before is not None and len(self.log) == self._kill_before
+        if is_last:
+            self._kill_before += 1
+            data = memoryview(data)[: len(data) // 2]
+        self._log("write", file.path, data=bytes(data), mtime_ns=_now())
+        super().write(file, data)
+        os.utime(file.fd, ns=(self.log[-1].mtime_ns,) * 2)
+        if is_last:
+            raise Killed
+
+    def sync(self, file: OpenFile) -> None:
+        self._log("sync", file.path, site=_site(file.path))
+
+    def sync_dir(self, path: Path) -> None:
+        self._log("sync_dir", path, site=_site(path))
+
+    def rename(self, source: Path, target: Path) -> None:
+        self._log("rename", target, source)
+        super().rename(source, target)
+
+    def link(self, source: Path, target: Path) -> None:
+        if not target.exists():
+            self._log("link", target, Path(os.path.realpath(source)))
+        super().link(source, target)
+
+    def unlink(self, path: Path) -> None:
+        self._log("unlink", path)
+        super().unlink(path)
+
+    def mkdir(self, path: Path) -> None:
+        if not path.exists():
+            self._log("mkdir", path)
+        super().mkdir(path)
+
+    def rmdir(self, path: Path) -> None:
+        self._log("rmdir", path)
+        super().rmdir(path)
+
+    @contextmanager
+    def lock(self, path: Path, wait_s: float, *, is_shared: bool = False) -> Iterator[None]:
+        is_new = not path.exists()
+        with super().lock(path, wait_s, is_shared=is_shared):
+            if is_new:
+                self._log("create", path, mode=0o644)
+            yield
+
+    def _log(self, kind: str, path: Path, source: Path | None = None, **fields) -> None:
+        if self._kill_before is not None and len(self.log) >= self._kill_before:
+            raise Killed
+        other = self._relative(source) if source else ""
+        self.log.append(Operation(kind, self._relative(path), other, **fields))
+
+    def _relative(self, path: Path) -> str:
+        relative = os.path.relpath(path, self.root)
+        return "" if relative == "." else relative
+
+
+def _now() -> int:
+    return next(_CLOCK) * 1_000_000_000
+
+
+def _site(path: Path) -> str:
+    """The calls in apollo_ipc.checkpoint that lead to this flush, with lines, and what kind of file it is."""
+    calls, frame = [], sys._getframe(2)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename.endswith(".py") and "/apollo_ipc/checkpoint/" in code.co_filename:
+            calls.append(f"{code.co_name}:{frame.f_lineno}")
+        frame = frame.f_back
+    kind = path.name.rstrip("0123456789-").split("-")[0] or path.name
+    return f"{' > '.join(reversed(calls))} ({kind})"
