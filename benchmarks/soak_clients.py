@@ -14,6 +14,7 @@ RETRY_S = 0.5
 MAX_WAITING = 6  # of this client's jobs: the queue shall neither run dry nor grow
 LEARNING_RATE = 1e-5
 TOKENS = 8
+PAUSE_S = 0.25  # training gets only what serving leaves
 
 
 class Stream:
@@ -136,4 +137,4 @@ class CompletionStream(Stream):
             self.failures.append(f"{type(error).__name__}: {error}")
             return 0.2
         self.num_served += 1
-        return 0.05
+        return PAUSE_S

@@ -8,8 +8,10 @@ import statistics
 import time
 from typing import Any
 
-from soak_ledger import Ledger, copy_problems
+from soak_disk import copy_problems, is_last_step_torn, optimizer_steps, steps_in_commit
 from soak_system import System, runs, wait_for
+
+from apollo_ipc.checkpoint import read_commit
 
 WORKER_PARTS = ("front", "trainer", "worker")
 IN_SYNC_S = 3.0  # at most so long is waited for a sync to begin
@@ -29,10 +31,10 @@ def plan_kills(num: int, vllm_every: int, seed: int) -> list[tuple[str, bool]]:
 
 
 class Killer:
-    def __init__(self, system: System, ledger: Ledger, options: argparse.Namespace, problems: list[str]):
-        self._system, self._ledger, self._options, self._problems = system, ledger, options, problems
+    def __init__(self, system: System, options: argparse.Namespace, problems: list[str]):
+        self._system, self._options, self._problems = system, options, problems
         self._random = random.Random(options.seed + 1)
-        self._in_sync = self._torn_checkpoints = 0
+        self._num_torn_steps = self._num_in_sync = self._num_torn_checkpoints = 0
         self._serving_s: list[float] = []
         self._training_s: list[float] = []
 
@@ -53,52 +55,57 @@ class Killer:
                 time.sleep(self._random.uniform(0, 5))
             if is_in_sync:
                 is_in_sync = self._wait_into_sync()
-                self._in_sync += is_in_sync
+                self._num_in_sync += is_in_sync
             num += 1
             kinds[what] = kinds.get(what, 0) + 1
-            say(f"kill {num}: {what}{' inside a sync' if is_in_sync else ''}")
             self.kill(what)
+            say(f"kill {num}: {what}{', inside a sync' if is_in_sync else ''}")
         system.wait_until_training()
         return {
             "kills": num,
             "kills_by_kind": kinds,
-            "kills_inside_a_sync": self._in_sync,
-            "torn_checkpoints": self._torn_checkpoints,
+            "kills_inside_a_sync": self._num_in_sync,
+            "torn_steps": self._num_torn_steps,
+            "torn_checkpoints": self._num_torn_checkpoints,
             "recovery_after_vllm_kill_s": median(self._serving_s),
             "training_after_vllm_kill_s": median(self._training_s),
             "recoveries_s": self._serving_s,
         }
 
     def kill(self, what: str) -> None:
-        """And start it again."""
-        system, killed_at = self._system, time.monotonic()
-        is_vllm = what.startswith("vllm")
-        trainer = None
-        if is_vllm:
+        """And start it again, as systemd would."""
+        system, killed_at, trainer = self._system, time.monotonic(), None
+        if is_vllm := what.startswith("vllm"):
             system.kill_vllm()
         if what != "vllm":
             trainer = system.kill_worker(what.removeprefix("vllm+"))
-        if what == "vllm+worker" or what in ("trainer", "worker"):
+        if what not in ("vllm", "front"):
             self._look_at_disk()
         if what not in ("vllm", "trainer"):
             system.start_worker()
-        if not is_vllm:
-            if trainer is not None:  # without its front it finishes its step
-                wait_for(lambda: not runs(trainer), "the old trainer's end", 60, 0.005)
-            self._ledger.note_death(is_vllm_dead=False)
-            return
-        # A sync that was copied out before vLLM died may still commit; vLLM reads the directory only later.
-        system.start_vllm(lambda: (time.sleep(4), self._ledger.note_death(is_vllm_dead=True)))
-        self._serving_s.append(time.monotonic() - killed_at)
-        system.wait_until_training()
-        self._training_s.append(time.monotonic() - killed_at)
-        say(f"  serving after {self._serving_s[-1]:.1f} s, training after {self._training_s[-1]:.1f} s")
+        if is_vllm:
+            self._serving_s.append(system.start_vllm() + system.started_at - killed_at)
+            system.wait_until_training()
+            self._training_s.append(time.monotonic() - killed_at)
+            say(f"  serving after {self._serving_s[-1]:.1f} s, training after {self._training_s[-1]:.1f} s")
+        elif trainer is not None:  # without its front it finishes its step
+            wait_for(lambda: not runs(trainer), "the old trainer's end", 60, 0.005)
 
     def _look_at_disk(self) -> None:
-        """Nobody writes: is what lies there one checkpoint?"""
-        if found := copy_problems(self._system.model_dir):
-            self._torn_checkpoints += 1
-            self._problems += [f"after a kill: {problem}" for problem in found[:3]]
+        """Nobody writes: it must be one checkpoint, whose optimizer has done its steps."""
+        system = self._system
+        self._num_torn_steps += is_last_step_torn(system.config.state_dir)
+        found = copy_problems(system.model_dir)
+        if (commit := read_commit(system.model_dir)) is not None:
+            steps, expected = optimizer_steps(system.model_dir), steps_in_commit(commit, system.jobs())
+            if steps != expected:
+                found.append(
+                    f"commit {commit.serial} holds {expected} steps, its optimizer has counted {steps}"
+                )
+        if found:
+            self._num_torn_checkpoints += 1
+            self._problems += [f"on disk after a kill: {problem}" for problem in found[:3]]
+            say(f"  {found[0]}")
 
     def _wait_into_sync(self) -> bool:
         """Asks for a sync and returns at some moment inside it; False where none has begun in time."""

@@ -31,6 +31,7 @@ SETTINGS = {
     "APOLLO_CHECKPOINT__HISTORY": "2",
     "APOLLO_CHECKPOINT__BULK_JOB_STEPS": "20",
     "APOLLO_WORKER__MAX_QUEUED_JOBS": "100",
+    "APOLLO_WORKER__IDLE_PRIORITY": "false",  # more steps between two kills
 }
 SYNC_FILES = ("pending-*", "delta-*", "optimizer-*", "commit.json.new", "old-*", "undo-*", "fold-*")
 
@@ -65,20 +66,24 @@ class System:
         self.env = worker_environment(self.server.env)
         self.config = load_config(environ=self.env)
         self.worker: subprocess.Popen | None = None
+        self.started_at = 0.0  # of vLLM's last start, time.monotonic()
         self._reader: QueueReader | None = None
         self._downs: list[tuple[float, float | None]] = []  # vLLM's downtimes, time.monotonic()
 
     # --- starting ---
 
-    def start_vllm(self, while_starting: Callable[[], None] = lambda: None) -> float:
+    def start_vllm(self) -> float:
         """Seconds until /health answers."""
-        started = time.monotonic()
+        self.started_at = time.monotonic()
         self.server.start()
-        while_starting()
         self.server.wait_until_ready(START_S)
         if self._downs:
             self._downs[-1] = self._downs[-1][0], time.monotonic()
-        return time.monotonic() - started
+        return time.monotonic() - self.started_at
+
+    def stop_vllm(self) -> None:
+        self._downs.append((time.monotonic(), None))
+        self.server.stop()
 
     def start_worker(self) -> None:
         """The first time, its queue is there when this returns."""
