@@ -17,7 +17,8 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from apollo_ipc import messages
-from apollo_ipc.errors import NotReady, UserError
+from apollo_ipc.errors import NotReady
+from apollo_ipc.requests import SyncBody, convert, parse_json
 from apollo_router.auth import KeyedRoute
 from apollo_router.body import read_body, read_train_request
 from apollo_router.errors import ErrorRoute, HttpError, error_response, json_response
@@ -164,12 +165,13 @@ async def events(request: Request, job_id: str) -> Response:
 
 @router.post("/checkpoint")
 async def checkpoint(request: Request) -> Response:
-    """Syncs the model directory now; answers when it is durable. Takes no body (or `{}`)."""
+    """Syncs the model directory now; answers when it is durable. The body may be empty, `{}` or SyncBody."""
     read_query(request, NoQuery)
     gateway = gateway_of(request)
-    if (await read_body(request, MAX_NO_BODY_BYTES)).strip() not in (b"", b"{}"):
-        raise UserError("POST /checkpoint takes no body")
-    asked = gateway.client.request(messages.SyncCheckpoint(""), timeout_s=gateway.config.http.wait_timeout_s)
+    body = (await read_body(request, MAX_NO_BODY_BYTES)).strip()
+    kind = convert(parse_json(body), SyncBody).kind if body else "full"
+    sync = messages.SyncCheckpoint("", kind)
+    asked = gateway.client.request(sync, timeout_s=gateway.config.http.wait_timeout_s)
     reply = await gateway.until_gone(asked, request)
     return json_response(reply.sync)
 

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import msgspec
 
 from apollo_ipc.errors import ApolloError
-from apollo_ipc.requests import TrainRequest
+from apollo_ipc.requests import SyncKind, TrainRequest
 
 PROTOCOL_VERSION = 1
 HEARTBEAT_INTERVAL_S = 0.25
@@ -32,7 +32,6 @@ ACK_TIMEOUT_S = 0.8
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024  # MAXMSGSIZE on both ends; libzmq drops a larger one without a word
 
 JobState = Literal["queued", "running", "applied", "durable", "failed", "cancelled", "quarantined"]
-SyncKind = Literal["full", "delta"]  # whole shards, or only what differs from them
 ENDED_STATES = ("applied", "durable", "failed", "cancelled", "quarantined")
 
 

@@ -18,6 +18,7 @@ from apollo_ipc.errors import UserError, nearest
 
 MAX_EXAMPLES = 100_000  # a job, not a corpus: beyond this send several
 
+SyncKind = Literal["full", "delta"]  # whole shards, or only what differs from them
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 
 
@@ -120,18 +121,28 @@ def _strip(kind: Any) -> Any:
             return kind
 
 
+def parse_json(body: bytes) -> Any:
+    """Raises UserError (code `invalid_json`)."""
+    try:
+        return msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"the body is not JSON: {error}", code="invalid_json") from None
+    except RecursionError:
+        raise UserError("the body is nested too deeply", code="invalid_json") from None
+
+
 def parse_train_body(body: bytes) -> TrainRequest:
     """The body of `POST /train`: today's shape, or the earlier clients' `training_data` shape.
 
     Raises UserError with the path of the bad field as the client wrote it.
     """
-    try:
-        data = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"the body is not JSON: {error}", code="invalid_json") from None
-    except RecursionError:
-        raise UserError("the body is nested too deeply", code="invalid_json") from None
-    return parse_train_data(data)
+    return parse_train_data(parse_json(body))
+
+
+class SyncBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of `POST /checkpoint`, where there is one."""
+
+    kind: SyncKind = "full"
 
 
 def parse_train_data(data: Any) -> TrainRequest:

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +83,13 @@ class Live:
             Path(kept).mkdir(parents=True, exist_ok=True)
             for log in self.base.glob("*.log"):
                 shutil.copy(log, Path(kept) / f"{self.base.name}-{log.name}")
+
+    def command(self, *args: str) -> subprocess.CompletedProcess[str]:
+        """`apollo-ipc ARGS`, as the user would type it."""
+        return subprocess.run(
+            [str(Path(sys.executable).with_name("apollo-ipc")), *args],
+            env=self.env, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
 
     # --- HTTP ---
 

@@ -289,28 +289,85 @@ def test_no_key_and_the_wrong_key_train_nothing(live: Live) -> None:
     assert httpx.post(f"{live.server.url}/train", json=body, headers=wrong).status_code == 403
 
 
+def test_an_older_version_is_restored_into_the_served_weights(live: Live) -> None:
+    """Versions on disk as shards, differences and a delta; the one restored is served, bit for bit."""
+    first = live.post("/checkpoint", {}).json()["weight_version"]
+    ids = encode(live.model_dir, chat("Who keeps the light?", "Old Marta."))
+    weights, logprobs = read_live_weights(live.server.runtime_dir), live.logprobs(ids)
+    inode = (live.model_dir / "model.safetensors").stat().st_ino
+
+    job = live.train([chat("Who keeps the light?", "Old Marta.")], lr=2e-3, epochs=10)
+    synced = live.post("/checkpoint", {"kind": "delta"}).json()
+    assert (synced["kind"], synced["weight_version"]) == ("delta", job["weight_version"])
+    assert 0 < synced["delta_bytes"] < synced["bytes_changed"]
+    assert (live.model_dir / "model.safetensors").stat().st_ino == inode, "a delta wrote the shard"
+    assert live.job(job["job_id"])["state"] == "durable"
+    assert sum(live.logprobs(ids)) > sum(logprobs) + 1.0
+
+    history = json.loads(live.command("checkpoint", "history", "--json").stdout)
+    listed = [row["weight_version"] for row in history["versions"]]
+    assert listed[-1] == job["weight_version"]
+    assert first in listed
+    changed = json.loads(live.command("checkpoint", "diff", str(first), str(listed[-1]), "--json").stdout)
+    assert {one["name"] for one in changed["tensors"]} <= weights.keys()
+    assert len(changed["tensors"]) > 40
+
+    refused = live.command("checkpoint", "restore", str(first), "--yes")
+    assert refused.returncode == 2
+    assert "--live" in refused.stderr
+    refused = live.command("checkpoint", "restore", "9999", "--live", "--yes")
+    assert "version 9999 is not kept; there are: " in refused.stderr
+    done = live.command("checkpoint", "restore", str(first), "--live", "--yes", "--json")
+    assert done.returncode == 0, done.stderr
+    restored = json.loads(done.stdout)
+    assert (restored["restored_version"], restored["num_jobs_undone"]) == (first, 1)
+
+    now = read_live_weights(live.server.runtime_dir)
+    assert [name for name in weights if not torch.equal(now[name], weights[name])] == []
+    assert live.logprobs(ids) == pytest.approx(logprobs, abs=1e-4)
+    assert "undone" in live.job(job["job_id"])["notes"][-1]
+    status = live.status()
+    assert status["weight_version"] == status["durable_version"] == restored["weight_version"]
+    stored = load_file(live.model_dir / "model.safetensors")
+    assert all(torch.equal(stored[name], weights[name].to(stored[name].dtype)) for name in weights)
+    assert live.command("checkpoint", "verify").returncode == 0
+    # And the step back is taken back.
+    assert live.command("checkpoint", "restore", str(listed[-1]), "--live", "--yes").returncode == 0
+    assert sum(live.logprobs(ids)) > sum(logprobs) + 1.0
+
+
+def test_nothing_is_restored_while_a_job_trains(live: Live) -> None:
+    version = live.status()["durable_version"]
+    body = {"examples": [chat("p", "q")], "options": {"epochs": 1000, "lr": 1e-6}}
+    job_id = live.post("/train", body).json()["job_id"]
+    wait_for(lambda: live.job(job_id)["steps_done"] >= 1, "a step")
+    refused = live.command("checkpoint", "restore", str(version), "--live", "--yes")
+    assert refused.returncode != 0
+    assert "wait for its end or cancel it" in refused.stderr
+    httpx.delete(f"{live.server.url}/train/jobs/{job_id}", headers=live.headers)
+    wait_for(lambda: live.job(job_id)["state"] == "cancelled", "the job's end")
+
+
 def test_weights_that_were_made_nan_by_hand_fail_the_job_and_refuse_the_sync(live: Live) -> None:
-    """Last but one: the weights are repaired from what they were."""
+    """And a restore mends them."""
+    live.post("/checkpoint", {})
+    version = live.status()["durable_version"]
     from apollo_worker.mapping import map_views, open_transport
 
     views = map_views(live.manifest, open_transport(live.manifest))
     name = "model.layers.0.mlp.down_proj.weight"
     kept = views[name].clone()
     views[name][0, 0] = float("nan")
-    try:
-        job_id = live.post("/train", {"examples": [chat("a", "b")], "options": {"epochs": 5}}).json()[
-            "job_id"
-        ]
-        job = wait_for(
-            lambda: (j := live.job(job_id))["state"] == "failed" and j,
-            "the job to fail",
-        )
-        assert "not finite" in job["error"]
-        refused = live.post("/checkpoint", {})
-        assert refused.status_code >= 500
-        assert name in refused.json()["error"]["message"]
-    finally:
-        views[name].copy_(kept)
+    job_id = live.post("/train", {"examples": [chat("a", "b")], "options": {"epochs": 5}}).json()["job_id"]
+    job = wait_for(lambda: (j := live.job(job_id))["state"] == "failed" and j, "the job to fail")
+    assert "not finite" in job["error"]
+    refused = live.post("/checkpoint", {})
+    assert refused.status_code >= 500
+    assert name in refused.json()["error"]["message"]
+    assert "restore VERSION --live" in refused.json()["error"]["message"]
+    done = live.command("checkpoint", "restore", str(version), "--live", "--yes")
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(views[name], kept)
     assert live.post("/checkpoint", {}).status_code == 200
 
 

@@ -43,7 +43,7 @@ def test_jobs_that_were_not_on_disk_are_trained_again_into_the_next_vllm(live: L
     wait_for(lambda: newest_job(live)["state"] == "applied", "the job trained again")
     assert live.ask(QUESTION) == ANSWER
     assert live.status()["num_parameters_mapped"] == live.status()["num_parameters"] == 46
-    live.post("/checkpoint", {})
+    assert live.post("/checkpoint", {"kind": "delta"}).json()["num_shards_written"] == 0
 
 
 def test_a_synced_job_is_not_trained_again_by_the_next_vllm(live: Live) -> None:
@@ -56,3 +56,20 @@ def test_a_synced_job_is_not_trained_again_by_the_next_vllm(live: Live) -> None:
     assert newest_job(live)["state"] == "durable"
     assert live.status()["weight_version"] == version
     assert live.ask(QUESTION) == ANSWER
+
+
+def test_vllm_does_not_load_a_damaged_shard(live: Live) -> None:
+    """Last: this vLLM does not come back."""
+    live.server.stop()
+    shard = live.model_dir / "model.safetensors"
+    with shard.open("r+b") as file:
+        file.seek(-1000, os.SEEK_END)
+        byte = file.read(1)
+        file.seek(-1000, os.SEEK_END)
+        file.write(bytes([byte[0] ^ 1]))
+    named = live.command("checkpoint", "verify", str(live.model_dir))
+    assert named.returncode == 1
+    assert "model.safetensors: model." in named.stdout
+    live.server.start()
+    wait_for(lambda: not live.server.is_running(), "vLLM to give up")
+    assert "not the bytes that the last sync wrote" in live.server.log_tail(200)

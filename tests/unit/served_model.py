@@ -19,6 +19,7 @@ from apollo_router.views import derive_views, record_loading
 from safetensors.torch import load_file
 from torch import nn
 
+from apollo_ipc.checkpoint.shards import shard_index
 from apollo_ipc.config import Config, load_config
 from apollo_ipc.manifest import (
     MANIFEST_FORMAT,
@@ -28,7 +29,6 @@ from apollo_ipc.manifest import (
     start_ticks,
     write_manifest,
 )
-from apollo_ipc.checkpoint.shards import shard_index
 
 # vLLM's fusions of a dense model: `packed_modules_mapping` in vllm/model_executor/models/qwen3.py.
 MERGED = {

@@ -15,8 +15,8 @@ from stepped_disk import Crash, SteppedDisk
 from apollo_ipc import checkpoint
 from apollo_ipc.checkpoint import begin, read_commit, recover, shard_index, verify
 from apollo_ipc.checkpoint.disk import DISK, Disk
-from apollo_ipc.errors import CheckpointError
 from apollo_ipc.checkpoint.shards import read_shard, read_shards
+from apollo_ipc.errors import CheckpointError
 
 NAMES = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 OLD = {NAMES[0]: {"a": b"old-a-" * 10, "b": b"old-b-" * 20}, NAMES[1]: {"c": b"old-c-" * 30}}
@@ -267,13 +267,14 @@ def test_an_unfinished_pending_directory_is_thrown_away(tmp_path):
 
 
 def test_recovery_without_anything_to_do_touches_nothing(model_dir, monkeypatch):
-    disk = SteppedDisk(stop_at=0)
+    disk = SteppedDisk()
     assert recover(model_dir, disk=disk) == checkpoint.Recovery()
     assert not (model_dir / ".apollo").exists()
+    assert disk.steps == []
     sync(model_dir)
     with DISK.lock(model_dir / ".apollo" / "lock", 0.0):
         assert recover(model_dir, disk=disk, lock_wait_s=0.0) == checkpoint.Recovery()
-    assert disk.steps == []
+    assert disk.steps == [("sync_dir", ".apollo")]
 
 
 # --- errors of the disk ---

@@ -16,6 +16,7 @@ from apollo_ipc.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 UNITS = sorted((CONFIGS / "systemd").glob("*.service"))
+TIMERS = sorted((CONFIGS / "systemd").glob("*.timer"))
 SECTIONS = {field.name: field.type for field in msgspec.structs.fields(Config)}
 
 
@@ -103,10 +104,10 @@ def test_systemd_finds_nothing_wrong_with_the_units(tmp_path):
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is not installed (Debian: apt-get install systemd)")
     # It checks that the programs exist, so the place that the units name becomes the one where they are.
-    for unit in UNITS:
+    for unit in (*UNITS, *TIMERS):
         text = unit.read_text().replace("/opt/apollo-ipc/.venv/bin", str(Path(sys.executable).parent))
         (tmp_path / unit.name).write_text(text)
-    units = [tmp_path / unit.name for unit in UNITS]
+    units = [tmp_path / unit.name for unit in (*UNITS, *TIMERS)]
     done = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", *units], capture_output=True, text=True, timeout=60
     )

@@ -166,7 +166,7 @@ def test_every_command_and_flag_that_is_named_exists(file):
         set().union(*map(flags_of, known.values())) | argparse_flags() | FOREIGN_FLAGS | {"--version"}
     )
     for line in code_of(file.read_text()):
-        line = line.split("  #")[0]
+        line = line.split("  #")[0].split(" -- ")[0]  # after `--` comes somebody else's command
         if match := re.search(r"(?:^|[ /(])apollo-ipc +([a-z]+)(?: +([a-z]+))?", line):
             name = next((n for n in (f"{match[1]} {match[2]}", match[1]) if n in known), None)
             assert name, f"{file.name}: {line}"
@@ -277,10 +277,23 @@ def test_the_files_of_the_model_directory_are_those_of_the_commit_protocol():
     named = {spans(row[0])[0] for row in rows(section("docs/state.md", "Model directory"))}
     of_ours = {name for name in named if name.startswith(STATE_DIR)}
     assert f"{pending_dir(Path(), 8)}/".replace("8", "N") in of_ours
-    literals = "\n".join([*strings("src/apollo_ipc/checkpoint.py"), *strings("worker/apollo_worker/sync.py")])
+    sources = [str(path.relative_to(ROOT)) for path in (ROOT / "src/apollo_ipc/checkpoint").glob("*.py")]
+    files = [*sources, "worker/apollo_worker/sync_thread.py", "worker/apollo_worker/optimizer_file.py"]
+    literals = "\n".join(strings(*files))
     for name in of_ours:
         stem = name.removeprefix(f"{STATE_DIR}/").partition("N")[0]
         assert stem in literals, name
+
+
+def test_every_test_that_a_page_names_exists():
+    code = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    defined = set(re.findall(r"^(?:async )?def (test_\w+)", code, re.M))
+    table = page("docs/recovery.md")
+    named = set(re.findall(r"`(test_\w+)`", table))
+    assert len(named) > 40
+    assert named <= defined, named - defined
+    for row in rows(table):
+        assert "`test_" in row[-1], row
 
 
 # --- sentences ---

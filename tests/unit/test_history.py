@@ -397,7 +397,7 @@ def test_an_error_of_the_writing_thread_reaches_who_waits(model_dir):
             raise CheckpointError("cannot flush: no space")
 
     live = Live(model_dir, disk=Full())
-    live.train()
+    live.train("a")
     running = live.writer.start(weight_version=1, applied_seq=1)
     with pytest.raises(CheckpointError, match="no space"):
         running.committed.result(10)

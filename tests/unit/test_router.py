@@ -30,6 +30,7 @@ from router_harness import (
 )
 
 from apollo_ipc.errors import ConfigError
+from apollo_ipc.messages import SyncResult
 
 
 @pytest.fixture
@@ -358,7 +359,24 @@ def test_a_checkpoint_tells_what_it_wrote(server, worker):
     syncing.join()
     answer = response.json()
     assert (answer["bytes_compared"], answer["bytes_written"], answer["duration_s"]) == (1000, 200, 0.5)
-    assert server.http.post("/checkpoint", json={"full": True}).status_code == 400
+    refused = server.http.post("/checkpoint", json={"full": True})
+    assert (refused.status_code, error_of(refused)["param"]) == (400, "full")
+    refused = server.http.post("/checkpoint", json={"kind": "half"})
+    assert (refused.status_code, error_of(refused)["param"]) == (400, "kind")
+
+
+@pytest.mark.parametrize(("body", "kind"), [(None, "full"), ({}, "full"), ({"kind": "delta"}, "delta")])
+def test_a_checkpoint_may_be_asked_for_as_a_delta(server, worker, body, kind):
+    asked = []
+
+    def answer() -> None:
+        asked.append(worker.shared.asked.get(timeout=5))
+        asked[0].done.set_result(SyncResult(3, 1.0, 10, 2, 1, 1000, 200, 0.5, kind=kind))
+
+    syncing = worker.in_background(answer)
+    assert server.http.post("/checkpoint", json=body).json()["kind"] == kind
+    syncing.join()
+    assert asked[0].request.kind == kind
 
 
 def test_a_bug_in_the_worker_reaches_the_client_without_a_traceback(server, worker, caplog):

@@ -15,8 +15,8 @@ import pytest
 import torch
 from apollo_worker import hostcopy
 from apollo_worker import sync_thread as sync_module
-from apollo_worker.hostcopy import HostBuffer, flat_pieces
 from apollo_worker.compare import compare
+from apollo_worker.hostcopy import HostBuffer, flat_pieces
 from apollo_worker.optimizer_file import read_optimizer
 from apollo_worker.sync import CheckpointWriter
 from safetensors import safe_open
@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from apollo_ipc.checkpoint import read_commit, recover, verify
 from apollo_ipc.checkpoint.disk import Disk
-from apollo_ipc.errors import CheckpointError
 from apollo_ipc.checkpoint.shards import read_shards, shard_index
+from apollo_ipc.errors import CheckpointError
 
 EMBED, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 LAST_MLP = "model.layers.1.mlp.down_proj.weight"

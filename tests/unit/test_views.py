@@ -14,8 +14,8 @@ import torch
 from apollo_router.views import derive_views, record_loading
 from torch import nn
 
-from apollo_ipc.manifest import Refusal, View
 from apollo_ipc.checkpoint.shards import ShardTensor
+from apollo_ipc.manifest import Refusal, View
 
 SHARD_DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.int32: "I32"}
 Load = Callable[[nn.Module, str, torch.Tensor], None]

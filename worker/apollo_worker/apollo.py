@@ -219,6 +219,12 @@ class Apollo(torch.optim.Optimizer):
             "seed": self.seed,
         }  # fmt: skip
 
+    def advance(self, num_steps: int) -> None:
+        """Steps whose weights are there and whose moments are lost: counted, so that projections are drawn
+        anew when they would have been. Not for steps that were left out for one parameter."""
+        for param in self._names:
+            self.state[param]["step"] += num_steps
+
     def state_size_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.state_tensors().values())
 

@@ -123,6 +123,7 @@ class Attachment:
             raise
         self.live = live
         self.trainer = Trainer(live, config.train)
+        self.trainer.main_optimizer.warm_up()  # some seconds the first time ever: now, not in a job's first step
         self.writer = make_writer(live, config)
         self.tokeniser = read_tokeniser(live, config)
         self._tell_model(model_facts(live, self.trainer, self.tokeniser))
@@ -133,6 +134,9 @@ class Attachment:
         elif (last := self._marks.read()) is not None and last.boot_id == manifest.boot_id:
             version += self._mend_last_step(last)
         load_optimizer(self.trainer, model_dir, commit)
+        # Steps since that commit: their weights are in vLLM's memory, their moments went with the worker.
+        if (num_lost := self._marks.num_steps - num_steps_of(commit)) > 0:
+            self.trainer.main_optimizer.advance(num_lost)
         self.set_version(version)
         shared.durable_version = commit.weight_version if commit else 0
         shared.vllm_boot_id, shared.vllm_pid = manifest.boot_id, manifest.pid
@@ -154,7 +158,7 @@ class Attachment:
 
     def _reconcile(self, commit: Commit | None) -> int:
         """The weights are those of the last commit: jobs after it are queued again. 1 if there were any."""
-        self._marks.clear()
+        self._marks.clear(num_steps_of(commit))
         running = (commit.extra.get("running") or {}) if commit else {}
         # Without a commit the directory holds none of our jobs, but those called durable were in one that
         # the user has replaced since: they are not trained into the new one unasked.
@@ -184,7 +188,7 @@ class Attachment:
                 "step %d of job %s was cut off; going on with the weights as they are (on_torn_step)",
                 *(last.begun, last.job_id),
             )
-            self._marks.clear()
+            self._marks.clear(last.num_steps)
             return 1
         if last.is_torn:
             log.warning(
@@ -217,6 +221,11 @@ class Attachment:
         if last is None or not last.is_torn or self.live is None:
             return
         self._mend_last_step(last)
+
+
+def num_steps_of(commit: Commit | None) -> int:
+    """Steps of the optimizer whose state is in `commit`."""
+    return commit.extra.get("optimizer_steps", 0) if commit else 0
 
 
 def load_optimizer(trainer: Trainer, model_dir: Path, commit: Commit | None) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import msgspec
 
-_LAYOUT = struct.Struct("<32s24sQQd")  # boot_id, job_id's tail, begun, ended, loss of the step that ended
+# boot_id, job_id's tail, begun, ended, loss of the step that ended, num_steps
+_LAYOUT = struct.Struct("<32s24sQQdQ")
 
 
 class LastStep(msgspec.Struct, frozen=True):
@@ -24,6 +25,7 @@ class LastStep(msgspec.Struct, frozen=True):
     begun: int  # step number in its job, from 1
     ended: int  # equal to `begun` when the step's last write was done
     loss: float
+    num_steps: int  # of the optimizer whose state is saved, all jobs together, up to `ended`
 
     @property
     def is_torn(self) -> bool:
@@ -38,29 +40,36 @@ class StepMarks:
             self._page = mmap.mmap(fd, mmap.PAGESIZE)
         finally:
             os.close(fd)
+        last = self.read()
+        self.num_steps = last.num_steps if last else 0
 
     def read(self) -> LastStep | None:
-        boot, job, begun, ended, loss = _LAYOUT.unpack_from(self._page)
+        boot, job, begun, ended, loss, num_steps = _LAYOUT.unpack_from(self._page)
         boot_id = boot.rstrip(b"\0").decode("ascii", "replace")
         if not boot_id:
             return None
-        return LastStep(boot_id, job.rstrip(b"\0").decode("ascii", "replace"), begun, ended, loss)
+        job_id = job.rstrip(b"\0").decode("ascii", "replace")
+        return LastStep(boot_id, job_id, begun, ended, loss, num_steps)
 
     def begin(self, boot_id: str, job_id: str, step: int) -> None:
         self._write(boot_id, job_id, step, step - 1, 0.0)
 
-    def end(self, boot_id: str, job_id: str, step: int, loss: float) -> None:
-        """Only after the device has done the step's last write."""
+    def end(self, boot_id: str, job_id: str, step: int, loss: float, *, is_counted: bool = True) -> None:
+        """Only after the device has done the step's last write. is_counted: by the main optimizer."""
+        self.num_steps += is_counted
         self._write(boot_id, job_id, step, step, loss)
 
-    def clear(self) -> None:
+    def clear(self, num_steps: int = 0) -> None:
+        """No step is in the making, and the optimizer has done `num_steps`."""
+        self.num_steps = num_steps
         self._page[: _LAYOUT.size] = bytes(_LAYOUT.size)
 
     def _write(self, boot_id: str, job_id: str, begun: int, ended: int, loss: float) -> None:
-        # One slice assignment; a kill between two of its bytes would need a kill inside memcpy of 80 bytes,
+        # One slice assignment; a kill between two of its bytes would need a kill inside memcpy of 88 bytes,
         # and then `begun` and `ended` differ or the job is unknown: both are read as torn.
+        job = job_id.removeprefix("job-").encode()[:24]
         self._page[: _LAYOUT.size] = _LAYOUT.pack(
-            boot_id.encode()[:32], job_id.removeprefix("job-").encode()[:24], begun, ended, loss
+            boot_id.encode()[:32], job, begun, ended, loss, self.num_steps
         )
 
     def close(self) -> None:

@@ -22,7 +22,8 @@ from apollo_ipc.checkpoint.disk import DISK, Disk
 from apollo_ipc.checkpoint.shards import Shard, ShardTensor, read_shards, shard_index
 from apollo_ipc.checkpoint.transaction import LOCK_WAIT_S, begin
 from apollo_ipc.errors import CheckpointError
-from apollo_ipc.messages import SyncKind, SyncResult
+from apollo_ipc.messages import SyncResult
+from apollo_ipc.requests import SyncKind
 from apollo_worker.copy_out import CopyOut
 from apollo_worker.hostcopy import DTYPES, HostBuffer, as_bytes, max_abs, one_thread, torch_dtype
 from apollo_worker.optimizer_file import OptimizerFile

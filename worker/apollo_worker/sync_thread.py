@@ -24,7 +24,8 @@ from apollo_ipc.checkpoint.record import Commit, Delta, DeltaTensor, FileRecord
 from apollo_ipc.checkpoint.shards import DTYPE_BYTES, Shard, ShardTensor, file_digest, read_blocks
 from apollo_ipc.checkpoint.transaction import Transaction
 from apollo_ipc.errors import CheckpointError
-from apollo_ipc.messages import SyncKind, SyncResult
+from apollo_ipc.messages import SyncResult
+from apollo_ipc.requests import SyncKind
 from apollo_worker.copy_out import CopyOut
 from apollo_worker.optimizer_file import OptimizerFile
 

@@ -13,8 +13,10 @@ from apollo_ipc.checkpoint import Commit, recover
 from apollo_ipc.checkpoint.record import read_commit
 from apollo_ipc.config import Checkpoint
 from apollo_ipc.errors import ApolloError, CheckpointError, NotReady
-from apollo_ipc.messages import SyncCheckpoint, SyncKind
+from apollo_ipc.messages import SyncCheckpoint
+from apollo_ipc.requests import SyncKind
 from apollo_worker.attachment import Attachment
+from apollo_worker.marks import StepMarks
 from apollo_worker.queue import JobQueue
 from apollo_worker.shared import Asked, Shared
 from apollo_worker.sync_thread import RunningSync
@@ -38,8 +40,16 @@ class InProgress(msgspec.Struct, frozen=True):
 class Syncing:
     """Clocks start anew with the process: nothing is lost by a sync that comes later than it might."""
 
-    def __init__(self, config: Checkpoint, shared: Shared, queue: JobQueue, attachment: Attachment):
-        self._config, self._shared, self._queue, self._attachment = config, shared, queue, attachment
+    def __init__(
+        self,
+        config: Checkpoint,
+        shared: Shared,
+        queue: JobQueue,
+        attachment: Attachment,
+        marks: StepMarks,
+    ):
+        self._config, self._shared, self._queue = config, shared, queue
+        self._attachment, self._marks = attachment, marks
         self._synced_at = self._full_at = time.monotonic()
         self._is_bulk_done = False  # a bulk job has ended since the last sync
         self._is_delta_large = False
@@ -108,7 +118,11 @@ class Syncing:
                 weight_version=shared.weight_version,
                 applied_seq=applied_seq,
                 optimizer=(optimizer.state_tensors(), optimizer.state_meta()),
-                extra={"running": running_job(self._queue), "queue_id": self._queue.queue_id},
+                extra={
+                    "running": running_job(self._queue),
+                    "queue_id": self._queue.queue_id,
+                    "optimizer_steps": self._marks.num_steps,
+                },
                 check_live=check_live,
                 on_progress=lambda: shared.show("syncing"),
             )

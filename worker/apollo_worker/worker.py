@@ -55,7 +55,7 @@ class TrainingWorker:
         self.queue.on_change = end.on_change
         self.marks = StepMarks(config.state_dir / "step.marks")
         self.attachment = Attachment(config, self.shared, self.queue, self.marks, end.tell_model)
-        self.syncing = Syncing(config.checkpoint, self.shared, self.queue, self.attachment)
+        self.syncing = Syncing(config.checkpoint, self.shared, self.queue, self.attachment, self.marks)
         self._published_at = time.monotonic()
         self._num_unpublished = 0  # steps since the last weight version
 
@@ -146,7 +146,8 @@ class TrainingWorker:
                 todo.examples_of(step), todo.learning_rate(step), todo.weight_decay, partial(show, step)
             )
             loss = result.loss
-            self.marks.end(live.boot_id, job_id, step + 1, loss)
+            is_counted = trainer.optimizer is trainer.main_optimizer
+            self.marks.end(live.boot_id, job_id, step + 1, loss, is_counted=is_counted)
             self.queue.record_step(job_id, step + 1, loss)
             self._num_unpublished += 1
             show(step + 1)

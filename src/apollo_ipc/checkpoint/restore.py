@@ -58,7 +58,11 @@ def restore_version(
             shards=shards,
             tensors=version.tensors,
             optimizer=version.optimizer,
-            extra={"queue_id": before.extra.get("queue_id"), "restored_from": weight_version},
+            extra={
+                **{key: version.extra[key] for key in ("optimizer_steps",) if key in version.extra},
+                "queue_id": before.extra.get("queue_id"),
+                "restored_from": weight_version,
+            },
             in_shards=before.tensors,
             num_kept=max(num_kept, len(before.history) + 1),
         )

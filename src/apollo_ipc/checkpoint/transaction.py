@@ -245,11 +245,13 @@ def recover(
 
     To be called before the shards are loaded. is_folding=False: the shards stay without the delta's changes,
     unless some have them already: a fold that was cut off is finished.
-    Idempotent, and free of writes where there is nothing to do. Raises CheckpointError when that cannot be
-    done (read-only directory), since the shards may then be of two versions, or older than the last commit.
+    What it leaves is durable: no power cut brings an older commit back. Idempotent, and free of writes where
+    there is nothing to do. Raises CheckpointError when that cannot be done (read-only directory), since the
+    shards may then be of two versions, or older than the last commit.
     """
     commit = read_commit(model_dir)
     if not _needs_recovery(model_dir, commit, is_folding):
+        _flush_record(model_dir, disk)
         return Recovery()
     try:
         with disk.lock(model_dir / STATE_DIR / "lock", lock_wait_s):
@@ -260,6 +262,18 @@ def recover(
         if not read_only or must_fold or _is_unfinished(model_dir, commit):
             raise
         return Recovery()  # what is left over there is no part of the checkpoint
+
+
+def _flush_record(model_dir: Path, disk: Disk) -> None:
+    """The one who committed may have died between the record's rename and its flush."""
+    if not (model_dir / STATE_DIR).is_dir():
+        return
+    try:
+        disk.sync_dir(model_dir / STATE_DIR)
+    except CheckpointError as error:
+        # EINVAL: a file system that is only read (squashfs) has nothing to flush.
+        if getattr(error.__cause__, "errno", None) not in (*_READ_ONLY, errno.EINVAL):
+            raise
 
 
 @contextmanager
@@ -310,6 +324,11 @@ def _recover(model_dir: Path, disk: Disk, is_folding: bool) -> Recovery:
         publish(model_dir, commit, disk)
         _finish(model_dir, commit, disk)
         finished = commit.weight_version
+    else:
+        # Likewise where no shard is pending: whoever committed may have died before the flush, and an older
+        # record must not come back to files that are gone, or to shards that have a later delta worked in.
+        # Only flushed, since on a full disk what is to be removed is in the way of a new record.
+        disk.sync_dir(model_dir / STATE_DIR)
     removed = clean(model_dir, commit, disk)
     if commit is not None and _must_fold(model_dir, commit, is_folding):
         commit = fold(model_dir, commit, disk)
