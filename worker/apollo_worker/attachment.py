@@ -123,7 +123,7 @@ class Attachment:
             raise
         self.live = live
         self.trainer = Trainer(live, config.train)
-        self.trainer.main_optimizer.warm_up()  # some seconds the first time ever: now, not in a job's first step
+        self.trainer.main_optimizer.warm_up()  # seconds, the first time ever: not in a job then
         self.writer = make_writer(live, config)
         self.tokeniser = read_tokeniser(live, config)
         self._tell_model(model_facts(live, self.trainer, self.tokeniser))
