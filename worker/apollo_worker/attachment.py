@@ -77,6 +77,8 @@ class Attachment:
         self._shared.attached = False
         self._shared.attach_error = reason
         self._shared.vllm_boot_id = self._shared.vllm_pid = None
+        if self.writer is not None:
+            self.writer.wait(is_urgent=True)  # what was copied out is committed; its compaction can wait
         self.trainer = self.writer = None
         if self.live is not None:
             self.live.close()

@@ -7,10 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from apollo_ipc.checkpoint.shards import BLOCK_BYTES, ShardTensor
 from apollo_ipc.errors import CheckpointError
+
+MAX_BYTES = 512 * 1024  # max_abs goes twice over so many bytes while they are in a core's own cache
 
 # By safetensors' names.
 DTYPES = {
@@ -100,13 +103,20 @@ def as_integers(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def max_abs(block: torch.Tensor) -> float:
-    """The largest magnitude in a block that is not empty; NaN where there is one, 0 for integers."""
+    """The largest magnitude in a 1-D CPU block that is not empty; NaN where there is one, 0 for integers."""
     if not block.is_floating_point():
         return 0.0
-    if block.dtype.itemsize == 1:
-        block = block.float()  # torch has no arithmetic on 8-bit floats
-    # A tenth of the time of isfinite().all() in bf16 on AVX2, and it tells as much.
-    return block.abs().max().item()
+    # Bits without their sign grow with the magnitude, from 0 over infinity to NaN: two integer maxima, the
+    # signed one for what is positive, the unsigned one for what is negative. In bf16 twice as fast as
+    # abs().max(), which writes a copy, and ten times as fast as isfinite().all().
+    width = block.dtype.itemsize
+    bits = as_integers(block).numpy()
+    signed, unsigned, magnitude = bits.view(f"i{width}"), bits.view(f"u{width}"), (1 << 8 * width - 1) - 1
+    largest = 0
+    for start in range(0, bits.size, MAX_BYTES // width):
+        part = slice(start, start + MAX_BYTES // width)
+        largest = max(largest, int(signed[part].max()), int(unsigned[part].max()) & magnitude)
+    return torch.from_numpy(np.array([largest], f"i{width}")).view(block.dtype).double().item()
 
 
 def torch_dtype(model_dir: Path, tensor: ShardTensor) -> torch.dtype:

@@ -21,7 +21,7 @@ from apollo_ipc.config import Config, load_config
 from apollo_ipc.errors import ApolloError
 from apollo_ipc.messages import JobInfo
 from apollo_ipc.requests import TrainRequest, parse_train_body
-from apollo_worker.attachment import load_optimizer, make_writer, read_tokeniser
+from apollo_worker.attachment import load_optimizer, make_writer, num_steps_of, read_tokeniser
 from apollo_worker.job_run import plan
 from apollo_worker.live_model import load_offline
 from apollo_worker.loss_guard import LossGuard
@@ -66,11 +66,12 @@ def train(
             on_step(step + 1, todo.num_steps, result.loss)
     version = (commit.weight_version if commit else 0) + 1
     optimizer = trainer.main_optimizer
+    num_counted = todo.num_steps if trainer.optimizer is optimizer else 0
     make_writer(live, config).sync(
         weight_version=version,
         applied_seq=commit.applied_seq if commit else 0,
         optimizer=(optimizer.state_tensors(), optimizer.state_meta()),
-        extra=dict(commit.extra) if commit else {},
+        extra={**(commit.extra if commit else {}), "optimizer_steps": num_steps_of(commit) + num_counted},
     )
     return JobInfo(
         job_id="offline",

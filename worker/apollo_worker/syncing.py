@@ -163,7 +163,7 @@ class Syncing:
             *(result.weight_version, result.kind, result.bytes_written, result.duration_s),
             *(result.training_waited_s, result.max_abs_weight, result.max_abs_name),
         )
-        shared.show(shared.progress.activity)
+        shared.on_show()  # the front mirrors it
         for done in ended.waiting:
             done.set_result(result)
 

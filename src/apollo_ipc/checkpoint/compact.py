@@ -99,6 +99,7 @@ def _replace(model_dir: Path, seen: Commit, undo: Undo, delta: Delta, disk: Disk
             return False  # to be recovered first
         compacted = Undo(undo.base, undo.newer, delta=delta)
         undos = [compacted if one == undo else one for one in commit.undos]
+        disk.sync_dir(model_dir / STATE_DIR)  # the name of what the record will speak of
         publish(model_dir, msgspec.structs.replace(commit, undos=undos), disk)
         clean(model_dir, read_commit(model_dir), disk)
         return True

@@ -186,9 +186,10 @@ def pending_dir(model_dir: Path, serial: int) -> Path:
 
 
 def publish(model_dir: Path, commit: Commit, disk: Disk) -> None:
-    """Replaces the record, durably: **its rename is the commit**. Raises CheckpointError."""
-    # First the names of the files that it speaks of: they must be there whenever it is.
-    disk.sync_dir(model_dir / STATE_DIR)
+    """Replaces the record, durably: **its rename is the commit**. Raises CheckpointError.
+
+    The files that it speaks of are there whenever it is: their names must be durable before.
+    """
     file = disk.create(state_path(model_dir, "commit.json.new"), 0o600)
     try:
         disk.write(file, msgspec.json.encode(commit))

@@ -168,8 +168,10 @@ class Transaction:
         )
         if self._created:
             self._disk.sync_dir(self.pending)
-        # The name `.apollo` itself: whoever made it may have died before it was flushed.
-        self._disk.sync_dir(self.model_dir)
+        if self.previous is None:
+            # The name `.apollo` itself: whoever made it may have died before it was flushed.
+            self._disk.sync_dir(self.model_dir)
+        self._disk.sync_dir(self.model_dir / STATE_DIR)  # names of the files that the record will speak of
         publish(self.model_dir, commit, self._disk)
         _finish(self.model_dir, commit, self._disk)
         return commit
@@ -350,16 +352,21 @@ def _finish(model_dir: Path, commit: Commit, disk: Disk) -> None:
                 disk.rename(pending / name, model_dir / name)
         # Before pending-<serial> goes: as long as it is there, recovery knows that there may be work.
         disk.sync_dir(model_dir)
-    clean(model_dir, commit, disk)
+        clean(model_dir, commit, disk)
+        # It must not come back: its shards would go once more over files that someone has put there since.
+        disk.sync_dir(model_dir / STATE_DIR)
+    else:
+        clean(model_dir, commit, disk)
 
 
 def clean(model_dir: Path, commit: Commit | None, disk: Disk) -> list[str]:
-    """Removes what belongs to no commit: temporaries, abandoned directories, files of old versions."""
+    """Removes what belongs to no commit: temporaries, abandoned directories, files of old versions.
+
+    Without a flush: what a power cut brings back belongs to no commit then either, and is removed again.
+    """
     found = leftovers(model_dir, commit)
     for path in found:
         remove(path, disk)
-    if found:
-        disk.sync_dir(model_dir / STATE_DIR)
     return [path.name for path in found]
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from apollo_ipc.errors import ApolloError
-from apollo_ipc.messages import JobInfo, Status, SyncResult
+from apollo_ipc.messages import JobInfo, PostSync, Status, SyncResult
 
 FAILED_STATES = ("failed", "cancelled", "quarantined")
 
@@ -75,6 +75,11 @@ def describe_sync(sync: SyncResult) -> str:
     )
 
 
+def describe_post_sync(run: PostSync) -> str:
+    how = "runs" if run.ended_at is None else run.error or "has ended well"
+    return f"the command for weight version {run.weight_version} {how}"
+
+
 def describe_bytes(num_bytes: int) -> str:
     size = float(num_bytes)
     for unit in ("B", "KB", "MB", "GB"):
@@ -121,6 +126,8 @@ def status_table(status: Status) -> Table:
     saved = describe_sync(status.last_sync) if status.last_sync else "nothing yet"
     if status.last_sync:
         saved += f", {describe_ago(status.last_sync.committed_at)}"
+    if status.is_syncing:
+        saved += "; one is being written"
     rows = {
         "worker": f"pid {status.worker_pid}, {doing}",
         "attached": attached,
@@ -130,6 +137,7 @@ def status_table(status: Status) -> Table:
         "queued": str(status.num_queued),
         "last sync": saved,
         "sync error": status.sync_error,
+        "after the sync": describe_post_sync(status.post_sync) if status.post_sync else None,
         "optimizer": describe_bytes(status.optimizer_state_bytes) if status.optimizer_state_bytes else None,
     }
     for name, text in rows.items():
