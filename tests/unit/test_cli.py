@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -12,61 +11,18 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from apollo_worker.queue import JobQueue
 from apollo_worker.service import Service
 from apollo_worker.shared import Admission, Shared
 
-from apollo_ipc.cli.main import main
-from apollo_ipc.config import Config, Paths
 from apollo_ipc.keys import key_path
 from apollo_ipc.manifest import Manifest, start_ticks, write_manifest
 from apollo_ipc.messages import Progress, SyncResult
 
 COMMAND = Path(sys.executable).with_name("apollo-ipc")
 EXAMPLE = {"prompt": "2 + 2 =", "completion": " 4"}
-
-
-@pytest.fixture
-def config(tmp_path):
-    # Short: a Unix socket's path holds 107 bytes.
-    config = Config(paths=Paths(str(tmp_path / "run"), str(tmp_path / "state")))
-    for directory in (config.runtime_dir, config.state_dir):
-        directory.mkdir(mode=0o700)
-    return config
-
-
-@pytest.fixture
-def environment(config, monkeypatch):
-    for name in os.environ:
-        if name.startswith("APOLLO_"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("APOLLO_PATHS__RUNTIME_DIR", str(config.runtime_dir))
-    monkeypatch.setenv("APOLLO_PATHS__STATE_DIR", str(config.state_dir))
-
-
-class Done(NamedTuple):
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-@pytest.fixture
-def apollo(environment, tmp_path, monkeypatch, capfd):
-    """`apollo("train", "x.jsonl")` -> what it did, in this process: starting one takes half a second."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments, stdin: str = "") -> Done:
-        monkeypatch.setattr(sys, "argv", ["apollo-ipc", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            main()
-        return Done(exit.value.code, *capfd.readouterr())
-
-    return run
 
 
 @pytest.fixture

@@ -1,0 +1,53 @@
+"""Fixtures of the tests of the command line."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from typing import NamedTuple
+
+import pytest
+
+from apollo_ipc.cli.main import main
+from apollo_ipc.config import Config, Paths
+
+
+@pytest.fixture
+def config(tmp_path):
+    # Short: a Unix socket's path holds 107 bytes.
+    config = Config(paths=Paths(str(tmp_path / "run"), str(tmp_path / "state")))
+    for directory in (config.runtime_dir, config.state_dir):
+        directory.mkdir(mode=0o700)
+    return config
+
+
+@pytest.fixture
+def environment(config, monkeypatch):
+    for name in os.environ:
+        if name.startswith("APOLLO_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("APOLLO_PATHS__RUNTIME_DIR", str(config.runtime_dir))
+    monkeypatch.setenv("APOLLO_PATHS__STATE_DIR", str(config.state_dir))
+
+
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def apollo(environment, tmp_path, monkeypatch, capfd):
+    """`apollo("train", "x.jsonl")` -> what it did, in this process: starting one takes half a second."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments, stdin: str = "") -> Done:
+        monkeypatch.setattr(sys, "argv", ["apollo-ipc", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            main()
+        return Done(exit.value.code, *capfd.readouterr())
+
+    return run
