@@ -105,8 +105,8 @@ class Front:
             link.note(Wake, Wake)
 
     def tell_supervisor(self) -> None:
-        """systemd: ready after the first attach, then a sign of life of this process. A trainer that hangs is
-        the front's own affair."""
+        """systemd: ready after the first attach; then a sign of life while the trainer gets on, idles or is
+        being started. One that hangs is killed by us: where even that fails, systemd restarts everything."""
         if time.monotonic() - self._told_at < TELL_INTERVAL_S and self._is_ready:
             return
         self._told_at = time.monotonic()
@@ -115,7 +115,8 @@ class Front:
             notify("READY=1")
         elif not self._is_ready:
             notify("EXTEND_TIMEOUT_USEC=30000000")  # vLLM may load for minutes
-        notify("WATCHDOG=1")
+        if not self.trainer.is_hung():
+            notify("WATCHDOG=1")
 
     def stop(self) -> None:
         """The trainer first: it finishes its step and syncs what changed; clients may ask how far it is."""
