@@ -376,6 +376,21 @@ def test_weights_that_no_sync_takes_are_replaced_by_a_restore(served, config):
         assert_same(trainer.live(), weights[3])
 
 
+def test_an_older_version_that_is_damaged_leaves_the_live_weights_alone(served, config, model_dir):
+    with Trainer(config) as trainer:
+        weights = make_versions(trainer)
+        for path in (model_dir / ".apollo").glob("undo-*"):
+            path.write_bytes(bytes(len(path.read_bytes())))
+        with pytest.raises(CheckpointError):
+            restore(trainer, 1)
+        assert not trainer.worker.marks.read().is_torn
+        assert_same(trainer.live(), weights[3])
+        job_id = trainer.submit("four")
+        assert trainer.train() == [job_id]
+        trainer.sync()
+        assert trainer.steps() == {4}
+
+
 def test_a_restore_is_refused_while_a_job_trains_and_for_an_unknown_version(served, config):
     with Trainer(config) as trainer:
         with pytest.raises(UserError, match="nothing was synced yet"):

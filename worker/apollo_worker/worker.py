@@ -230,13 +230,17 @@ class TrainingWorker:
         self.syncing.wait()
         self.shared.show("restoring")
         self.marks.begin(live.boot_id, "restore", 1)
-        commit = restore_version(
-            live.model_dir,
-            weight_version,
-            new_version=self.shared.weight_version + 1,
-            applied_seq=self.queue.applied_seq(),
-            num_kept=self.config.checkpoint.history,
-        )
+        try:
+            commit = restore_version(
+                live.model_dir,
+                weight_version,
+                new_version=self.shared.weight_version + 1,
+                applied_seq=self.queue.applied_seq(),
+                num_kept=self.config.checkpoint.history,
+            )
+        except ApolloError:
+            self.marks.end(live.boot_id, "restore", 1, 0.0, is_counted=False)  # no live weight was touched
+            raise
         undone = self.queue.note_undone(
             version.applied_seq, f"undone: weight version {weight_version} restored"
         )
