@@ -379,6 +379,7 @@ def test_weights_that_no_sync_takes_are_replaced_by_a_restore(served, config):
 def test_an_older_version_that_is_damaged_leaves_the_live_weights_alone(served, config, model_dir):
     with Trainer(config) as trainer:
         weights = make_versions(trainer)
+        trainer.worker.attachment.writer.wait()  # for the compaction
         for path in (model_dir / ".apollo").glob("undo-*"):
             path.write_bytes(bytes(len(path.read_bytes())))
         with pytest.raises(CheckpointError):
