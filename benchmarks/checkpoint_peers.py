@@ -75,20 +75,37 @@ def copy_into_map(model: BenchModel, directory: Path, changed: list[str]) -> Wri
 
 
 def write_plainly(model: BenchModel, directory: Path, changed: list[str]) -> Written:
-    """A floor: os.write of 8 MiB blocks into new files, one a shard, and fdatasync."""
+    """A floor: os.write of 8 MiB blocks into new files beside the old ones, one a shard, and fdatasync.
+
+    New ones, since nothing that survives a crash can do without. `tidy` makes them the old ones, untimed.
+    """
+    return _write(model, directory, changed, ".new"), None
+
+
+def tidy(directory: Path) -> None:
+    for path in directory.glob("*.new"):
+        path.rename(path.with_suffix(""))
+
+
+def overwrite_plainly(model: BenchModel, directory: Path, changed: list[str]) -> Written:
+    """The same over the old files. Cut off, it has destroyed them; but the kernel reuses their pages."""
+    return _write(model, directory, changed, ""), None
+
+
+def _write(model: BenchModel, directory: Path, changed: list[str], suffix: str) -> int:
     num = 0
     for shard, names in model.shards.items():
         todo = [name for name in names if name in set(changed)]
         if not todo:
             continue
-        fd = os.open(directory / shard, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        fd = os.open(directory / (shard + suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for name in todo:
             data = _bytes(model.live[name]).data
             for start in range(0, len(data), BLOCK_BYTES):
                 num += os.write(fd, data[start : start + BLOCK_BYTES])
         os.fdatasync(fd)
         os.close(fd)
-    return num, None
+    return num
 
 
 def read_once(model: BenchModel, _: Path, __: list[str]) -> Written:
