@@ -7,10 +7,10 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from platter import Platter, State, StoredFile
-from scenarios import RECOVERIES, Recorded, prefixes
-from simulated_disk import FLUSHES, Operation, SimulatedDisk
-from small_model import Known, Outcome, examine, known, sync
+from platter import State, StoredFile
+from scenarios import RECOVERIES, Recorded, moments
+from simulated_disk import Operation, SimulatedDisk
+from small_model import STRANGER, Known, Outcome, examine, known, sync
 
 from apollo_ipc.checkpoint import recover
 from apollo_ipc.errors import CheckpointError
@@ -31,17 +31,25 @@ class Explorer:
         return len(self._found)
 
     def problems(
-        self, recorded: Recorded, log: list[Operation] | None = None, *, limit: int, num_nested: int = 0
+        self,
+        recorded: Recorded,
+        *,
+        log: list[Operation] | None = None,
+        start: int = 0,
+        limit: int,
+        num_nested: int = 0,
     ) -> Iterator[str]:
-        """Each state after each operation (at most `limit` for one) that does not come up as it must.
+        """States that do not come up as they must, of at most `limit` after each operation from `start` on.
 
-        num_nested: from how many of the states after an operation the power is cut in the recovery too.
+        log: instead of the recorded one. num_nested: after how many of the states after an operation the
+        power is cut in the recovery too.
         """
-        for n, platter in enumerate(prefixes(recorded, log)):
+        for op, platter in moments(recorded.initial, log or recorded.log, start):
             for i, state in enumerate(platter.states(self._rng, limit)):
                 outcome = self.outcome(state)
                 if outcome not in platter.allowed:
-                    yield f"{recorded.scenario}, operation {n}: {outcome}, not one of {set(platter.allowed)}"
+                    allowed = " or ".join(map(str, platter.allowed))
+                    yield f"{recorded.what}: power cut after {op}: {outcome}, where {allowed} is right"
                 elif i < num_nested:
                     yield from self._cut_again(state, outcome, limit)
 
@@ -55,13 +63,10 @@ class Explorer:
         disk = SimulatedDisk(root)
         RECOVERIES[how](root, disk)
         shutil.rmtree(root)
-        platter = Platter(state)
-        for op in disk.log:
-            platter.apply(op)
-            if op.kind not in FLUSHES:
-                for second in platter.states(self._rng, limit):
-                    if (found := self.outcome(second)) != outcome:
-                        yield f"a second power cut in {how}, after {op}: {found}, before it {outcome}"
+        for op, platter in moments(state, disk.log):
+            for second in platter.states(self._rng, limit):
+                if (found := self.outcome(second)) != outcome:
+                    yield f"a second power cut in {how}, after {op}: {found}, before it {outcome}"
 
     def outcome(self, state: State) -> Outcome | str:
         """What recovery makes of it, or in words how that is wrong."""
@@ -116,6 +121,8 @@ def _next_sync(kind: str) -> Way:
     def way(root: Path, truth: dict[int, Known]) -> Outcome:
         RECOVERIES["begin"](root, SimulatedDisk(root))
         outcome = examine(root, truth, is_folded=False)
+        if outcome == STRANGER:
+            return outcome
         sync(root, NEXT, kind, num_kept=9)
         # Without a record, what the shards hold becomes a version 0 of its own.
         before = (*outcome.kept, outcome.version) if outcome.version is not None else (0,)

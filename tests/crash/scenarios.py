@@ -9,12 +9,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 from platter import Platter, State, read_state
-from simulated_disk import Killed, Operation, SimulatedDisk
-from small_model import Known, Outcome, known, make_model, sync
+from simulated_disk import FLUSHES, Killed, Operation, SimulatedDisk
+from small_model import (
+    SHARDS,
+    STRANGER,
+    STRANGERS_FILE,
+    STRANGERS_SHARD,
+    Known,
+    Outcome,
+    known,
+    make_model,
+    sync,
+)
 
-from apollo_ipc.checkpoint import begin, compact, forget, loading, recover, restore_version, snapshot
+from apollo_ipc.checkpoint import begin, compact, forget, loading, read_commit, recover, restore_version, snapshot
 
 UNSYNCED = Outcome(None, (), 0)
+KNOWN = {version: known(version) for version in range(5)}
 
 
 class Scenario(NamedTuple):
@@ -23,19 +34,23 @@ class Scenario(NamedTuple):
     before, after: the outcomes that are right until `run` has returned, and from then on `after` alone.
     """
 
+    protocol: str
     name: str
     prepare: Callable[[Path], object]
     run: Callable[[Path, SimulatedDisk], object]
     before: Outcome
     after: Outcome
-    truth: dict[int, Known]
+    truth: dict[int, Known] = KNOWN
+    is_killed: bool = True  # whether to kill it as well: not where it is more than one process
 
 
 class Recorded(NamedTuple):
-    scenario: str
+    """One run; `start`: where in the log it was killed and the next process began."""
+
+    what: str
     initial: State
     log: list[Operation]
-    truth: dict[int, Known]
+    start: int = 0
 
 
 def record(scenario: Scenario, work_dir: Path, *, kill_before: int | None = None, then: str = "") -> Recorded:
@@ -59,14 +74,25 @@ def record(scenario: Scenario, work_dir: Path, *, kill_before: int | None = None
             disk.allow(scenario.after)
         disk.revive()
         RECOVERIES[then](model_dir, disk)
-        disk.allow(left(model_dir, scenario))
+        if then != "begin":  # which promises nothing before its own commit
+            disk.allow(_left(model_dir, scenario))
     shutil.rmtree(model_dir)
-    return Recorded(scenario.name, initial, disk.log, scenario.truth)
+    what = f"{scenario.protocol}, {scenario.name}"
+    if kill_before is not None:
+        what += f", killed before operation {kill_before}, then {then}"
+    return Recorded(what, initial, disk.log, kill_before or 0)
 
 
-def left(model_dir: Path, scenario: Scenario) -> Outcome:
-    from apollo_ipc.checkpoint import read_commit
+def record_killed(
+    scenario: Scenario, undisturbed: Recorded, work_dir: Path, rng: random.Random
+) -> Iterator[Recorded]:
+    """Runs that are killed before each of its operations, or in the middle of it, and then recovered."""
+    for index, op in enumerate(undisturbed.log):
+        if op.kind != "mark" and scenario.is_killed:
+            yield record(scenario, work_dir, kill_before=index, then=rng.choice([*RECOVERIES]))
 
+
+def _left(model_dir: Path, scenario: Scenario) -> Outcome:
     commit = read_commit(model_dir)
     found = None if commit is None else commit.weight_version
     if scenario.before == scenario.after or found == scenario.after.version:
@@ -93,13 +119,13 @@ RECOVERIES: dict[str, Callable[[Path, SimulatedDisk], object]] = {
 }
 
 
-def prefixes(recorded: Recorded, log: list[Operation] | None = None) -> Iterator[Platter]:
-    """The platter after each operation of the log (or of a changed one); one object that moves on."""
-    platter = Platter(recorded.initial)
-    for op in recorded.log if log is None else log:
+def moments(initial: State, log: list[Operation], start: int = 0) -> Iterator[tuple[Operation, Platter]]:
+    """The platter after each operation of the log, from number `start` on; one object that moves on."""
+    platter = Platter(initial)
+    for n, op in enumerate(log):
         platter.apply(op)
-        if op.kind != "sync" and op.kind != "sync_dir":  # which takes possibilities away and gives none
-            yield platter
+        if n >= start and op.kind not in FLUSHES:  # which take possibilities away and give none
+            yield op, platter
 
 
 def _synced(*kinds: str, num_kept: int = 0) -> Callable[[Path], None]:
@@ -123,82 +149,111 @@ def _sync_beside_a_snapshot(model_dir: Path, disk: SimulatedDisk) -> None:
         sync(model_dir, 3, "full", num_kept=4, disk=disk)
 
 
-_TRUTH = {version: known(version) for version in range(10)}
-# Version 3 is version 1 again; the jobs that were applied since are not to be trained once more.
-_RESTORED = {**_TRUTH, 3: Known(1, known(2).applied_seq, known(1).optimizer)}
+def _sync_and_a_stranger(model_dir: Path, disk: SimulatedDisk) -> None:
+    """A full sync, and after it someone replaces a shard, durably and without a word to anybody."""
+    disk.allow(_outcome(1), _outcome(2))
+    sync(model_dir, 2, "full", disk=disk)
+    disk.allow(_outcome(2), STRANGER)
+    name = next(iter(SHARDS))
+    file = disk.create(model_dir / STRANGERS_FILE)
+    disk.write(file, STRANGERS_SHARD)
+    disk.sync(file)
+    disk.close(file)
+    disk.rename(model_dir / STRANGERS_FILE, model_dir / name)
+    disk.sync_dir(model_dir)
+
 
 SCENARIOS = [
-    Scenario("first full sync", lambda model_dir: None, _sync(1, "full"), UNSYNCED, _outcome(1), _TRUTH),
+    Scenario("full sync", "the first", _synced(), _sync(1, "full"), UNSYNCED, _outcome(1)),
+    Scenario("full sync", "the first, history", _synced(), _sync(1, "full", 4), UNSYNCED, _outcome(1, 0)),
+    Scenario("full sync", "the second", _synced("full"), _sync(2, "full"), _outcome(1), _outcome(2)),
     Scenario(
-        "first full sync, history", lambda model_dir: None, _sync(1, "full", 4), UNSYNCED, _outcome(1, 0), _TRUTH
-    ),
-    Scenario("full sync", _synced("full"), _sync(2, "full"), _outcome(1), _outcome(2), _TRUTH),
-    Scenario(
-        "full sync, history",
+        "full sync",
+        "the second, history",
         _synced("full", num_kept=4),
         _sync(2, "full", 4),
         _outcome(1, 0),
         _outcome(2, 0, 1),
-        _TRUTH,
     ),
-    Scenario("delta", _synced("full"), _sync(2, "delta"), _outcome(1), _outcome(2), _TRUTH),
     Scenario(
-        "delta after delta, history",
+        "full sync",
+        "then a stranger",
+        _synced("full"),
+        _sync_and_a_stranger,
+        _outcome(1),
+        STRANGER,
+        is_killed=False,
+    ),
+    Scenario("delta", "no history", _synced("full"), _sync(2, "delta"), _outcome(1), _outcome(2)),
+    Scenario("delta", "the first sync, history", _synced(), _sync(1, "delta", 4), UNSYNCED, _outcome(1, 0)),
+    Scenario(
+        "delta after delta",
+        "no history",
+        _synced("full", "delta"),
+        _sync(3, "delta"),
+        _outcome(2),
+        _outcome(3),
+    ),
+    Scenario(
+        "delta after delta",
+        "history",
         _synced("full", "delta", num_kept=4),
         _sync(3, "delta", 4),
         _outcome(2, 0, 1),
         _outcome(3, 0, 1, 2),
-        _TRUTH,
     ),
-    Scenario("delta after delta", _synced("full", "delta"), _sync(3, "delta"), _outcome(2), _outcome(3), _TRUTH),
     Scenario(
-        "full after delta, history",
+        "full after delta", "no history", _synced("full", "delta"), _sync(3, "full"), _outcome(2), _outcome(3)
+    ),
+    Scenario(
+        "full after delta",
+        "history",
         _synced("full", "delta", num_kept=4),
         _sync(3, "full", 4),
         _outcome(2, 0, 1),
         _outcome(3, 0, 1, 2),
-        _TRUTH,
     ),
-    Scenario("full after delta", _synced("full", "delta"), _sync(3, "full"), _outcome(2), _outcome(3), _TRUTH),
-    Scenario("fold", _synced("full", "delta"), RECOVERIES["load"], _outcome(2), _outcome(2), _TRUTH),
+    Scenario("fold", "no history", _synced("full", "delta"), RECOVERIES["load"], _outcome(2), _outcome(2)),
     Scenario(
-        "fold, history",
+        "fold",
+        "history",
         _synced("full", "delta", num_kept=4),
         RECOVERIES["recover"],
         _outcome(2, 0, 1),
         _outcome(2, 0, 1),
-        _TRUTH,
     ),
     Scenario(
         "compact",
+        "two bases",
         _synced("full", "full", num_kept=4),
         lambda model_dir, disk: compact(model_dir, disk=disk, lock_wait_s=0.0),
         _outcome(2, 0, 1),
         _outcome(2, 0, 1),
-        _TRUTH,
     ),
     Scenario(
         "restore",
+        "of version 1",
         _synced("full", "delta", num_kept=4),
         lambda model_dir, disk: restore_version(model_dir, 1, disk=disk, lock_wait_s=0.0),
         _outcome(2, 0, 1),
         Outcome(3, (0, 1, 2), 1),
-        _RESTORED,
+        # Version 3 is version 1 again; the jobs that were applied since are not to be trained once more.
+        {**KNOWN, 3: Known(1, known(2).applied_seq, known(1).optimizer)},
     ),
     Scenario(
         "sync beside a snapshot",
+        "history",
         _synced("full", "delta", num_kept=4),
         _sync_beside_a_snapshot,
         _outcome(2, 0, 1),
         _outcome(3, 0, 1, 2),
-        _TRUTH,
     ),
     Scenario(
         "forget",
-        _synced("full", "full", "delta", num_kept=4),
+        "history",
+        _synced("full", "full", "full", "delta", num_kept=4),
         lambda model_dir, disk: forget(model_dir, disk=disk, lock_wait_s=0.0),
-        _outcome(3, 0, 1, 2),
-        Outcome(None, (), 2),
-        _TRUTH,
+        _outcome(4, 0, 1, 2, 3),
+        Outcome(None, (), 3),
     ),
 ]

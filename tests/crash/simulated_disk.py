@@ -129,12 +129,14 @@ def _now() -> int:
 
 
 def _site(path: Path) -> str:
-    """The calls in apollo_ipc.checkpoint that lead to this flush, with lines, and what kind of file it is."""
+    """The two calls in apollo_ipc.checkpoint that lead to this flush, with lines, and what it flushes."""
     calls, frame = [], sys._getframe(2)
-    while frame is not None:
+    while frame is not None and len(calls) < 2:
         code = frame.f_code
         if code.co_filename.endswith(".py") and "/apollo_ipc/checkpoint/" in code.co_filename:
             calls.append(f"{code.co_name}:{frame.f_lineno}")
         frame = frame.f_back
-    kind = path.name.rstrip("0123456789-").split("-")[0] or path.name
+    if not calls:
+        return ""
+    kind = path.name.split("-")[0]
     return f"{' > '.join(reversed(calls))} ({kind})"
