@@ -9,10 +9,10 @@ from pathlib import Path
 
 from platter import State, StoredFile
 from scenarios import RECOVERIES, Recorded, moments
-from simulated_disk import Operation, SimulatedDisk
+from simulated_disk import Operation, ReadOnlyDisk, SimulatedDisk
 from small_model import STRANGER, Known, Outcome, examine, known, sync
 
-from apollo_ipc.checkpoint import recover
+from apollo_ipc.checkpoint import read_commit, recover
 from apollo_ipc.errors import CheckpointError
 
 NEXT = 9  # weight version of a sync after the crash
@@ -24,6 +24,7 @@ class Explorer:
     def __init__(self, work_dir: Path, truth: dict[int, Known], rng: random.Random):
         self.work_dir, self._truth, self._rng = work_dir, truth, rng
         self._found: dict[bytes, Outcome | str] = {}
+        self._unrecovered: dict[bytes, str | None] = {}
         self._nested: set[bytes] = set()
 
     @property
@@ -50,6 +51,8 @@ class Explorer:
                 if outcome not in platter.allowed:
                     allowed = " or ".join(map(str, platter.allowed))
                     yield f"{recorded.what}: power cut after {op}: {outcome}, where {allowed} is right"
+                elif platter.is_finished and (problem := self.problem_unrecovered(state)):
+                    yield f"{recorded.what}: power cut after the end: {problem}"
                 elif i < num_nested:
                     yield from self._cut_again(state, outcome, limit)
 
@@ -80,6 +83,22 @@ class Explorer:
                 self._found[key] = f"{type(error).__name__}: {error}".replace(str(root), "")
             shutil.rmtree(root)
         return self._found[key]
+
+    def problem_unrecovered(self, state: State) -> str | None:
+        """What is wrong for one who can only read, after a protocol has come to its end."""
+        key = state.key()
+        if key not in self._unrecovered:
+            root = self._materialise(state)
+            try:
+                recover(root, disk=ReadOnlyDisk(), is_folding=False)
+                commit = read_commit(root)
+                is_folded = commit is None or commit.delta is None
+                examine(root, self._truth, is_folded=is_folded, is_clean=False)
+                self._unrecovered[key] = None
+            except (AssertionError, CheckpointError) as error:
+                self._unrecovered[key] = f"{type(error).__name__}: {error}".replace(str(root), "")
+            shutil.rmtree(root)
+        return self._unrecovered[key]
 
     def _materialise(self, state: State) -> Path:
         root = self.work_dir / f"state-{len(self._found)}"

@@ -121,12 +121,13 @@ class Platter:
         self._initial = dict(self._live)
         self._changes: list[Change] = []
         self.allowed: frozenset = frozenset()
+        self.is_finished = False
 
     def apply(self, op: Operation) -> None:
         getattr(self, f"_{op.kind}")(op)
 
     def _mark(self, op: Operation) -> None:
-        self.allowed = op.allowed
+        self.allowed, self.is_finished = op.allowed, op.is_finished
 
     def _create(self, op: Operation) -> None:
         folder, name = self._find_folder(op.path)

@@ -22,7 +22,16 @@ from small_model import (
     sync,
 )
 
-from apollo_ipc.checkpoint import begin, compact, forget, loading, read_commit, recover, restore_version, snapshot
+from apollo_ipc.checkpoint import (
+    begin,
+    compact,
+    forget,
+    loading,
+    read_commit,
+    recover,
+    restore_version,
+    snapshot,
+)
 
 UNSYNCED = Outcome(None, (), 0)
 KNOWN = {version: known(version) for version in range(5)}
@@ -63,7 +72,7 @@ def record(scenario: Scenario, work_dir: Path, *, kill_before: int | None = None
     disk.allow(scenario.before, scenario.after)
     if kill_before is None:
         scenario.run(model_dir, disk)
-        disk.allow(scenario.after)
+        disk.allow(scenario.after, is_finished=True)
     else:
         disk.kill_before(kill_before)
         try:
@@ -75,7 +84,7 @@ def record(scenario: Scenario, work_dir: Path, *, kill_before: int | None = None
         disk.revive()
         RECOVERIES[then](model_dir, disk)
         if then != "begin":  # which promises nothing before its own commit
-            disk.allow(_left(model_dir, scenario))
+            disk.allow(_left(model_dir, scenario), is_finished=True)
     shutil.rmtree(model_dir)
     what = f"{scenario.protocol}, {scenario.name}"
     if kill_before is not None:

@@ -7,6 +7,7 @@ was not flushed is as unflushed as before. `kill_before` and `revive` do that.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from apollo_ipc.checkpoint.disk import Disk, OpenFile
+from apollo_ipc.errors import CheckpointError
 
 # Every write has a time of its own, in steps of a second: the kernel's clock stands still for milliseconds.
 _CLOCK = itertools.count(1_800_000_000)
@@ -27,7 +29,8 @@ class Killed(BaseException):
 
 
 class Operation(NamedTuple):
-    """`kind` is a method of Disk, or "mark": from here on only the outcomes `allowed` are right ones."""
+    """`kind` is a method of Disk, or "mark": from here on only the outcomes `allowed` are right ones, and with
+    `is_finished` the directory is one of them without any recovery."""
 
     kind: str
     path: str = ""
@@ -36,6 +39,7 @@ class Operation(NamedTuple):
     mtime_ns: int = 0
     mode: int = 0
     allowed: frozenset = frozenset()
+    is_finished: bool = False
     site: str = ""  # of a flush: where in the package it is called from
 
     def __str__(self) -> str:
@@ -48,9 +52,9 @@ class SimulatedDisk(Disk):
         self.log: list[Operation] = []
         self._kill_before: int | None = None
 
-    def allow(self, *outcomes: object) -> None:
+    def allow(self, *outcomes: object, is_finished: bool = False) -> None:
         """A power cut from here on must lead to one of these."""
-        self.log.append(Operation("mark", allowed=frozenset(outcomes)))
+        self.log.append(Operation("mark", allowed=frozenset(outcomes), is_finished=is_finished))
 
     def kill_before(self, index: int) -> None:
         """The process dies before the log's entry number `index`, in the middle of it if that is a write."""
@@ -78,10 +82,10 @@ class SimulatedDisk(Disk):
             raise Killed
 
     def sync(self, file: OpenFile) -> None:
-        self._log("sync", file.path, site=_site(file.path))
+        self._log("sync", file.path, site=_site(self._relative(file.path)))
 
     def sync_dir(self, path: Path) -> None:
-        self._log("sync_dir", path, site=_site(path))
+        self._log("sync_dir", path, site=_site(self._relative(path)))
 
     def rename(self, source: Path, target: Path) -> None:
         self._log("rename", target, source)
@@ -124,19 +128,38 @@ class SimulatedDisk(Disk):
         return "" if relative == "." else relative
 
 
+class ReadOnlyDisk(Disk):
+    """Refuses everything that would change something."""
+
+    @contextmanager
+    def lock(self, path: Path, wait_s: float, *, is_shared: bool = False) -> Iterator[None]:
+        _refuse()
+        yield
+
+
+def _refuse(*_: object) -> None:
+    error = OSError(errno.EROFS, os.strerror(errno.EROFS))
+    raise CheckpointError("the disk is only read") from error
+
+
+for _operation in ("create", "write", "rename", "link", "unlink", "mkdir", "rmdir"):
+    setattr(ReadOnlyDisk, _operation, _refuse)
+
+
 def _now() -> int:
     return next(_CLOCK) * 1_000_000_000
 
 
-def _site(path: Path) -> str:
-    """The two calls in apollo_ipc.checkpoint that lead to this flush, with lines, and what it flushes."""
+def _site(flushed: str) -> str:
+    """The function of apollo_ipc.checkpoint that flushes, for `publish` with its caller, and what it flushes;
+    "" where the package does not."""
     calls, frame = [], sys._getframe(2)
     while frame is not None and len(calls) < 2:
         code = frame.f_code
-        if code.co_filename.endswith(".py") and "/apollo_ipc/checkpoint/" in code.co_filename:
-            calls.append(f"{code.co_name}:{frame.f_lineno}")
+        if "/apollo_ipc/checkpoint/" in code.co_filename:
+            calls.append(code.co_name)
         frame = frame.f_back
     if not calls:
         return ""
-    kind = path.name.split("-")[0]
-    return f"{' > '.join(reversed(calls))} ({kind})"
+    where = " < ".join(calls if calls[0] == "publish" else calls[:1])
+    return f"{where}: {flushed.rpartition('/')[2].split('-')[0] or 'model directory'}"
