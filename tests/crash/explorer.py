@@ -1,4 +1,4 @@
-"""Crash states of a recorded run, each brought up again by the real recovery and examined to the last byte."""
+"""Crash states of a recorded run, each brought up again by the real recovery and examined byte for byte."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NEXT = 9  # weight version of a sync after the crash
 
 
 class Explorer:
-    """`states` counts those that were brought up, each different from all others. work_dir: in memory, best."""
+    """Remembers each state that it has brought up: no two of `num_states` are the same."""
 
     def __init__(self, work_dir: Path, truth: dict[int, Known], rng: random.Random):
         self.work_dir, self._truth, self._rng = work_dir, truth, rng

@@ -38,7 +38,7 @@ Entries = dict[tuple[Directory, str], Node]
 
 
 class Change:
-    """Entries of one directory that change together: None removes. `needs`: it comes never without that one."""
+    """Entries of one directory that change together: None removes. It never arrives without `needs`."""
 
     def __init__(self, directory: Directory, entries: dict[str, Node | None], needs: Change | None = None):
         self.directory, self.entries, self.needs = directory, entries, needs
@@ -207,7 +207,7 @@ class Platter:
             yield _state(trees[n], rng.choice(whole[n]))
 
     def _trees(self, rng: random.Random, limit: int) -> Iterator[dict[str, Node]]:
-        """Each subset of the changes of entries that are not flushed; `limit` // 3 of them if there are more."""
+        """Each subset of the changes that are not flushed; `limit` // 3 of them if there are more."""
         free = [change for change in self._changes if not change.is_flushed]
         if 2 ** len(free) <= max(limit // 3, 2):
             chosen: Iterable[set[Change]] = (
@@ -256,7 +256,7 @@ def _dirty(tree: dict[str, Node]) -> list[File]:
 
 
 def _contents(dirty: list[File], rng: random.Random) -> Iterator[dict[File, bytes]]:
-    """What may be in the files of `dirty`: first nothing new in any, then everything in all, then the rest."""
+    """What may be in the files of `dirty`: first nothing new in any, then everything in all, then more."""
     if not dirty:
         yield {}
         return

@@ -1,4 +1,4 @@
-"""Each protocol of a checkpoint as a short program on a simulated disk, and what may be left at each moment."""
+"""Each protocol of a checkpoint as a short program on a simulated disk, and what it may leave at each moment."""
 
 from __future__ import annotations
 

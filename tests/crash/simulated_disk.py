@@ -29,8 +29,8 @@ class Killed(BaseException):
 
 
 class Operation(NamedTuple):
-    """`kind` is a method of Disk, or "mark": from here on only the outcomes `allowed` are right ones, and with
-    `is_finished` the directory is one of them without any recovery."""
+    """`kind`: a method of Disk; or "mark": from here on only the outcomes `allowed` are right ones, and where
+    `is_finished`, even without any recovery."""
 
     kind: str
     path: str = ""

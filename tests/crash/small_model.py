@@ -16,12 +16,12 @@ from apollo_ipc.checkpoint import (
     DeltaTensor,
     FileRecord,
     begin,
+    history,
     is_current,
     read_commit,
     verify,
 )
 from apollo_ipc.checkpoint import delta as codec
-from apollo_ipc.checkpoint import history
 from apollo_ipc.checkpoint.disk import DISK, Disk
 from apollo_ipc.checkpoint.history import RunningDigest
 from apollo_ipc.checkpoint.shards import read_range, read_shards

@@ -1,4 +1,4 @@
-"""A test of the simulator and of the flushes: without any one of them a power cut does harm, and that is found.
+"""A test of the simulator, and of the flushes: without any one of them a power cut does harm, which is found.
 
 A flush has no other effect than on what a power cut may leave: it is taken out of the recorded log.
 """

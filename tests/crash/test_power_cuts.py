@@ -1,9 +1,9 @@
 """The power is cut after any operation of any protocol, and what is then on the disk comes up whole.
 
 In the manner of SQLite's crash tests (sqlite.org/testing.html#crash_testing) and of ALICE (Pillai et al., "All
-File Systems Are Not Created Equal", OSDI 2014): each protocol runs once, on a disk that logs its operations;
-from the log, platter.py builds what a power cut may leave; real recovery runs on each such state, and
-small_model.examine looks at the result to the last byte.
+File Systems Are Not Created Equal", OSDI 2014): each protocol runs once, on a disk that logs its operations
+(simulated_disk.py); from the log a model makes what a power cut may leave (platter.py); real recovery runs on
+each such state (explorer.py), and the result is compared to the last byte (small_model.py).
 
 What a power cut may leave, after any prefix of the operations:
 
@@ -14,19 +14,21 @@ What a power cut may leave, after any prefix of the operations:
 - fdatasync of a file says nothing of its name, fsync of a directory nothing of its files' bytes, nor of the
   directory's own name in its parent.
 - A rename is atomic. In one directory, the target changes and the source goes together. From one directory to
-  another, the target may have arrived and the source still be there (both names), never the other way round.
+  another, the target may have arrived and the source still be there (both names), never the other way round;
+  so a flush of the source's directory is one of the target as well.
 - A file's time and permission bits are those of its last write (they are in the inode, as is the length, and
   fdatasync flushes that where the length has changed). In one state of thirteen every file has another time:
   weights, optimizer state and history must not depend on it.
-- What was flushed stays. The disk does not lie about a flush, and flushed bytes do not rot.
+- What was flushed stays. The disk does not lie about a flush, no flush fails, and flushed bytes do not rot.
 
 A killed process is not a power cut: the next one sees all that it has done, flushed or not. So each protocol
 is also killed before each operation, another process recovers, and the power is cut in that.
 
 What must hold: the directory is the version before or the version after, all of it (shards, applied_seq,
-optimizer state, history, verify); once the protocol has returned, the version after; what a finished recovery
-has left never goes back; nothing is left over, and the next recovery has nothing to do. Some states are brought
-up by the next sync, by loading or by attaching instead, and in some the power is cut again in the recovery.
+optimizer state, history, verify); once the protocol has returned, the version after, for a mere reader too;
+what a finished recovery has left never goes back; nothing is left over, and the next recovery has nothing to
+do. Some states are brought up by the next sync, by loading or by attaching instead, and in some the power is
+cut again in the recovery.
 """
 
 from __future__ import annotations
