@@ -42,6 +42,7 @@ from apollo_ipc.checkpoint.record import (
     ShardRecord,
     Undo,
     Version,
+    is_as_left,
     is_current,
     pending_dir,
     publish,
@@ -166,15 +167,34 @@ class Transaction:
             history=kept_versions,
             undos=kept_undos,
         )
+        foreign = self._flush_foreign(shards, bool(kept_versions))
         if self._created:
             self._disk.sync_dir(self.pending)
-        if self.previous is None:
+        if self.previous is None or foreign:
             # The name `.apollo` itself: whoever made it may have died before it was flushed.
             self._disk.sync_dir(self.model_dir)
         self._disk.sync_dir(self.model_dir / STATE_DIR)  # names of the files that the record will speak of
         publish(self.model_dir, commit, self._disk)
         _finish(self.model_dir, commit, self._disk)
         return commit
+
+    def _flush_foreign(self, shards: Mapping[str, Shard], has_older: bool) -> bool:
+        """Shards that no commit has left so, but of which this record or one of its older versions speaks:
+        whoever put them there (a download, a copy) may not have flushed them. Whether there are any."""
+        known = self.previous.shards if self.previous else {}
+        foreign = [
+            name
+            for name in shards
+            if (has_older or name not in self._created)
+            and (name not in known or not is_as_left(self.model_dir / name, known[name]))
+        ]
+        for name in foreign:
+            file = self._disk.open(self.model_dir / name)
+            try:
+                self._disk.sync(file)
+            finally:
+                self._disk.close(file)
+        return bool(foreign)
 
     def _before(self, in_shards: dict[str, str] | None) -> Version | None:
         """The recovery point that this commit supersedes; None where the shards are no longer its own."""
