@@ -45,7 +45,9 @@ class Explorer:
         log: instead of the recorded one. num_nested: after how many of the states after an operation the
         power is cut in the recovery too.
         """
-        for op, platter in moments(recorded.initial, log or recorded.log, start):
+        if recorded.unflushed:
+            start = len(log or recorded.log) - 1
+        for op, platter in moments(recorded.initial, log or recorded.log, start, recorded.unflushed):
             for i, state in enumerate(platter.states(self._rng, limit)):
                 outcome = self.outcome(state)
                 if outcome not in platter.allowed:

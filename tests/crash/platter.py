@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import os
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,7 +107,8 @@ def read_state(root: Path) -> State:
 
 
 class Platter:
-    def __init__(self, initial: State):
+    def __init__(self, initial: State, unflushed: Collection[str] = ()):
+        """unflushed: files of which neither bytes nor name are on the disk yet."""
         self._root = Directory()
         self._live: Entries = {}  # as a process sees it
         files: dict[int, File] = {}
@@ -116,10 +117,13 @@ class Platter:
             if stored is None:
                 self._live[folder, name] = Directory()
             else:
-                file = File(stored.data, stored.mtime_ns, stored.mode, is_flushed=True)
+                file = File(stored.data, stored.mtime_ns, stored.mode, is_flushed=path not in unflushed)
                 self._live[folder, name] = files.setdefault(stored.identity, file)
         self._initial = dict(self._live)
         self._changes: list[Change] = []
+        for path in unflushed:
+            folder, name = self._find_folder(path)
+            self._change(folder, {name: self._initial.pop((folder, name))})
         self.allowed: frozenset = frozenset()
         self.is_finished = False
 

@@ -1,4 +1,4 @@
-"""Each protocol of a checkpoint as a short program on a simulated disk, and what it may leave at each moment."""
+"""Each protocol of a checkpoint as a short program on a simulated disk, and what it may leave behind."""
 
 from __future__ import annotations
 
@@ -51,6 +51,9 @@ class Scenario(NamedTuple):
     after: Outcome
     truth: dict[int, Known] = KNOWN
     is_killed: bool = True  # whether to kill it as well: not where it is more than one process
+    is_downloaded: bool = (
+        False  # just now: nobody has flushed the shards, and before `after` nothing is promised
+    )
 
 
 class Recorded(NamedTuple):
@@ -60,6 +63,7 @@ class Recorded(NamedTuple):
     initial: State
     log: list[Operation]
     start: int = 0
+    unflushed: tuple[str, ...] = ()
 
 
 def record(scenario: Scenario, work_dir: Path, *, kill_before: int | None = None, then: str = "") -> Recorded:
@@ -89,7 +93,8 @@ def record(scenario: Scenario, work_dir: Path, *, kill_before: int | None = None
     what = f"{scenario.protocol}, {scenario.name}"
     if kill_before is not None:
         what += f", killed before operation {kill_before}, then {then}"
-    return Recorded(what, initial, disk.log, kill_before or 0)
+    unflushed = tuple(SHARDS) if scenario.is_downloaded else ()
+    return Recorded(what, initial, disk.log, kill_before or 0, unflushed)
 
 
 def record_killed(
@@ -128,9 +133,11 @@ RECOVERIES: dict[str, Callable[[Path, SimulatedDisk], object]] = {
 }
 
 
-def moments(initial: State, log: list[Operation], start: int = 0) -> Iterator[tuple[Operation, Platter]]:
+def moments(
+    initial: State, log: list[Operation], start: int = 0, unflushed: tuple[str, ...] = ()
+) -> Iterator[tuple[Operation, Platter]]:
     """The platter after each operation of the log, from number `start` on; one object that moves on."""
-    platter = Platter(initial)
+    platter = Platter(initial, unflushed)
     for n, op in enumerate(log):
         platter.apply(op)
         if n >= start and op.kind not in FLUSHES:  # which take possibilities away and give none
@@ -192,6 +199,23 @@ SCENARIOS = [
         _outcome(1),
         STRANGER,
         is_killed=False,
+    ),
+    *(
+        Scenario(
+            protocol,
+            f"of a downloaded model{', history' * bool(num_kept)}",
+            _synced(),
+            _sync(1, kind, num_kept),
+            UNSYNCED,
+            _outcome(1, *kept),
+            is_killed=False,
+            is_downloaded=True,
+        )
+        for protocol, kind, num_kept, kept in (
+            ("full sync", "full", 4, [0]),
+            ("delta", "delta", 0, []),
+            ("delta", "delta", 4, [0]),
+        )
     ),
     Scenario("delta", "no history", _synced("full"), _sync(2, "delta"), _outcome(1), _outcome(2)),
     Scenario("delta", "the first sync, history", _synced(), _sync(1, "delta", 4), UNSYNCED, _outcome(1, 0)),

@@ -1,9 +1,9 @@
 """The power is cut after any operation of any protocol, and what is then on the disk comes up whole.
 
-In the manner of SQLite's crash tests (sqlite.org/testing.html#crash_testing) and of ALICE (Pillai et al., "All
-File Systems Are Not Created Equal", OSDI 2014): each protocol runs once, on a disk that logs its operations
-(simulated_disk.py); from the log a model makes what a power cut may leave (platter.py); real recovery runs on
-each such state (explorer.py), and the result is compared to the last byte (small_model.py).
+In the manner of SQLite's crash tests (sqlite.org/testing.html#crash_testing) and of ALICE (Pillai et al.,
+OSDI 2014): each protocol runs once, on a disk that logs its operations (simulated_disk.py); from the log a
+model makes what a power cut may leave (platter.py); real recovery runs on each such state (explorer.py), and
+the result is compared to the last byte (small_model.py).
 
 What a power cut may leave, after any prefix of the operations:
 
@@ -19,6 +19,8 @@ What a power cut may leave, after any prefix of the operations:
 - A file's time and permission bits are those of its last write (they are in the inode, as is the length, and
   fdatasync flushes that where the length has changed). In one state of thirteen every file has another time:
   weights, optimizer state and history must not depend on it.
+- What is there at the start is flushed, but in a model that was just downloaded: there the shards may be lost
+  like anything else until the first commit has returned, which then speaks of them.
 - What was flushed stays. The disk does not lie about a flush, no flush fails, and flushed bytes do not rot.
 
 A killed process is not a power cut: the next one sees all that it has done, flushed or not. So each protocol
