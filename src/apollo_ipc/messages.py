@@ -90,7 +90,7 @@ class SyncResult(msgspec.Struct, frozen=True):
     training_waited_s: float = 0.0  # of duration_s: comparing and copying out
     bytes_changed: int = 0  # of the live tensors that were written
     delta_bytes: int = 0  # what stands for them in a delta
-    max_abs_weight: float = 0.0  # the largest weight seen, and whose it is
+    max_abs_weight: float = 0.0  # the largest weight written, and whose it is
     max_abs_name: str | None = None
 
 
