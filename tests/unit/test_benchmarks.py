@@ -1,12 +1,17 @@
 """The benchmarks run, and what they compare is comparable. Their figures are not tested here."""
 
+import importlib
 import json
 import math
 import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
+
+from apollo_ipc.checkpoint import Commit
+from apollo_ipc.messages import JobInfo
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TOY = ["--layers", "2", "--pretrain-steps", "2", "--eval-windows", "2", "--seeds", "1"]
@@ -27,7 +32,7 @@ def run(script, *arguments):
     return done
 
 
-@pytest.mark.parametrize("script", ["finetune.py", "online.py"])
+@pytest.mark.parametrize("script", ["finetune.py", "online.py", "soak.py", "checkpoint.py"])
 def test_help_is_there_without_loading_torch(script):
     code = (
         f"import runpy, sys; sys.argv = [{script!r}, '--help']; sys.path.insert(0, {str(BENCHMARKS)!r})\n"
@@ -125,3 +130,95 @@ def test_the_stream_of_facts_gives_finite_rows_for_each_phase(tmp_path):
     for row in rows:
         for key in ("fact_loss", "damage", "update_rms", "written_rms", "grad_norm", "drift_rms"):
             assert math.isfinite(row[key]), (row["name"], row["phase"], key)
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """A module of benchmarks/ by its name, imported as its script does."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+def test_checkpoint_gives_a_row_for_each_contestant_and_the_ratios(tmp_path):
+    run(
+        "checkpoint.py",
+        "--gb",
+        0.02,
+        "--rounds",
+        2,
+        "--settle",
+        0,
+        "--dir",
+        tmp_path,
+        "--json",
+        tmp_path / "figures.json",
+    )
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]  # cleaned up
+    rows = {(row["name"], row["tensors_changed_fraction"]): row for row in figures["rows"]}
+    for fraction in (0.01, 0.1, 1.0):
+        assert rows["sync, full", fraction]["bytes_written"] >= rows["plain write", fraction]["bytes_written"]
+        assert rows["sync, delta", fraction]["bytes_written"] > 0
+    for kind in ("full", "delta"):  # nothing has changed, nothing is written
+        assert rows[f"sync, {kind}", 0.0]["bytes_written"] == 0
+    whole = figures["gb"] * 1e9
+    for name in ("sync, full", "safetensors save_file", "torch.save", "dcp.async_save", "mmap and memcpy"):
+        assert whole <= rows[name, 1.0]["bytes_written"] < 1.05 * whole, name
+    for row in figures["rows"]:
+        assert 0 <= row["training_stood_still_s"] <= row["quartiles_s"][1] + row["seconds"], row
+    names = ("unchanged_over_read_floor", "all_changed_over_plain_write", "delta_bytes_over_full_bytes")
+    assert all(figures[name] > 0 for name in names)
+    assert 0.1 < figures["moved_elements_fraction"] < 0.6
+
+
+def test_the_kills_of_a_seed_are_the_same_and_each_fifth_takes_vllm(benchmark):
+    plan_kills = benchmark("soak_kills").plan_kills
+    kills = plan_kills(20, 5, seed=3)
+    assert kills == plan_kills(20, 5, seed=3) != plan_kills(20, 5, seed=4)
+    assert [number for number, (what, _) in enumerate(kills, 1) if "vllm" in what] == [5, 10, 15, 20]
+    assert {what for what, _ in kills} == {"front", "trainer", "worker", "vllm", "vllm+worker"}
+    assert {is_in_sync for _, is_in_sync in kills} == {True, False}
+
+
+def test_a_lost_job_and_one_that_was_queued_twice_are_seen(benchmark):
+    def job(seq, state, steps_done, key):
+        return JobInfo(f"job-{seq}", seq, state, 0.0, 1, 3, steps_done=steps_done, idempotency_key=key)
+
+    jobs = [job(1, "durable", 3, "a"), job(2, "applied", 3, "b"), job(3, "durable", 2, "c")]
+    jobs += [job(4, "durable", 3, "d"), job(5, "durable", 3, "d")]
+    acknowledged = {
+        "a": ("job-1", 3),
+        "b": ("job-2", 3),
+        "c": ("job-3", 3),
+        "d": ("job-4", 3),
+        "e": ("job-9", 3),
+    }
+    problems = []
+    figures = benchmark("soak").judge_jobs(acknowledged, jobs, problems)
+    assert figures["jobs_lost"] == 3
+    assert figures["jobs_applied_twice"] == 1
+    assert figures["steps_expected"] == 12
+    assert len(problems) == 4
+
+
+def test_a_completion_may_fail_only_while_vllm_is_down(benchmark):
+    system = object.__new__(benchmark("soak_system").System)
+    system._downs = [(10.0, 20.0), (30.0, None)]
+    assert not system.was_down(1.0, 9.0)
+    assert system.was_down(9.0, 11.0)  # asked before the kill, cut off by it
+    assert system.was_down(12.0, 13.0)
+    assert system.was_down(19.0, 25.0)
+    assert not system.was_down(21.0, 29.0)
+    assert system.was_down(40.0, 41.0)  # not back yet
+
+
+def test_what_a_commit_says_it_holds_are_ended_jobs_and_the_steps_of_a_half_done_one(benchmark):
+    def job(seq, steps_done):
+        return JobInfo(f"job-{seq}", seq, "applied", 0.0, 1, 9, steps_done=steps_done)
+
+    commit = Commit(3, 5, 7, applied_seq=2, committed_at=0.0, shards={}, tensors={})
+    steps_in_commit = benchmark("soak_disk").steps_in_commit
+    jobs = [job(1, 4), job(2, 3), job(3, 6)]
+    assert steps_in_commit(commit, jobs) == 7
+    half = msgspec.structs.replace(commit, extra={"running": {"job_id": "job-3", "steps_done": 2}})
+    assert steps_in_commit(half, jobs) == 9
