@@ -16,6 +16,7 @@ import msgspec
 import pytest
 import torch
 from apollo_worker import worker as worker_module
+from apollo_worker.marks import StepMarks
 from apollo_worker.queue import JobQueue
 from apollo_worker.shared import Shared
 from apollo_worker.worker import TrainingWorker
@@ -509,3 +510,17 @@ def test_after_a_crash_before_the_answer_the_same_key_gives_the_same_job(tmp_pat
     assert again.job_id == (tmp_path / "id").read_text()
     assert [job.job_id for job in queue.list()] == [again.job_id]
     queue.close()
+
+
+def test_a_trainer_that_dies_before_its_first_step_does_not_lose_the_count_of_steps(tmp_path):
+    """Cleared marks say that no step is in the making; how many there have been they must still say."""
+    marks = StepMarks(tmp_path / "step.marks")
+    marks.clear(3)  # the weights are those of a commit after three steps
+    marks.close()
+    marks = StepMarks(tmp_path / "step.marks")
+    assert marks.read() is None
+    for step in (1, 2):
+        marks.begin("boot", "job-1", step)
+        marks.end("boot", "job-1", step, 1.0)
+    marks.close()
+    assert StepMarks(tmp_path / "step.marks").num_steps == 5

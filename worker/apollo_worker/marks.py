@@ -40,8 +40,7 @@ class StepMarks:
             self._page = mmap.mmap(fd, mmap.PAGESIZE)
         finally:
             os.close(fd)
-        last = self.read()
-        self.num_steps = last.num_steps if last else 0
+        self.num_steps: int = _LAYOUT.unpack_from(self._page)[-1]  # after `clear` too
 
     def read(self) -> LastStep | None:
         boot, job, begun, ended, loss, num_steps = _LAYOUT.unpack_from(self._page)
@@ -62,7 +61,7 @@ class StepMarks:
     def clear(self, num_steps: int = 0) -> None:
         """No step is in the making, and the optimizer has done `num_steps`."""
         self.num_steps = num_steps
-        self._page[: _LAYOUT.size] = bytes(_LAYOUT.size)
+        self._page[: _LAYOUT.size] = _LAYOUT.pack(b"", b"", 0, 0, 0.0, num_steps)
 
     def _write(self, boot_id: str, job_id: str, begun: int, ended: int, loss: float) -> None:
         # One slice assignment; a kill between two of its bytes would need a kill inside memcpy of 88 bytes,
