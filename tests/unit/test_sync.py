@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import shutil
 import signal
@@ -517,3 +518,23 @@ def test_a_commit_without_optimizer_has_none(single):
     writer.sync(weight_version=2, applied_seq=0)
     assert read_optimizer(single, read_commit(single).optimizer) is None
     assert state_files(single) == {"commit.json"}
+
+
+@pytest.mark.parametrize("dtype", sorted(set(hostcopy.DTYPES) - {"BOOL"}))
+def test_the_largest_magnitude_is_that_of_abs_and_max_whatever_the_signs(dtype):
+    torch_dtype = hostcopy.DTYPES[dtype]
+    if not torch_dtype.is_floating_point:
+        assert hostcopy.max_abs(torch.ones(3).to(torch_dtype)) == 0
+        return
+    generator = torch.Generator().manual_seed(0)
+    # One element, and more than one part of MAX_BYTES with a rest.
+    for num in (1, hostcopy.MAX_BYTES + 3):
+        values = torch.randn(num, generator=generator)
+        for block in (values, values.abs(), -values.abs(), torch.zeros(num), -torch.zeros(num)):
+            block = block.to(torch_dtype)
+            assert hostcopy.max_abs(block) == block.double().abs().max().item()
+        for bad in (torch.nan, -torch.nan, torch.inf, -torch.inf):
+            block = values.to(torch_dtype)
+            block[num // 2] = bad
+            is_finite = bool(block.double().isfinite().all())  # F8_E4M3 has no infinity
+            assert math.isfinite(hostcopy.max_abs(block)) == is_finite, bad
