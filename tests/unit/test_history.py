@@ -407,22 +407,25 @@ def test_an_error_of_the_writing_thread_reaches_who_waits(model_dir):
 
 
 def test_copying_out_waits_for_the_writer_beyond_one_shard(model_dir):
-    from apollo_worker.copy_out import CopyOut
+    from apollo_worker.copy_out import SLOT_BYTES, CopyOut
 
-    copies, seen = CopyOut(budget_bytes=100), []
+    copies, seen = CopyOut(budget_bytes=2 * SLOT_BYTES), []
+
+    def block() -> torch.Tensor:
+        return torch.zeros(SLOT_BYTES, dtype=torch.uint8)
 
     def write() -> None:
         seen.extend(block.nbytes for name in "xyz" for block in copies.take(name))
 
     for name in "xy":
-        copies.put(name, iter([torch.zeros(50, dtype=torch.uint8)]))
-    putting = threading.Thread(target=copies.put, args=("z", iter([torch.zeros(50, dtype=torch.uint8)])))
+        copies.put(name, iter([block()]))
+    putting = threading.Thread(target=copies.put, args=("z", iter([block()])), daemon=True)
     putting.start()
     putting.join(0.2)
-    assert putting.is_alive(), "150 bytes were taken where 100 are the limit"
+    assert putting.is_alive(), "three slots were taken where two are the limit"
     write()
     putting.join(5)
-    assert seen == [50, 50, 50]
+    assert seen == [SLOT_BYTES] * 3
 
 
 def test_a_weight_beyond_the_limit_refuses_the_sync(model_dir):

@@ -14,15 +14,19 @@ import numpy as np
 import torch
 
 
+# Memory is got from the system in arenas (numpy asks for huge pages from 4 MiB on) and used again in slots: a
+# block of fresh pages each time would cost more than the copying.
+ARENA_BYTES = 16 * 1024 * 1024
+SLOT_BYTES = 1024 * 1024
+
+
 class CopyOut:
     """Tensors as a row of blocks, in the order in which both ends name them."""
 
     def __init__(self, budget_bytes: int):
-        self._budget_bytes = budget_bytes
-        self._waiting: deque[tuple[str, np.ndarray | None]] = (
-            deque()
-        )  # None: the tensor's last block was before
-        self._held_bytes = 0
+        self._num_slots_left = max(1, budget_bytes // SLOT_BYTES)  # that may still be got from the system
+        self._free: list[np.ndarray] = []
+        self._waiting: deque[tuple[str, np.ndarray | None, int]] = deque()  # None: the end of the tensor
         self._news = threading.Condition()
         self._error: BaseException | None = None
 
@@ -30,35 +34,44 @@ class CopyOut:
         """Copies a tensor, given as 1-D CPU tensors, each valid until the next. Raises what `fail` got."""
         for block in blocks:
             # numpy copies on this thread alone; torch would wake its pool for every block.
-            data = block.view(torch.uint8).numpy().copy()
-            self._append(name, data)
-        self._append(name, None)
+            data = block.view(torch.uint8).numpy()
+            for start in range(0, data.size, SLOT_BYTES):
+                piece = data[start : start + SLOT_BYTES]
+                slot = self._slot()
+                np.copyto(slot[: piece.size], piece)
+                self._append(name, slot, piece.size)
+        self._append(name, None, 0)
 
-    def _append(self, name: str, data: np.ndarray | None) -> None:
-        size = 0 if data is None else data.nbytes
+    def _slot(self) -> np.ndarray:
         with self._news:
-            self._news.wait_for(lambda: self._error or self._has_room(size))
+            if not self._free and self._num_slots_left:
+                num_slots = min(self._num_slots_left, ARENA_BYTES // SLOT_BYTES)
+                self._num_slots_left -= num_slots
+                self._free.extend(np.empty((num_slots, SLOT_BYTES), np.uint8))
+            self._news.wait_for(lambda: self._error or self._free)
             self._raise()
-            self._waiting.append((name, data))
-            self._held_bytes += size
+            return self._free.pop()
+
+    def _append(self, name: str, slot: np.ndarray | None, num_bytes: int) -> None:
+        with self._news:
+            self._raise()
+            self._waiting.append((name, slot, num_bytes))
             self._news.notify_all()
 
-    def _has_room(self, num_bytes: int) -> bool:
-        return not self._held_bytes or self._held_bytes + num_bytes <= self._budget_bytes
-
     def take(self, name: str) -> Iterator[np.ndarray]:
-        """The blocks of the next tensor, which must be `name`, as bytes. Raises what `fail` was told."""
+        """The blocks of the next tensor, which must be `name`, as bytes; each valid until the next. Raises
+        what `fail` was told."""
         while True:
             with self._news:
                 self._news.wait_for(lambda: self._error or self._waiting)
                 self._raise()
-                found, data = self._waiting.popleft()
+                found, slot, num_bytes = self._waiting.popleft()
             assert found == name, f"{found} was copied where {name} is written"
-            if data is None:
+            if slot is None:
                 return
-            yield data
+            yield slot[:num_bytes]
             with self._news:
-                self._held_bytes -= data.nbytes
+                self._free.append(slot)
                 self._news.notify_all()
 
     def fail(self, error: BaseException) -> None:

@@ -179,7 +179,7 @@ class CheckpointWriter:
         return Todo("delta", [], live, {tensor.name: digests[tensor.name] for tensor in live}, int(space))
 
     def _live_digest(self, tensor: ShardTensor) -> str:
-        # Not looked at for NaN: bytes that are the committed ones were looked at when they were committed, and
+        # Not looked at for NaN: bytes that are the committed ones were looked at when they were, and
         # what differs is looked at when it is copied. So an unchanged tensor costs one read.
         found = xxhash.xxh3_128()
         for block in self._host.blocks(self._live[tensor.name], DTYPES[tensor.dtype]):
