@@ -44,7 +44,9 @@ def live(tmp_path) -> Live:
 def test_rsync_copies_one_version_while_syncs_go_on(live, tmp_path):
     backup = tmp_path / "backup"
     # So slow that several syncs replace shards while it reads.
-    runner = Runner("rsync", "-a", "--delete", "--whole-file", "--bwlimit=10", "{snapshot}/", f"{backup}/")
+    # Shards of one size, and here of one second: rsync has to look at the nanoseconds.
+    flags = ["-a", "--delete", "--modify-window=-1", "--whole-file", "--bwlimit=10"]
+    runner = Runner("rsync", *flags, "{snapshot}/", f"{backup}/")
     runner.runner.note(result_of(live, 1), str(live.model_dir))
     num_syncs = 0
     deadline = time.monotonic() + 20

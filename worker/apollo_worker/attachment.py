@@ -135,9 +135,10 @@ class Attachment:
             version += self._reconcile(commit)
         elif (last := self._marks.read()) is not None and last.boot_id == manifest.boot_id:
             version += self._mend_last_step(last)
-        load_optimizer(self.trainer, model_dir, commit)
+        is_loaded = load_optimizer(self.trainer, model_dir, commit)
         # Steps since that commit: their weights are in vLLM's memory, their moments went with the worker.
-        if (num_lost := self._marks.num_steps - num_steps_of(commit)) > 0:
+        # Moments at zero begin with step 0, or the correction of their bias would take them for warm ones.
+        if is_loaded and (num_lost := self._marks.num_steps - num_steps_of(commit)) > 0:
             self.trainer.main_optimizer.advance(num_lost)
         self.set_version(version)
         shared.durable_version = commit.weight_version if commit else 0
@@ -230,13 +231,16 @@ def num_steps_of(commit: Commit | None) -> int:
     return commit.extra.get("optimizer_steps", 0) if commit else 0
 
 
-def load_optimizer(trainer: Trainer, model_dir: Path, commit: Commit | None) -> None:
-    """The moments of the last commit; anew, with a warning, where those do not fit or are damaged."""
+def load_optimizer(trainer: Trainer, model_dir: Path, commit: Commit | None) -> bool:
+    """The moments of the last commit; anew, with a warning, where those do not fit or are damaged. Whether
+    there were any."""
     try:
         if commit is not None and (saved := read_optimizer(model_dir, commit.optimizer)) is not None:
             trainer.main_optimizer.load_state(*saved)
+            return True
     except (UserError, CheckpointError) as error:
         log.warning("the saved optimizer state is not used, moments start anew: %s", error.message)
+    return False
 
 
 def make_writer(live: LiveModel, config: Config) -> CheckpointWriter:

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-
 # Memory is got from the system in arenas (numpy asks for huge pages from 4 MiB on) and used again in slots: a
 # block of fresh pages each time would cost more than the copying.
 ARENA_BYTES = 16 * 1024 * 1024

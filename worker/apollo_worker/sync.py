@@ -19,8 +19,9 @@ import torch
 import xxhash
 
 from apollo_ipc.checkpoint.disk import DISK, Disk
+from apollo_ipc.checkpoint.recovery import LOCK_WAIT_S
 from apollo_ipc.checkpoint.shards import Shard, ShardTensor, read_shards, shard_index
-from apollo_ipc.checkpoint.transaction import LOCK_WAIT_S, begin
+from apollo_ipc.checkpoint.transaction import begin
 from apollo_ipc.errors import CheckpointError
 from apollo_ipc.messages import SyncResult
 from apollo_ipc.requests import SyncKind

@@ -109,7 +109,8 @@ class TrainerChild:
         self._close_link()
         status = self._process.wait()
         now = time.monotonic()
-        self.num_deaths = 1 if now - self._started_at > STEADY_AFTER_S else self.num_deaths + 1
+        is_steady = now - self._started_at > STEADY_AFTER_S or status == 0  # 0: it made way for a new one
+        self.num_deaths = 1 if is_steady else self.num_deaths + 1
         wait_s = RESTART_AFTER_S[min(self.num_deaths, len(RESTART_AFTER_S)) - 1]
         self._start_again_at = now + wait_s
         self._process = None

@@ -25,18 +25,11 @@ from apollo_ipc.checkpoint.record import (
     is_current,
     read_commit,
 )
+from apollo_ipc.checkpoint.recovery import LOCK_WAIT_S, Recovery, loading, recover
 from apollo_ipc.checkpoint.restore import forget, restore_version
 from apollo_ipc.checkpoint.shards import ShardTensor, shard_index
 from apollo_ipc.checkpoint.snapshot import Snapshot, snapshot
-from apollo_ipc.checkpoint.transaction import (
-    LOCK_WAIT_S,
-    SPACE_MARGIN_BYTES,
-    Recovery,
-    Transaction,
-    begin,
-    loading,
-    recover,
-)
+from apollo_ipc.checkpoint.transaction import SPACE_MARGIN_BYTES, Transaction, begin
 from apollo_ipc.checkpoint.verify import Problem, check_shards, verify
 
 __all__ = [

@@ -23,8 +23,8 @@ from apollo_ipc.checkpoint.record import (
     read_commit,
     state_path,
 )
+from apollo_ipc.checkpoint.recovery import LOCK_WAIT_S, clean
 from apollo_ipc.checkpoint.shards import read_shard
-from apollo_ipc.checkpoint.transaction import LOCK_WAIT_S, clean
 
 log = logging.getLogger(__name__)
 

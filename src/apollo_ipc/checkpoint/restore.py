@@ -7,8 +7,9 @@ from pathlib import Path
 from apollo_ipc.checkpoint import history
 from apollo_ipc.checkpoint.disk import DISK, Disk
 from apollo_ipc.checkpoint.record import STATE_DIR, Commit, is_as_left
+from apollo_ipc.checkpoint.recovery import LOCK_WAIT_S, clean, recover
 from apollo_ipc.checkpoint.shards import Shard, read_shards
-from apollo_ipc.checkpoint.transaction import LOCK_WAIT_S, Transaction, begin, clean, recover
+from apollo_ipc.checkpoint.transaction import Transaction, begin
 from apollo_ipc.errors import CheckpointError, UserError
 
 

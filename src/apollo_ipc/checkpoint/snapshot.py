@@ -18,7 +18,7 @@ import msgspec
 
 from apollo_ipc.checkpoint.disk import DISK, Disk
 from apollo_ipc.checkpoint.record import STATE_DIR, Commit, read_commit
-from apollo_ipc.checkpoint.transaction import LOCK_WAIT_S, recover, remove
+from apollo_ipc.checkpoint.recovery import LOCK_WAIT_S, recover, remove
 from apollo_ipc.errors import CheckpointError
 
 
