@@ -15,7 +15,7 @@ from simulated_disk import FLUSHES, Operation
 
 SEED = 2014
 # Needed only where an earlier process was killed between the rename of its record and the flush.
-AFTER_A_KILL = {"_recover: .apollo", "_flush_record: .apollo"}
+AFTER_A_KILL = {"repair: .apollo", "_flush_record: .apollo"}
 # Needed only where someone has put the shards there without flushing them.
 AFTER_A_DOWNLOAD = {"_flush_foreign: model"}
 # A restore folds first, and that the commit after it flushes. That a fold does: seen in the fold alone.
@@ -69,7 +69,7 @@ def test_each_flush_of_a_recovery_is_missed_when_it_is_left_out(work_dir):
                 if op.site not in missed and harm_without(explorer, recorded, flush, limits=(40,)):
                     missed.add(op.site)
     assert seen - missed == set()
-    assert missed >= AFTER_A_KILL | {"publish < _recover: commit.json.new", "publish < _recover: .apollo"}
+    assert missed >= AFTER_A_KILL | {"publish < repair: commit.json.new", "publish < repair: .apollo"}
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS[:5], ids=lambda one: f"{one.protocol}, {one.name}")
