@@ -291,6 +291,7 @@ def test_no_key_and_the_wrong_key_train_nothing(live: Live) -> None:
 
 def test_an_older_version_is_restored_into_the_served_weights(live: Live) -> None:
     """Versions on disk as shards, differences and a delta; the one restored is served, bit for bit."""
+    wait_for(lambda: live.status()["progress"]["activity"] == "idle", "the end of what the tests before sent")
     first = live.post("/checkpoint", {}).json()["weight_version"]
     ids = encode(live.model_dir, chat("Who keeps the light?", "Old Marta."))
     weights, logprobs = read_live_weights(live.server.runtime_dir), live.logprobs(ids)
@@ -350,6 +351,7 @@ def test_nothing_is_restored_while_a_job_trains(live: Live) -> None:
 
 def test_weights_that_were_made_nan_by_hand_fail_the_job_and_refuse_the_sync(live: Live) -> None:
     """And a restore mends them."""
+    wait_for(lambda: live.status()["progress"]["activity"] == "idle", "the end of what the tests before sent")
     live.post("/checkpoint", {})
     version = live.status()["durable_version"]
     from apollo_worker.mapping import map_views, open_transport
