@@ -160,7 +160,8 @@ class TrainingWorker:
         if self.queue.is_cancel_requested(job_id):
             raise JobStopped("cancelled")
         self.do_what_is_asked(is_training=True)
-        if time.monotonic() - self._published_at >= self.config.train.publish_interval_s:
+        since_s = time.monotonic() - self._published_at
+        if self._num_unpublished and since_s >= self.config.train.publish_interval_s:
             self.publish()
 
     def end_early(self, job: Job, reason: str) -> None:
