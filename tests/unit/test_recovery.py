@@ -373,8 +373,10 @@ def test_weights_that_no_sync_takes_are_replaced_by_a_restore(served, config):
         next(iter(trainer.worker.attachment.live.trained_tensors().values()))[0, 0] = float("nan")
         with pytest.raises(CheckpointError, match="restore VERSION --live"):
             trainer.sync()
+        assert trainer.shared.sync_error
         restore(trainer, 3)
         assert_same(trainer.live(), weights[3])
+        assert trainer.shared.sync_error is None
 
 
 def test_an_older_version_that_is_damaged_leaves_the_live_weights_alone(served, config, model_dir):

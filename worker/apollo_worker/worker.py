@@ -248,7 +248,8 @@ class TrainingWorker:
         self.attachment.restore_last_commit()
         self.attachment.set_version(commit.weight_version - 1)
         new_version = self.publish()
-        self.shared.durable_version = new_version
+        # What a sync said of the weights that are gone (NaN, for one) is over with them.
+        self.shared.durable_version, self.shared.sync_error = new_version, None
         log.warning(
             "weight version %d restored as %d; %d jobs undone", weight_version, new_version, len(undone)
         )
