@@ -14,12 +14,28 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from apollo_ipc.curation.settings import (
+    Curation,
+    DirectTier,
+    Dream,
+    DreamTier,
+    Judge,
+    Quality,
+    Tier,
+    check_strip_rules,
+)
 from apollo_ipc.errors import ConfigError, UserError
 from apollo_ipc.requests import convert
 
 DEFAULT_RANK = 64  # APOLLO's projection rank: the one place where it is written
 ENV_PREFIX = "APOLLO_"
-_TEXT_KEYS = {("http", "train_key"), ("paths", "runtime_dir"), ("paths", "state_dir")}
+_TEXT_KEYS = {
+    ("http", "train_key"),
+    ("paths", "runtime_dir"),
+    ("paths", "state_dir"),
+    ("curation", "api_key"),
+    ("judge", "api_key"),
+}
 
 Positive = Annotated[float, Meta(gt=0)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
@@ -110,6 +126,13 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     worker: Worker = Worker()
     checkpoint: Checkpoint = Checkpoint()
     http: Http = Http()
+    curation: Curation = Curation()
+    judge: Judge = Judge()
+    dream: Dream = Dream()
+    quality: Quality = Quality()
+    tier_direct: DirectTier = DirectTier()
+    tier_dream: DreamTier = DreamTier()
+    tier_bootstrap: Tier = Tier()
 
     @property
     def runtime_dir(self) -> Path:
@@ -182,6 +205,7 @@ def _check(data: Any, source: str) -> Config:
         config = convert(data, Config)
         if 0 < config.train.limiter_ratio < 1:
             raise UserError("0 (off) or at least 1 is needed", field="train.limiter_ratio")
+        check_strip_rules(config.curation.strip)
         return config
     except UserError as error:
         at = f"{error.field}: " if error.field else ""

@@ -30,6 +30,8 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    # Of an assistant's message, as in OpenAI's fine-tuning format: 0 is context only, 1 (default) is learned.
+    weight: Literal[0, 1] | None = None
 
 
 class Example(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -197,6 +199,13 @@ def check_form(example: Example, path: str) -> None:
         raise UserError("`tools` goes with `messages` only", field=f"{path}.tools", code="invalid_example")
     if chat and not example.messages:
         raise UserError("messages is empty", field=f"{path}.messages", code="invalid_example")
+    for i, message in enumerate(example.messages or []):
+        if message.weight is not None and message.role != "assistant":
+            raise UserError(
+                "weight goes with an assistant's message: nothing is learned of others",
+                field=f"{path}.messages[{i}].weight",
+                code="invalid_example",
+            )
     if text:
         for name in ("prompt", "completion"):
             if getattr(example, name) is None:

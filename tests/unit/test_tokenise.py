@@ -2,6 +2,7 @@
 
 import threading
 
+import msgspec
 import pytest
 from apollo_worker.tokenise import Tokeniser, content_hash, load_tokeniser
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -125,6 +126,50 @@ def test_generation_blocks_give_transformers_own_mask_token_by_token():
 def test_the_prefix_method_gives_the_mask_that_generation_blocks_give(num_messages):
     example = Example(messages=CHAT[:num_messages])
     assert tokeniser(CHATML).encode(example, "x") == tokeniser(CHATML_GENERATION).encode(example, "x")
+
+
+@pytest.mark.parametrize("template", [CHATML, CHATML_GENERATION])
+def test_an_assistant_turn_of_weight_0_is_read_but_not_learned(template):
+    first, last = (msgspec.structs.replace(CHAT[2], weight=weight) for weight in (0, 1))
+    tok = tokeniser(template)
+    plain = tok.encode(Example(messages=CHAT), "x")
+    weighted = tok.encode(Example(messages=[*CHAT[:2], first, *CHAT[3:]]), "x")
+    assert weighted.input_ids == plain.input_ids
+    assert target_text(tok, weighted) == ["  Still\nhere <|im_end|>"]
+    assert tok.encode(Example(messages=[*CHAT[:2], last, *CHAT[3:]]), "x") == plain
+    error = refusal(tok, Example(messages=[*CHAT[:2], first]))
+    assert "weight 0" in error.message
+
+
+def call_of(arguments):
+    return {"id": "c1", "type": "function", "function": {"name": "look", "arguments": arguments}}
+
+
+SHOWS_CALLS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}"
+    "{% for k, v in c.function.arguments | items %}{{ k }}={{ v }}{% endfor %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_arguments_of_a_tool_call_reach_the_template_as_vllm_hands_them_to_it():
+    tok = tokeniser(SHOWS_CALLS)
+    for arguments in ('{"at": "x"}', {"at": "x"}):
+        messages = [Message("user", "?"), Message("assistant", "", tool_calls=[call_of(arguments)])]
+        assert target_text(tok, tok.encode(Example(messages=messages), "x")) == ["at=x<|im_end|>"]
+    broken = [Message("user", "?"), Message("assistant", "", tool_calls=[call_of("[1")])]
+    error = refusal(tok, Example(messages=broken))
+    assert (error.field, "not a JSON object" in error.message) == ("examples[0].messages[1].tool_calls", True)
+    seen = [*broken[:1], msgspec.structs.replace(broken[1], weight=0), Message("tool", "no"), CHAT[2]]
+    assert target_text(tok, tok.encode(Example(messages=seen), "x")) == ["Hallo.<|im_end|>"]
+
+
+def test_a_tool_call_that_the_template_does_not_show_is_refused():
+    messages = [Message("user", "?"), Message("assistant", "", tool_calls=[call_of("{}")])]
+    error = refusal(tokeniser(CHATML), Example(messages=messages))
+    assert error.field == "examples[0].messages[1].tool_calls"
+    assert "does not show tool calls" in error.message
 
 
 def test_consecutive_and_empty_assistant_turns_are_targets_with_their_end():

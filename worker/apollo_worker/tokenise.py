@@ -9,7 +9,7 @@ import re
 import threading
 from collections.abc import Callable
 from hashlib import blake2b
-from itertools import takewhile
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ class Tokeniser:
     def encode(self, example: Example, path: str) -> TokenisedExample:
         """`example` as tokens. Raises UserError (`invalid_example`) with a field below `path`.
 
-        messages: loss on every assistant turn, up to and with its end-of-turn token.
+        messages: loss on every assistant turn whose weight is not 0, up to and with its end-of-turn token.
         prompt + completion: the prompt is tokenised as vLLM's /v1/completions does it (BOS where the
         tokenizer has one), the completion on its own, so that the boundary is where generation starts;
         EOS is appended as a target, so that the served model stops there.
@@ -127,9 +127,15 @@ def _encode_completion(tokenizer: Any, example: Example) -> tuple[list[int], lis
 
 
 def _encode_messages(tokenizer: Any, example: Example, field: str) -> tuple[list[int], list[bool]]:
-    messages = msgspec.to_builtins(example.messages)
-    if not any(message["role"] == "assistant" for message in messages):
-        raise _invalid('no message has the role "assistant": nothing to learn', field)
+    messages: list[dict[str, Any]] = msgspec.to_builtins(example.messages)
+    weights = [message.pop("weight", 1) for message in messages]
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    learned = [i for i in turns if weights[i]]
+    for i, message in enumerate(messages):
+        _parse_arguments(message, f"{field}[{i}].tool_calls" if i in learned else None)
+    if not learned:
+        every = "every assistant message has weight 0" if turns else 'no message has the role "assistant"'
+        raise _invalid(f"{every}: nothing to learn", field)
     try:
         template = tokenizer.get_chat_template(tools=example.tools)
     except ValueError as error:
@@ -138,12 +144,62 @@ def _encode_messages(tokenizer: Any, example: Example, field: str) -> tuple[list
             "and completion, or token ids",
             field,
         ) from None
+    _check_tool_calls_are_rendered(tokenizer, messages, learned, example.tools, field)
     if _GENERATION_BLOCK.search(template) and tokenizer.is_fast:
         encoded = _apply_template(
             tokenizer, messages, example.tools, field, return_assistant_tokens_mask=True
         )
-        return encoded["input_ids"], [bool(mask) for mask in encoded["assistant_masks"]]
-    return _mask_by_prefix(tokenizer, messages, example.tools, field)
+        mask = [bool(token) for token in encoded["assistant_masks"]]
+        if learned == turns:
+            return encoded["input_ids"], mask
+        runs = [list(run) for kind, run in groupby(range(len(mask)), mask.__getitem__) if kind]
+        if len(runs) == len(turns):  # else the marks do not tell one turn from the next
+            for i, run in zip(turns, runs, strict=True):
+                for at in run:
+                    mask[at] = i in learned
+            return encoded["input_ids"], mask
+    return _mask_by_prefix(tokenizer, messages, learned, example.tools, field)
+
+
+def _parse_arguments(message: dict[str, Any], learned_at: str | None) -> None:
+    """Arguments of tool calls as objects, as templates expect them; OpenAI's API has JSON in a string.
+
+    The same as vLLM does before it renders (vllm/renderers/chat_utils.py, _postprocess_messages): the model
+    is trained on what it will be shown. Where they are no object, vLLM shows an empty one; that is not
+    learned: raises UserError with the field `learned_at`, None for a message that is context only.
+    """
+    for call in message.get("tool_calls") or []:
+        function = call.get("function")
+        if not isinstance(function, dict):
+            continue
+        arguments = function.get("arguments") or {}
+        if isinstance(arguments, str):
+            try:
+                arguments = msgspec.json.decode(arguments)
+            except msgspec.DecodeError:
+                arguments = None
+        if not isinstance(arguments, dict):
+            if learned_at is not None:
+                raise _invalid("the arguments of a tool call are not a JSON object", learned_at)
+            arguments = {}
+        function["arguments"] = arguments
+
+
+def _check_tool_calls_are_rendered(
+    tokenizer: Any, messages: list[dict[str, Any]], learned: list[int], tools: list[Any] | None, field: str
+) -> None:
+    """A template that leaves tool calls out would teach the model to end its turn instead of calling."""
+    for i in learned:
+        if not messages[i].get("tool_calls"):
+            continue
+        part = messages[: i + 1]
+        without = [*part[:-1], {name: part[-1][name] for name in part[-1] if name != "tool_calls"}]
+        shown, plain = (_apply_template(tokenizer, one, tools, field)["input_ids"] for one in (part, without))
+        if shown == plain:
+            raise _invalid(
+                "the model's chat template does not show tool calls, so this one cannot be learned",
+                f"{field}[{i}].tool_calls",
+            )
 
 
 def _apply_template(
@@ -160,9 +216,9 @@ def _apply_template(
 
 
 def _mask_by_prefix(
-    tokenizer: Any, messages: list[Any], tools: list[Any] | None, field: str
+    tokenizer: Any, messages: list[Any], learned: list[int], tools: list[Any] | None, field: str
 ) -> tuple[list[int], list[bool]]:
-    """Token ids of the conversation, and which of them an assistant turn consists of.
+    """Token ids of the conversation, and which of them the assistant turns at `learned` consist of.
 
     A turn starts where the conversation before it, with the generation prompt, ends: what the served model
     is given when it answers. It ends where the conversation with it ends, whitespace after the end-of-turn
@@ -174,9 +230,7 @@ def _mask_by_prefix(
 
     ids = tokens(messages)
     is_target = [False] * len(ids)
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
+    for i in learned:
         if i == 0:
             message = "the conversation begins with an assistant turn: put a system or user message before it"
             raise _invalid(message, f"{field}[0]")
