@@ -29,6 +29,7 @@ class Conversation(msgspec.Struct, frozen=True):
     source: Source
     topic: str
     tools: list[dict[str, Any]] | None = None
+    removed: list[str] = []  # hashes (text_hash) of what was stripped so far
 
 
 class Broken(msgspec.Struct, frozen=True):
