@@ -52,7 +52,7 @@ def test_the_model_files_say_only_what_they_are_for():
     [
         ("[train]\nrnak = 64", "train.rnak: unknown field 'rnak'; did you mean 'rank'?"),
         ("[trian]\nrank = 64", "trian: unknown field 'trian'; did you mean 'train'?"),
-        ("port = 1", "unknown field 'port'; known here: checkpoint, http, paths, train, worker"),
+        ("port = 1", "unknown field 'port'; known here: checkpoint, curation, dream, http,"),
         ('[train]\nrank = "64"', "train.rank: Expected `int`, got `str`"),
         ("[train]\nlr = 0.0", "train.lr: Expected `float` > 0.0"),
         ('[train]\nrounding = "up"', "train.rounding: Invalid enum value 'up'"),
@@ -66,6 +66,31 @@ def test_a_wrong_file_is_named_with_its_key_and_what_would_be_right(tmp_path, te
         load(file)
     assert str(file) in str(raised.value)
     assert words in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        ("{}", "curation.strip[0]: a rule has exactly one of role, begin + end, pattern, json_path"),
+        ('{role = "system", pattern = "x"}', "exactly one of"),
+        ('{begin = "<memory>"}', "begin and end go together"),
+        ('{role = "user"}', "curation.strip[0].role: the user's messages are what is learned from"),
+        ('{pattern = "("}', "curation.strip[0].pattern: not a regular expression"),
+        ('{pattern = "a*"}', "matches the empty text"),
+    ],
+)
+def test_a_strip_rule_that_cannot_be_meant_is_refused(tmp_path, rule, words):
+    file = tmp_path / "my.toml"
+    file.write_text(f"[curation]\nstrip = [{rule}]\n")
+    with pytest.raises(ConfigError) as raised:
+        load(file)
+    assert words in str(raised.value)
+
+
+def test_a_tier_keeps_its_own_defaults_beside_a_key_that_is_given():
+    config = load_config(environ={"APOLLO_TIER_DIRECT__WHEN": "nightly"})
+    assert (config.tier_direct.when, config.tier_direct.lr) == ("nightly", 1e-4)
+    assert config.tier_bootstrap.lr == 1e-5
 
 
 def test_the_environment_wins_over_the_file_and_a_flag_over_both(tmp_path):
