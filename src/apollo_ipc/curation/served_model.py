@@ -27,6 +27,15 @@ class ModelAway(NotReady):
     code = "model_away"
 
 
+class Refused(UserError):
+    """A server said no, and would again. said: its own sentence; status: of HTTP; field: what it named."""
+
+    def __init__(self, message: str, *, said: str, status: int, field: str | None, code: str | None):
+        super().__init__(message, field=field, code=code)
+        self.said = said
+        self.status = status
+
+
 class Load(msgspec.Struct, frozen=True):
     """What vLLM says it is doing: requests now running and waiting, and requests ended since its start."""
 
@@ -39,8 +48,8 @@ class ServedModel:
     """url: of an OpenAI-compatible server; model: empty for the first one that it lists.
 
     patience_s: a server that does not answer, or answers 502 to 504 or 429, is asked again for so long, then
-    ModelAway is raised. Any other refusal is a UserError with what the server said. Safe for several threads.
-    stop: asked between two attempts; when it answers true, ModelAway is raised at once.
+    ModelAway is raised. Any other refusal is a Refused (a UserError) with what the server said. Safe for
+    several threads. stop: asked between two attempts; when it answers true, ModelAway is raised at once.
     """
 
     def __init__(
@@ -205,7 +214,13 @@ def request_patiently(
                 return response
             problem = f"{response.status_code}: {_said(response)}"
             if response.status_code not in (429, 502, 503, 504):
-                raise UserError(f"{http.base_url}{path.lstrip('/')} answered {problem}", code=_code(response))
+                raise Refused(
+                    f"{http.base_url}{path.lstrip('/')} answered {problem}",
+                    said=_said(response),
+                    status=response.status_code,
+                    field=_named(response, "param"),
+                    code=_named(response, "code"),
+                )
         if time.monotonic() >= deadline or stop():
             raise ModelAway(f"{http.base_url} did not answer for {patience_s:g} s ({problem})")
         time.sleep(min(RETRY_S, max(0.0, deadline - time.monotonic())))
@@ -225,11 +240,13 @@ def _said(response: httpx.Response) -> str:
         return response.text[:300]
 
 
-def _code(response: httpx.Response) -> str | None:
+def _named(response: httpx.Response, name: str) -> str | None:
+    """Text that OpenAI's error object has under this name; vLLM's own codes are numbers."""
     try:
-        return response.json()["error"]["code"]
+        found = response.json()["error"][name]
     except (ValueError, KeyError, TypeError):
         return None
+    return found if isinstance(found, str) else None
 
 
 def learner(config: Config, stop: Callable[[], bool] = lambda: False) -> ServedModel:
