@@ -18,7 +18,7 @@ from apollo_ipc.requests import Message
 REQUEST_TIMEOUT_S = 300.0
 RETRY_S = 1.0
 _GAUGE = re.compile(r"^vllm:num_requests_(running|waiting)(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
-_COUNTER = re.compile(r"^vllm:(?:request_success|e2e_request_latency_seconds_count)\S* (\S+)$", re.MULTILINE)
+_COUNTER = re.compile(r"^vllm:request_success_total(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
 
 
 class ModelAway(NotReady):
@@ -63,6 +63,7 @@ class ServedModel:
     ):
         self.url = url.rstrip("/").removesuffix("/v1")
         self.patience_s = patience_s
+        self.num_ended = 0  # requests of ours that vLLM counts among the ended ones
         self._model = model
         self._stop = stop
         self._lock = threading.Lock()
@@ -103,7 +104,7 @@ class ServedModel:
             body["tools"] = tools
         if seed is not None:
             body["seed"] = seed
-        message = self._request("POST", "/v1/chat/completions", body).json()["choices"][0]["message"]
+        message = self._generate("/v1/chat/completions", body)["message"]
         return Message(
             role="assistant",
             content=message.get("content") or "",
@@ -163,7 +164,7 @@ class ServedModel:
             "temperature": 0,
             "prompt_logprobs": 0,
         }
-        entries = self._request("POST", "/v1/completions", body).json()["choices"][0]["prompt_logprobs"]
+        entries = self._generate("/v1/completions", body)["prompt_logprobs"]
         return [entry[str(token)]["logprob"] for entry, token in zip(entries[1:], ids[1:], strict=True)]
 
     def load(self) -> Load:
@@ -187,6 +188,13 @@ class ServedModel:
 
     def close(self) -> None:
         self._http.close()
+
+    def _generate(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """The first choice of an answer."""
+        choice = self._request("POST", path, body).json()["choices"][0]
+        with self._lock:
+            self.num_ended += 1
+        return choice
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
         return request_patiently(self._http, method, path, body, patience_s=self.patience_s, stop=self._stop)
