@@ -10,15 +10,14 @@ what the job came to is written in one transaction too. `resume` goes on with wh
 
 from __future__ import annotations
 
-import fcntl
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Literal
 
 from apollo_ipc.config import Config
 from apollo_ipc.curation.batch_table import Batch, BatchTable, new_batch_id
+from apollo_ipc.curation.lock import alone
 from apollo_ipc.curation.moments import Moment, Moments, State
 from apollo_ipc.curation.served_model import Refused
 from apollo_ipc.curation.settings import TierName
@@ -33,10 +32,8 @@ from apollo_ipc.curation.submission import (
     submit,
 )
 from apollo_ipc.curation.training import Training
-from apollo_ipc.errors import NotReady, UserError
+from apollo_ipc.errors import UserError
 from apollo_ipc.messages import JobInfo
-
-LOCK_POLL_S = 0.2
 
 Each = Callable[[JobInfo], None]
 
@@ -47,6 +44,12 @@ class StopTraining(Exception):
     def __init__(self, reason: str):
         super().__init__(reason)
         self.reason = reason
+
+
+class NothingToTrain(UserError):
+    """None of the moments is approved (any more) and has an answer."""
+
+    code = "nothing_to_train"
 
 
 def ignore(job: JobInfo) -> None:
@@ -91,14 +94,14 @@ class Batches:
         weights already; with `train` it is trained once more, and moments that are `trained` are taken too.
 
         The result has ended. Where the server refused examples, their moments are dropped with its words,
-        and the result is the batch of the rest. Raises UserError where nothing is there to train.
+        and the result is the batch of the rest. Raises NothingToTrain.
         """
         expected: tuple[State, ...] = ("approved", "trained") if on_duplicate == "train" else ("approved",)
         ids = list(dict.fromkeys(moment.moment_id for moment in moments))
         with self._alone():
             batch = self._prepare(tier, ids, expected, on_duplicate)
             if batch is None:
-                raise UserError("none of these moments is approved and has an answer: nothing to train")
+                raise NothingToTrain("none of these moments is approved and has an answer")
             return self._finish(batch, each)
 
     def resume(self, each: Each = ignore) -> list[Batch]:
@@ -124,23 +127,9 @@ class Batches:
         """The oldest first. since: seconds since the epoch, of their creation."""
         return self.table.list(since)
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _alone(self) -> AbstractContextManager[None]:
         """Under it every open batch is one that somebody left."""
-        path = self._config.state_dir / "curation.train.lock"
-        held = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            while True:
-                try:
-                    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if self._stop():
-                        raise NotReady("another process is training; stopped waiting for it") from None
-                    time.sleep(LOCK_POLL_S)
-            yield
-        finally:
-            os.close(held)
+        return alone(self._config.state_dir / "curation.train.lock", self._stop)
 
     def _prepare(
         self,
