@@ -16,6 +16,7 @@ from apollo_ipc.requests import Example, TrainOptions, TrainRequest
 
 OnDuplicate = Literal["skip", "train"]
 MAX_ATTEMPTS = 3  # at what the server answers with a defect of its own, or forgets
+RETRY_S = 2.0
 
 _EXAMPLE = re.compile(r"examples\[(\d+)\]")
 # No fault of the request: our key, a server without /train, a body that got stuck on its way.
@@ -58,7 +59,7 @@ def submit(training: Training, request: TrainRequest, key: str) -> Accepted | Ex
                 )
             if error.status < 500 or attempt == MAX_ATTEMPTS:
                 return RequestRefused(error.said)
-            time.sleep(attempt)  # a defect may be a passing one
+            time.sleep(RETRY_S)  # a defect may be a passing one
     raise AssertionError("the last attempt returns")
 
 

@@ -1,0 +1,42 @@
+"""Moments and configurations for the tests of training, and for the children that they kill."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from apollo_ipc.config import Config, Http, Paths
+from apollo_ipc.curation.conversation import Source
+from apollo_ipc.curation.moments import Moment, Moments
+from apollo_ipc.curation.settings import Curation
+from apollo_ipc.curation.store import Store, store_path
+from apollo_ipc.requests import Message
+
+NUM_MOMENTS = 3
+
+
+def config_in(directory: Path, url: str = "http://127.0.0.1:1", **curation: Any) -> Config:
+    settings = {"url": url, "patience_s": 10.0, **curation}
+    return Config(
+        paths=Paths(str(directory), str(directory)), http=Http(train_key="key"), curation=Curation(**settings)
+    )
+
+
+def moment(answer: str | None, **changes: Any) -> Moment:
+    facts: dict[str, Any] = {
+        "kind": "correction",
+        "tier": "direct",
+        "context": [Message("user", f"Question before {answer}?")],
+        "answer": None if answer is None else Message("assistant", answer),
+        "source": Source("log.jsonl", 1, 0),
+        "topic": "colours",
+        "reason": "the user corrected it",
+        "confidence": 0.9,
+        "state": "approved",
+    }
+    return Moment(**{**facts, **changes})
+
+
+def approve(config: Config, answers: list[str]) -> list[Moment]:
+    with Store(store_path(config)) as store:
+        return Moments(store).add([moment(answer) for answer in answers])

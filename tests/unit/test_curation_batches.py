@@ -1,0 +1,402 @@
+"""Batches: each moment is trained once, whoever dies, and what a server's answer means for the moments."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import pytest
+from batch_fixtures import NUM_MOMENTS, config_in, moment
+from training_server import TrainingServer
+
+from apollo_ipc.config import Config
+from apollo_ipc.curation import lock, served_model, submission, training
+from apollo_ipc.curation.batches import Batches, NothingToTrain, StopTraining
+from apollo_ipc.curation.moments import Moment, Moments
+from apollo_ipc.curation.served_model import ModelAway, Refused
+from apollo_ipc.curation.store import Store, store_path
+from apollo_ipc.curation.training import Training
+from apollo_ipc.errors import NotFound, NotReady, UserError
+from apollo_ipc.requests import Message
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(training, "POLL_S", 0.005)
+    monkeypatch.setattr(served_model, "RETRY_S", 0.005)
+    monkeypatch.setattr(submission, "RETRY_S", 0.005)
+    monkeypatch.setattr(lock, "POLL_S", 0.005)
+
+
+@pytest.fixture
+def server():
+    with TrainingServer() as server:
+        yield server
+
+
+class Parts(NamedTuple):
+    store: Store
+    moments: Moments
+    batches: Batches
+    config: Config
+
+    def add(self, *answers: str, **changes) -> list[Moment]:
+        return self.moments.add([moment(answer, **changes) for answer in answers])
+
+    def states(self) -> dict[str, str]:
+        return {one.answer.content: one.state for one in self.moments.list() if one.answer}
+
+
+@pytest.fixture
+def parts(server, tmp_path):
+    with opened(config_in(tmp_path, server.url)) as parts:
+        yield parts
+
+
+@contextmanager
+def opened(config: Config, stop=lambda: False, client: Training | None = None):
+    own = client or Training(config, stop)
+    with Store(store_path(config)) as store:
+        moments = Moments(store)
+        yield Parts(store, moments, Batches(store, moments, own, config, stop), config)
+    if client is None:
+        own.close()
+
+
+# --- killed ---
+
+
+@pytest.mark.parametrize("scenario", ["plain", "refusal", "stop", "again"])
+def test_whatever_point_a_process_is_killed_at_each_moment_is_trained_once(server, tmp_path, scenario):
+    if scenario == "refusal":
+        server.refuse = "answer 1 of"
+    child = subprocess.run(
+        [sys.executable, Path(__file__).with_name("batch_child.py"), tmp_path, server.url, scenario],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert child.returncode == 0, child.stderr
+    num_runs = int(child.stdout)
+    assert num_runs > 15  # points there are: else the child has hung its traps up in the wrong place
+    num_resumed = 0
+    seen = set()
+    client = Training(config_in(tmp_path, server.url))
+    for number in range(num_runs + 1):
+        with opened(config_in(tmp_path / str(number), server.url), client=client) as parts:
+            num_resumed += len(parts.batches.resume())
+            # Killed before anything was written, nothing has happened: a later train takes them.
+            if approved := parts.moments.list("approved"):
+                assert len(approved) == NUM_MOMENTS
+                parts.batches.train("direct", approved)
+            assert parts.batches.resume() == []
+            assert not any(batch.is_open for batch in parts.batches.list())
+            states = parts.states()
+        for i in range(NUM_MOMENTS):
+            answer = f"answer {i} of run {number}"
+            seen.add(states[answer])
+            wanted = {"trained": 1, "dropped": 0, "failed": 0}[states[answer]]
+            assert server.trained[answer] == wanted, f"killed at point {number}: {answer}"
+    print(f"{num_runs} points, {num_resumed} batches resumed")
+    client.close()
+    assert num_resumed > 10
+    ends = {"refusal": {"trained", "dropped"}, "stop": {"trained", "failed"}}
+    assert seen == ends.get(scenario, {"trained"})
+
+
+def test_a_kill_between_accepting_and_answering_is_one_job(server, parts):
+    server.faults = ["drop after", "drop after", 503]
+    batch = parts.batches.train("direct", parts.add("a", "b"))
+    assert batch.state == "trained"
+    assert server.trained == {"a": 1, "b": 1}
+    assert [path for method, path in server.requests if method == "POST"] == ["/train"] * 4
+    assert len(server.jobs) == 1
+
+
+def test_a_server_that_restarts_while_a_job_runs_is_waited_for(server, parts):
+    """Refused connections while it is away, 503 while it comes up, and the same job after that."""
+
+    def restart(job) -> None:
+        if job.state == "queued":
+            server.go_down()
+            server.faults = [503, 503, "drop"]
+            threading.Timer(0.2, server.come_up).start()
+
+    batch = parts.batches.train("direct", parts.add("a", "b"), restart)
+    assert (batch.state, batch.error, server.trained) == ("trained", None, {"a": 1, "b": 1})
+    assert server.faults == []
+
+
+def test_a_server_that_stays_away_leaves_the_batch_to_resume(server, tmp_path):
+    config = config_in(tmp_path, server.url, patience_s=0.05)
+    server.go_down()
+    with opened(config) as parts:
+        with pytest.raises(ModelAway):
+            parts.batches.train("direct", parts.add("a"))
+        assert parts.states() == {"a": "training"}
+        with pytest.raises(ModelAway):
+            parts.batches.resume()
+    server.come_up()
+    with opened(config) as parts:
+        (batch,) = parts.batches.resume()
+        assert batch.state == "trained"
+        assert parts.states() == {"a": "trained"}
+    assert server.trained == {"a": 1}
+
+
+def test_a_lost_queue_gets_the_same_request_under_the_same_key_again(server, parts):
+    def lose(job) -> None:
+        if job.job_id == "job-1":
+            server.lose_queue()
+
+    batch = parts.batches.train("direct", parts.add("a"), lose)
+    assert (batch.state, batch.job_id) == ("trained", "job-2")
+    assert server.trained == {"a": 1}
+    assert server.bodies[0] == server.bodies[1]
+    assert list(server.keys) == [batch.batch_id]
+
+
+def test_a_server_that_forgets_every_job_does_not_get_it_for_ever(server, parts):
+    batch = parts.batches.train("direct", parts.add("a"), lambda job: server.lose_queue())
+    assert (batch.state, batch.error) == ("failed", "the server forgot the job 3 times")
+    assert parts.states() == {"a": "failed"}
+
+
+def test_an_error_of_the_watcher_leaves_the_job_running_and_the_batch_open(server, parts):
+    def fail(job) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        parts.batches.train("direct", parts.add("a"), fail)
+    assert parts.batches.list()[0].state == "submitted"
+    assert [batch.state for batch in parts.batches.resume()] == ["trained"]
+    assert server.trained == {"a": 1}
+
+
+# --- two processes ---
+
+
+def test_a_batch_that_another_process_trains_is_not_taken_over(server, tmp_path):
+    config = config_in(tmp_path, server.url)
+    is_running, may_end, results = threading.Event(), threading.Event(), []
+
+    def hold(job) -> None:
+        is_running.set()
+        assert may_end.wait(10)
+
+    def first() -> None:
+        with opened(config) as parts:
+            results.append(parts.batches.train("direct", parts.add("a"), hold).state)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert is_running.wait(10)
+    with (
+        opened(config, stop=lambda: True) as parts,
+        pytest.raises(NotReady, match="another process is training"),
+    ):
+        parts.batches.resume()
+    resumed = []
+
+    def second() -> None:
+        with opened(config) as parts:
+            resumed.append(parts.batches.resume())
+
+    other = threading.Thread(target=second)
+    other.start()
+    other.join(0.1)
+    assert other.is_alive()  # it waits
+    may_end.set()
+    thread.join(10)
+    other.join(10)
+    assert (results, resumed, server.trained) == (["trained"], [[]], {"a": 1})
+
+
+# --- what is sent ---
+
+
+def test_a_tier_is_trained_by_its_own_settings(server, parts):
+    parts.batches.train("direct", parts.add("a"))
+    parts.batches.train("dream", parts.add("b", tier="dream"))
+    parts.batches.train("bootstrap", parts.add("c", tier="bootstrap"))
+    options = [body["options"] for body in server.bodies]
+    common = {"epochs": 1, "accumulate_steps": 1, "on_duplicate": "skip"}
+    assert options == [
+        {"lr": 1e-4, "schedule": "constant", **common},
+        {"lr": 2e-5, "schedule": "auto", **common},
+        {"lr": 1e-5, "schedule": "auto", **common},
+    ]
+    assert [batch.tier for batch in parts.batches.list()] == ["direct", "dream", "bootstrap"]
+
+
+def test_what_is_trained_is_what_the_store_says_now(server, parts):
+    kept, rejected, edited = parts.add("kept", "rejected", "before")
+    parts.moments.change(rejected.moment_id, state="rejected")
+    parts.moments.change(edited.moment_id, answer=Message("assistant", "after"))
+    batch = parts.batches.train("direct", [kept, rejected, edited, kept])
+    assert batch.moment_ids == [kept.moment_id, edited.moment_id]
+    assert server.trained == {"kept": 1, "after": 1}
+    assert parts.states() == {"kept": "trained", "rejected": "rejected", "after": "trained"}
+
+
+def test_nothing_approved_is_said_and_sends_nothing(server, parts):
+    (rejected,) = parts.add("a", state="rejected")
+    (silent,) = parts.moments.add([moment(None)])
+    with pytest.raises(NothingToTrain):
+        parts.batches.train("direct", [rejected, silent])
+    assert (server.requests, parts.batches.list()) == ([], [])
+    assert parts.moments.get(silent.moment_id).state == "approved"
+
+
+def test_a_pattern_is_trained_again_only_where_that_is_asked_for(server, parts):
+    (dream,) = parts.add("a", tier="dream")
+    parts.batches.train("dream", [dream])
+    with pytest.raises(NothingToTrain):
+        parts.batches.train("dream", [dream])
+    parts.batches.train("dream", [dream], on_duplicate="train")
+    assert server.trained == {"a": 2}
+    assert server.bodies[1]["options"]["on_duplicate"] == "train"
+
+
+# --- what the server says ---
+
+
+def test_a_refused_example_is_dropped_with_the_reason_and_the_rest_is_trained(server, parts):
+    server.refuse = "long"
+    batch = parts.batches.train("direct", parts.add("a", "long 1", "b", "long 2"))
+    assert (batch.state, batch.num_examples, server.trained) == ("trained", 2, {"a": 1, "b": 1})
+    assert parts.states() == {"a": "trained", "b": "trained", "long 1": "dropped", "long 2": "dropped"}
+    dropped = parts.moments.list("dropped")
+    assert {one.decided_reason for one in dropped} == {"not trainable: 2050 tokens; at most 2048 fit"}
+    states = [(one.state, one.num_examples) for one in parts.batches.list()]
+    assert states == [("refused", 4), ("refused", 3), ("trained", 2)]
+    assert [one.replaced_by for one in parts.batches.list()][:2] == [
+        one.batch_id for one in parts.batches.list()
+    ][1:]
+
+
+def test_a_batch_of_which_nothing_is_taken_fails(server, parts):
+    server.refuse = "a"
+    batch = parts.batches.train("direct", parts.add("a1", "a2"))
+    assert (batch.state, batch.error) == ("failed", "2050 tokens; at most 2048 fit")
+    assert (parts.states(), server.jobs) == ({"a1": "dropped", "a2": "dropped"}, {})
+
+
+def test_a_request_that_is_refused_as_a_whole_fails_with_what_was_said(server, parts):
+    server.faults = [400]
+    batch = parts.batches.train("direct", parts.add("a"))
+    assert (batch.state, batch.error, parts.states()) == ("failed", "as the test says", {"a": "failed"})
+    assert parts.moments.list("failed")[0].decided_reason == "as the test says"
+
+
+def test_a_key_that_is_known_with_another_request_is_explained(server, parts):
+    class Other(Training):
+        def submit(self, request, idempotency_key):
+            server.submit(idempotency_key, {"examples": [{"messages": [{"content": "another"}]}]})
+            return super().submit(request, idempotency_key)
+
+    batches = Batches(parts.store, parts.moments, Other(parts.config), parts.config)
+    batch = batches.train("direct", parts.add("a"))
+    assert batch.state == "failed"
+    assert f"the server knows the key {batch.batch_id} with another request" in (batch.error or "")
+    assert parts.states() == {"a": "failed"}
+    assert server.trained == {}
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 405])
+def test_a_wrong_key_or_a_server_without_training_costs_no_moment(server, parts, status):
+    server.faults = [status]
+    with pytest.raises(Refused) as raised:
+        parts.batches.train("direct", parts.add("a"))
+    assert raised.value.status == status
+    assert parts.states() == {"a": "training"}
+    assert [batch.state for batch in parts.batches.resume()] == ["trained"]
+    assert server.trained == {"a": 1}
+
+
+def test_a_defect_of_the_server_is_asked_about_three_times(server, parts):
+    server.faults = [500, 500]
+    assert parts.batches.train("direct", parts.add("a")).state == "trained"
+    server.faults = [500, 500, 500]
+    batch = parts.batches.train("direct", parts.add("b"))
+    assert (batch.state, batch.error) == ("failed", "as the test says")
+    assert parts.states() == {"a": "trained", "b": "failed"}
+
+
+@pytest.mark.parametrize("end", ["failed", "cancelled", "quarantined"])
+def test_a_job_that_does_not_train_fails_its_moments_and_says_why(server, parts, end):
+    server.job_end = end
+    batch = parts.batches.train("direct", parts.add("a", "b"))
+    assert batch.state == "failed"
+    assert batch.error == f"the job was {end} after 1 of 2 steps: three bad steps in a row"
+    assert parts.states() == {"a": "failed", "b": "failed"}
+    assert parts.moments.list("failed")[0].decided_reason == batch.error
+
+
+def test_a_trained_batch_keeps_what_its_job_came_to(parts):
+    batch = parts.batches.train("direct", parts.add("a", "b"))
+    assert (batch.loss_first, batch.loss_last, batch.weight_version) == (2.0, 1.0, 2)
+    assert batch.steps_done == batch.num_examples == 2
+    assert batch.ended_at is not None
+    assert batch.ended_at >= batch.created_at
+    assert parts.batches.list() == [batch]
+    assert parts.batches.list(since=batch.created_at + 1) == []
+
+
+# --- stopping and undoing ---
+
+
+def test_stopping_cancels_the_job_and_keeps_the_reason(server, parts):
+    def stop(job) -> None:
+        raise StopTraining("held-out loss rose by 9 %")
+
+    batch = parts.batches.train("direct", parts.add("a", "b"), stop)
+    assert batch.state == "stopped"
+    assert batch.error == "stopped after 0 of 2 steps: held-out loss rose by 9 %"
+    assert parts.states() == {"a": "failed", "b": "failed"}
+    assert (server.trained, server.jobs["job-1"]["info"]["state"]) == ({}, "cancelled")
+    assert batch.num_trained == 0
+
+
+def test_a_stop_after_the_last_step_says_that_it_is_in_the_weights(server, parts):
+    def stop(job) -> None:
+        if job.state == "applied":
+            raise StopTraining("too late")
+
+    batch = parts.batches.train("direct", parts.add("a"), stop)
+    assert (batch.state, batch.error) == ("stopped", "too late")
+    assert (parts.states(), server.trained) == ({"a": "trained"}, {"a": 1})
+    assert batch.num_trained == 1
+
+
+def test_undoing_marks_what_is_not_in_the_weights_any_more(server, parts):
+    server.refuse = "bad"
+    batch = parts.batches.train("direct", parts.add("a", "bad", "b"))
+    refused = parts.batches.list()[0]
+    other = parts.batches.train("direct", parts.add("c"))
+    parts.batches.undo([refused.batch_id, batch.batch_id])
+    assert parts.states() == {"a": "undone", "b": "undone", "bad": "dropped", "c": "trained"}
+    assert [one.state for one in parts.batches.list()] == ["refused", "undone", "trained"]
+    assert other == parts.batches.list()[-1]
+    with pytest.raises(NothingToTrain):  # never by itself
+        parts.batches.train("direct", parts.moments.list("undone"))
+
+
+def test_an_open_batch_cannot_be_undone_and_an_unknown_one_is_named(server, parts):
+    def look(job) -> None:
+        with pytest.raises(UserError, match="is still being trained"):
+            parts.batches.undo([done.batch_id, parts.batches.list()[-1].batch_id])
+
+    done = parts.batches.train("direct", parts.add("a"))
+    parts.batches.train("direct", parts.add("b"), look)
+    assert parts.states() == {"a": "trained", "b": "trained"}  # all or nothing
+    with pytest.raises(NotFound, match="no batch 'batch-x'"):
+        parts.batches.undo(["batch-x"])
+
+
+def test_the_request_is_kept_to_the_byte(parts, server):
+    batch = parts.batches.train("direct", parts.add("a", "ü\u2028"))
+    assert msgspec.to_builtins(parts.batches.table.request(batch.batch_id)) == server.bodies[0]

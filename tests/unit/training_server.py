@@ -1,0 +1,185 @@
+"""A training server as a client of `/train` sees it, with the faults of a bad night.
+
+It does what docs/http.md says of idempotency keys, and skips no duplicates: what it trains twice, a client
+has sent under two keys.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+ENDED = ("applied", "durable", "failed", "cancelled", "quarantined")
+
+
+class TrainingServer:
+    """`with TrainingServer() as server:`. A job goes on by one state each time it is looked at.
+
+    trained: how often each example's answer went into the weights; requests: (method, path) of all that came.
+    faults: taken from the front, one a request: a status to answer instead, "drop" to hang up unanswered, or
+    "drop after" to do it and hang up; None for none. refuse: examples whose answer holds this word are
+    refused. job_end: how jobs end.
+    """
+
+    def __init__(self) -> None:
+        self.trained: Counter[str] = Counter()
+        self.requests: list[tuple[str, str]] = []
+        self.bodies: list[dict[str, Any]] = []  # of accepted jobs
+        self.faults: list[int | str | None] = []
+        self.refuse: str | None = None
+        self.job_end = "applied"
+        self.num_syncs = 0
+        self.jobs: dict[str, dict[str, Any]] = {}
+        self.keys: dict[str, str] = {}
+        self.lock = threading.Lock()
+        self.weight_version = 1
+        self._num_jobs = 0
+        self._server: ThreadingHTTPServer | None = None
+        self.port = 0
+
+    def __enter__(self) -> TrainingServer:
+        self.come_up()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.go_down()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def come_up(self) -> None:
+        """On the same port as before, with its queue."""
+        handler = type("Handler", (_Handler,), {"own": self})
+        self._server = _Server(("127.0.0.1", self.port), handler)
+        self.port = self._server.server_address[1]
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def go_down(self) -> None:
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._server = None
+
+    def lose_queue(self) -> None:
+        self.jobs.clear()
+        self.keys.clear()
+
+    def submit(self, key: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        if (known := self.keys.get(key)) is not None:
+            if self.jobs[known]["body"] != body:
+                return 422, error("the idempotency key was used with another body", "conflict")
+            return 202, self.jobs[known]["info"]
+        for i, example in enumerate(body["examples"]):
+            if self.refuse is not None and self.refuse in example["messages"][-1]["content"]:
+                field = f"examples[{i}].messages"
+                return 400, error("2050 tokens; at most 2048 fit", "invalid_example", field)
+        self._num_jobs += 1
+        job_id = f"job-{self._num_jobs}"
+        num = len(body["examples"])
+        info = {
+            "job_id": job_id, "seq": self._num_jobs, "state": "queued", "status": "queued", "created_at": 1.0,
+            "num_examples": num, "num_steps": num, "steps_done": 0, "idempotency_key": key,
+        }  # fmt: skip
+        self.jobs[job_id] = {"body": body, "info": info}
+        self.keys[key] = job_id
+        self.bodies.append(body)
+        return 202, info
+
+    def look(self, job_id: str) -> tuple[int, dict[str, Any]]:
+        if job_id not in self.jobs:
+            return 404, error(f"no job {job_id}", "not_found")
+        job = self.jobs[job_id]["info"]
+        seen = dict(job)
+        if job["state"] == "queued":
+            job["state"] = "running"
+        elif job["state"] == "running":
+            self._end(job_id)
+        return 200, seen
+
+    def cancel(self, job_id: str) -> tuple[int, dict[str, Any]]:
+        if job_id not in self.jobs:
+            return 404, error(f"no job {job_id}", "not_found")
+        job = self.jobs[job_id]["info"]
+        if job["state"] in ENDED:
+            return 409, error(f"job {job_id} has ended", "job_ended")
+        job["state"] = "cancelled"
+        return 200, job
+
+    def _end(self, job_id: str) -> None:
+        job, examples = self.jobs[job_id]["info"], self.jobs[job_id]["body"]["examples"]
+        job["state"] = self.job_end
+        if self.job_end in ("applied", "durable"):
+            self.weight_version += 1
+            self.trained.update(example["messages"][-1]["content"] for example in examples)
+            job.update(
+                steps_done=len(examples), loss_first=2.0, loss_last=1.0, weight_version=self.weight_version
+            )
+        else:
+            job.update(steps_done=1, loss_first=2.0, loss_last=2.0, error="three bad steps in a row")
+
+
+def error(message: str, code: str, field: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": "invalid_request_error", "param": field, "code": code}}
+
+
+class _Server(ThreadingHTTPServer):
+    allow_reuse_address = True
+    daemon_threads = True
+
+    def handle_error(self, *_: Any) -> None:
+        pass  # a client that was killed hangs up
+
+
+class _Handler(BaseHTTPRequestHandler):
+    own: TrainingServer
+    disable_nagle_algorithm = (
+        True  # headers and body are two writes; the client would wait 40 ms for the second
+    )
+
+    def do_GET(self) -> None:
+        self._answer(lambda: self.own.look(self.path.rpartition("/")[2]))
+
+    def do_DELETE(self) -> None:
+        self._answer(lambda: self.own.cancel(self.path.rpartition("/")[2]))
+
+    def do_POST(self) -> None:
+        text = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path == "/checkpoint":
+            self.own.num_syncs += 1
+            facts = {
+                "weight_version": self.own.weight_version, "committed_at": 1.0, "num_tensors": 1,
+                "num_tensors_changed": 1, "num_shards_written": 1, "bytes_compared": 1, "bytes_written": 1,
+                "duration_s": 0.1,
+            }  # fmt: skip
+            self._answer(lambda: (200, facts))
+            return
+        self._answer(lambda: self.own.submit(self.headers["Idempotency-Key"], json.loads(text)))
+
+    def _answer(self, do: Any) -> None:
+        own = self.own
+        with own.lock:
+            own.requests.append((self.command, self.path))
+            fault = own.faults.pop(0) if own.faults else None
+            if isinstance(fault, int):
+                status, data = fault, error("as the test says", {401: "wrong_train_key"}.get(fault, "fault"))
+            elif fault == "drop":
+                return
+            else:
+                status, data = do()
+                payload = json.dumps(data).encode()  # under the lock: the job may change
+            if fault == "drop after":
+                return
+        if isinstance(fault, int):
+            payload = json.dumps(data).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        self.wfile.write(payload)
+
+    def log_message(self, *_: Any) -> None:
+        pass
