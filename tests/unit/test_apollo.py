@@ -11,6 +11,7 @@ import pytest
 import torch
 from apollo_torch import APOLLOAdamW
 from apollo_torch.random_projector import GradientProjector
+from apollo_worker import apollo_cpu
 from apollo_worker.apollo import LIMITER_FLOOR, Apollo
 from apollo_worker.projection import projection
 
@@ -286,7 +287,8 @@ def test_a_run_with_a_bad_step_in_it_goes_on_as_if_it_had_not_been():
 
 
 @pytest.mark.parametrize("rounding", ["stochastic", "nearest", "kahan"])
-def test_a_strided_view_is_written_in_place_and_like_a_parameter_of_its_own(rounding):
+def test_a_strided_view_is_written_in_place_and_like_a_parameter_of_its_own(rounding, monkeypatch):
+    monkeypatch.setattr(apollo_cpu, "has_bf16_units", lambda: False)  # else its own, contiguous, is rounded
     storage = randn(40, 64, scale=0.02).bfloat16()
     views = {"rows": storage[::2, :32], "columns": storage[:, 33:57].T, "vector": storage[:, 60]}
     around = torch.ones(40, 64, dtype=torch.bool)

@@ -45,6 +45,7 @@ class NumbaBackend:
         self._plain = TorchBackend()
         self._threads = _Threads()
         self._scratch = torch.empty(CPU_PRODUCT_ELEMENTS)  # new memory costs more than what is computed in it
+        self._has_bf16_units = has_bf16_units()
 
     def warm_up(self, dtype: torch.dtype, draw: Draw, hyper: Hyper) -> None:
         """By steps on small weights of its own. Some seconds once, then numba has the kernels on disk."""
@@ -98,6 +99,10 @@ class NumbaBackend:
         return self._plain.adam(weight, grad, state, hyper)  # norms and biases: too small to matter
 
     def _project(self, grad: Tensor, sketch: Sketch) -> Tensor:
+        if isinstance(sketch, Gaussian) and grad.dtype == torch.bfloat16 and self._has_bf16_units:
+            # Exact products, sums in fp32; P and R are rounded, by 0.2 % of themselves in the mean: far below
+            # what an estimate from r numbers is uncertain by. Two to three times as fast as in fp32.
+            return (channels_first(grad) @ sketch.P_kr.bfloat16()).float()
         # Torch's product of matrices is the best there is; at low ranks it also beats sums of signs.
         if not isinstance(sketch, BlockSign) or sketch.rank < _LANES:
             return project(grad, sketch, self._scratch)
@@ -151,6 +156,12 @@ class NumbaBackend:
         else:
             kernel = kernels.WRITE_BF16[hyper.rounding]
         self._threads.share(kernel, rows * cols // part, weight.numel(), *arguments)
+
+
+def has_bf16_units() -> bool:
+    """Whether this CPU multiplies bf16 in hardware (AVX512-BF16, AMX), which torch's products then use."""
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in probes)
 
 
 class _Threads:
