@@ -95,6 +95,7 @@ def test_whatever_point_a_process_is_killed_at_each_moment_is_trained_once(serve
             assert parts.batches.resume() == []
             assert not any(batch.is_open for batch in parts.batches.list())
             states = parts.states()
+        server.end_all()
         for i in range(NUM_MOMENTS):
             answer = f"answer {i} of run {number}"
             seen.add(states[answer])

@@ -100,6 +100,12 @@ class TrainingServer:
             self._end(job_id)
         return 200, seen
 
+    def end_all(self) -> None:
+        """Jobs that nobody looks at are trained too."""
+        for job_id, job in self.jobs.items():
+            if job["info"]["state"] not in ENDED:
+                self._end(job_id)
+
     def cancel(self, job_id: str) -> tuple[int, dict[str, Any]]:
         if job_id not in self.jobs:
             return 404, error(f"no job {job_id}", "not_found")
