@@ -50,9 +50,10 @@ def find_problem(messages: list[Message]) -> str | None:
 
     Valid: system and developer messages first; then user and assistant in turn, where an assistant turn may
     be several messages as long as each but the last calls tools and every call is answered, by `tool`
-    messages that follow it at once. It may end with a tool call that nothing answered.
+    messages that follow it at once. After tool results the user may speak before the assistant does. It may
+    end with a tool call that nothing answered.
     """
-    state = "start"  # who may speak next: start, user, assistant, or the ids of calls that wait
+    state = "start"  # who may speak next: start, user, assistant, either of the two, tools
     waiting: list[str | None] = []
     for i, message in enumerate(messages):
         at = f"message {i} ({message.role})"
@@ -69,7 +70,7 @@ def find_problem(messages: list[Message]) -> str | None:
             case "assistant":
                 if waiting:
                     return f"{at}: the tool call before it has no result"
-                if state != "assistant":
+                if state not in ("assistant", "either"):
                     return f"{at}: follows no user's message or tool result"
                 waiting = [call.get("id") for call in message.tool_calls or []]
                 state = "tools" if waiting else "user"
@@ -81,7 +82,7 @@ def find_problem(messages: list[Message]) -> str | None:
                     return f"{at}: answers call {known!r}, which was not made"
                 waiting.remove(known if known in waiting else waiting[0])
                 if not waiting:
-                    state = "assistant"
+                    state = "either"
             case _:
                 return f"{at}: an unknown role; known are system, developer, user, assistant and tool"
     return None
