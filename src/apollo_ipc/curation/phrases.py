@@ -1,0 +1,199 @@
+"""What people and assistants say when something worth learning has just happened: English, some German.
+
+Matched against text in lower case without code, quotations and curly apostrophes (`plain`). A phrase is
+evidence, no proof: what each weighs, and what speaks against it, stands in signals/.
+"""
+
+from __future__ import annotations
+
+import re
+
+_QUOTED = re.compile(r"```.*?(?:```|$)|`[^`]*`|\"[^\"]*\"|“[^”]*”|„[^“”]*[“”]|«[^»]*»", re.DOTALL)
+_SENTENCE = re.compile(r"[^.!?\n]+[.!?]*")
+
+
+def plain(text: str) -> str:
+    """For matching phrases: what the speaker says himself."""
+    text = text.replace("’", "'").replace("‘", "'")  # noqa: RUF001
+    return _QUOTED.sub(" ", text).lower().strip()
+
+
+def sentences(text: str) -> list[str]:
+    return [found.strip() for found in _SENTENCE.findall(text) if found.strip(" .!?\n")]
+
+
+def _any(*patterns: str) -> re.Pattern[str]:
+    return re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
+
+
+# A user about the answer that he got.
+
+SAYS_WRONG = _any(
+    r"\b(?:that|this|it|which|your (?:\w+ )?(?:answer|code|query|result|version|translation|list))"
+    r"(?:'s| is| was| are| looks| seems)? (?:still |just |simply |completely |plainly |totally |also |all )?"
+    r"(?:not|n't) (?:quite |at all |really )?(?:right|correct|true|accurate|what i|how|in)\b",
+    r"\bisn't (?:right|correct|true|what i)\b",
+    r"\b(?:that's|this is|that is|it's|you're|you are|you were|answer is|was|is) "
+    r"(?:still |just |simply |completely |plainly |totally |also )?(?:wrong|incorrect|false|mistaken|nonsense)\b",
+    r"^(?:wrong|incorrect|false)\b",
+    r"\byou (?:made|have|got|misread|misunderstood|missed|forgot|ignored|skipped|confused|confuse|mixed|"
+    r"left out|overlooked|dropped|broke|swapped|were supposed|should have|shouldn't have)\b",
+    r"\byou're (?:confusing|mixing|missing|ignoring|forgetting)\b",
+    r"\bi (?:said|asked|told you|wanted|specifically|clearly|explicitly|did not ask|didn't ask|didn't say)\b",
+    r"\bnot what i (?:asked|meant|wanted|said)\b",
+    r"\b(?:doesn't|does not|didn't|did not|still doesn't|won't) (?:work|compile|run|match|answer|add up|help)\b",
+    r"\bstill (?:fails|failing|broken|wrong|not|the same)\b",
+    r"\b(?:can't|cannot) be (?:right|correct|true|it)\b",
+    r"\btry again\b|\bcheck (?:it |that )?again\b|\bcount again\b|\blook again\b|\bread (?:it |that )?again\b",
+    r"\b(?:das |so )?(?:ist|war) (?:leider |so |doch |ja )*(?:falsch|nicht richtig|nicht korrekt|verkehrt)\b",
+    r"\bstimmt (?:so |doch |leider |ja )*nicht\b",
+    r"^falsch\b",
+    r"\b(?:da hast du|du hast|da haben sie|sie haben) .{0,30}(?:vergessen|verwechselt|übersehen|vertan|falsch)",
+    r"\b(?:du verwechselst|sie verwechseln)\b",
+    r"\b(?:ich|hatte ich) (?:hatte |habe )?(?:doch )?(?:gesagt|geschrieben|gebeten)\b",
+    r"\b(?:geht|funktioniert|läuft|passt) (?:so |immer noch |leider )*nicht\b",
+)
+OBJECTS = _any(
+    r"^(?:no|nope|nah|wait|hm+|huh|but|well|actually|really|sorry, but|um|er|uh)\b",
+    r"\b(?:isn't|wasn't|aren't|doesn't|shouldn't) (?:it|that|this|there)\b",
+    r"\bare you sure\b|\bpretty sure\b|\bi'm (?:quite |fairly )?(?:certain|sure)\b|\bi (?:doubt|believe|thought)\b",
+    r"\b(?:should|would|must|ought to) (?:be|have been|say)\b",
+    r"\bmore like\b|\brather\b",
+    r"\binstead of\b",
+    r"\bmy (?:\w+ )?(?:says|gives|shows)\b|\bthis gives\b|\bi (?:get|got)\b",
+    r"\b(?:that's|that is|it's|that was|those are) (?!fine|ok|good|great|nice|perfect|right|it\b)",
+    r"^(?:nein|nee|moment|doch|aber|äh|hä|na ja|naja)\b",
+    r"\b(?:bist du|sind sie) (?:dir |sich )?sicher\b|\bsollte\b|\beigentlich\b|\b(?:viel )?zu (?:lang|kurz|förm)",
+)
+CORRECTS_HIMSELF = _any(
+    r"\bi (?:meant|mean|mistyped|misspelled|misspoke)\b|\bi (?:was|am) wrong\b|\bi made a (?:mistake|typo)\b",
+    r"\b(?:my (?:mistake|bad|fault|typo|error)|typo|on my side)\b",
+    r"\bi (?:should have|forgot to|changed my mind)\b|\bsorry,? (?:i|my)\b",
+    r"\bich meinte\b|\bvertippt\b|\bmein fehler\b|\bich habe? mich\b|\bich hab mich\b",
+)
+REFINES = _any(
+    r"^(?:and |ok(?:ay)?,? |now |nice|good|can you |could you |please |also |then |und |jetzt )",
+    r"\bmake it\b|\badd\b|\bi'd like\b|\bhow about\b|\bwhat about\b|\blet's\b",
+)
+
+# The assistant after that.
+
+CONCEDES = _any(
+    r"\byou(?:'re| are) (?:\w+ )?(?:right|correct)\b",
+    r"\b(?:good|nice|great) (?:catch|point|spot)\b|\bwell spotted\b|\bfair point\b",
+    r"\b(?:my|the) (?:mistake|error|bad|fault|slip|oversight|confusion|apologies)\b|\bmy apologies\b",
+    r"\bapologi[sz]e\b(?!.{0,5}but)|\bapologies\b|\bsorry (?:about|for) (?:that|the|my)\b",
+    r"\bthank(?:s| you) for (?:pointing|the correction|correcting|catching|letting)\b",
+    r"\bi (?:misread|misunderstood|miscounted|miscalculated|misspoke|mixed|confused|overlooked|forgot|missed|"
+    r"was wrong|got that wrong|made a mistake|swapped|should have)\b",
+    r"^(?:oops|whoops|ah|oh)\b",
+    r"\b(?:corrected|fixed|revised) (?:version|answer|code|query|list)\b",
+    r"\b(?:du hast|sie haben|da hast du|da haben sie) (?:\w+ )?recht\b|\bstimmt,|\bmein fehler\b|\bentschuldig",
+    r"\bhabe ich (?:mich )?(?:vertan|verwechselt|übersehen|falsch)\b|\bda habe ich mich\b|\bverzeihung\b",
+)
+STANDS = _any(
+    r"\bi (?:understand|see|know|get|realise|realize)\b.{0,60}\bbut\b",
+    r"\bi (?:double-?checked|stand by|am confident|can confirm)\b|\b(?:is|are|was|were) (?:indeed|in fact)\b",
+    r"\bthere are still\b|\bstill (?:is|are)\b|\bit (?:remains|stays)\b|\bactually,? (?:it|that|this) is correct\b",
+    r"\bes bleibt\b|\bdas verstehe ich\b.{0,20}\baber\b|\btatsächlich\b",
+)
+
+# Pleasure with an answer.
+
+PRAISES = _any(
+    r"\b(?:perfect|brilliant|excellent|awesome|amazing|fantastic|wonderful|outstanding|superb|flawless|"
+    r"beautiful|genius|impressive|incredible|marvell?ous|terrific|stunning|gorgeous)\b",
+    r"\b(?:exactly|precisely|just) (?:what|how|the|right|as|my)\b",
+    r"\b(?:spot on|nailed it|nailed that|well done|good job|great job|great work|nice work|bang on)\b",
+    r"\b(?:great|good|best|nice|lovely|clear|clearest) (?:answer|explanation|summary|idea|solution|tip|advice|one)\b",
+    r"\b(?:i )?(?:love|adore) (?:it|this|that|the)\b",
+    r"\byou(?:'re| are) (?:a|the|so|really|truly) (?:\w+ )?"
+    r"(?:best|star|genius|legend|lifesaver|hero|good|helpful|brilliant|smart)\b",
+    r"\b(?:saved|made) (?:me|my)\b|\blife-?saver\b|\bcouldn't have (?:said|put|done|written)\b",
+    r"\bworks? (?:perfectly|like a charm|great|beautifully|wonderfully|flawlessly|first time)\b|\bworked\b",
+    r"\b(?:10|ten) ?(?:/|out of) ?(?:10|ten)\b|\bfive stars\b|\bchef's kiss\b",
+    r"\b(?:perfekt|genial|klasse|großartig|ausgezeichnet|super|hervorragend|wunderbar|spitze|prima)\b",
+    r"\bgenau (?:so|das|richtig|was)\b|\bhat (?:super |gut |toll )?geklappt\b",
+)
+IS_PLEASED = _any(
+    r"\b(?:great|nice|cool|lovely|neat|helpful|useful|sweet|yes|wow|yay|ha|omg|oh my)\b",
+    r"\b(?:thanks|thank you) (?:so|very) much\b|\bthanks a (?:lot|ton|million|bunch)\b|\bmany thanks\b",
+    r"\b(?:that|this|it) (?:really )?(?:helps|helped|makes sense|did it|fixed|solved)\b",
+    r"\b(?:toll|schön|danke dir|vielen dank|danke sehr|tausend dank|sehr gut|hilft mir)\b",
+)
+REPORTS_SUCCESS = _any(
+    r"\b(?:solved|fixed|gone|works|working|passes|it runs|no more|resolved)\b",
+    r"\b(?:läuft|funktioniert|geht|klappt|gelöst)\b",
+)
+TAKES_IT = _any(
+    r"\b(?:i'll|i will|i'm going to|gonna) (?:use|take|send|keep|go with|try|print|frame)\b",
+    r"\b(?:taking|using|sending|keeping|stealing|printing) (?:it|that|this)\b|\bnehme ich\b|\bso schicke ich\b",
+)
+THANKS = _any(r"\b(?:thanks|thank you|thx|ty|cheers|danke|merci)\b")
+RESERVES = _any(
+    r"\b(?:but|however|except|although|though|unfortunately|yet|apart from|only that|almost|nearly)\b",
+    r"\b(?:aber|allerdings|leider|jedoch|außer|fast|bis auf)\b",
+)
+IS_SARCASTIC = _any(
+    r"\b(?:great|brilliant|fantastic|wonderful|perfect|awesome|lovely|nice),? (?:now|another|so now|just what)\b",
+    r"\bjust (?:great|perfect|wonderful|brilliant)\b|\bthanks for nothing\b|\bbravo\b|\bslow clap\b",
+    r"\b(?:super|so|very|real|really) (?:helpful|useful|funny)[.!]*$|\bas if\b|\byeah,? right\b|\bgenius move\b",
+    r"\bna (?:toll|super|prima|klasse|bravo)\b|\bwie (?:originell|hilfreich|toll)\b|\bschönen dank auch\b",
+    r"🙄|🤦|\b/s\b",
+)
+IS_ABOUT_OTHERS = _any(
+    r"\b(?:was|were|saw|said|says|always|yesterday|last (?:night|week|year))\b",
+    r"\b(?:he|she|they|we)(?:'s|'re)? (?:is|are|was|were|\w+s|\w+ed|saw|had)\b",
+    r"\b(?:war|waren|fand|sagt|sagte|gestern|er|wir)\b",
+)
+ADDRESSES = _any(r"\b(?:you|your|you're|du|dein\w*|dir|sie haben|ihre?)\b")
+
+# Refusals, and what the user answers.
+
+REFUSES = _any(
+    r"\bi(?:'m| am)? (?:\w+,? ){0,2}(?:can't|cannot|can not|won't|will not|couldn't|must not|mustn't|may not) "
+    r"(?!help (?:but|\w+ing)\b|see|find|tell without|believe|recall|remember|wait)",
+    r"\bi(?:'m| am) (?:\w+ )?(?:unable|not able|not allowed|not permitted|not comfortable|not qualified|"
+    r"not in a position|not going)\b",
+    r"\bi (?:don't|do not) (?:have the ability|have the capability|feel comfortable|provide|discuss|engage)\b",
+    r"\bi(?:'d| would) (?:rather|prefer) not\b|\bi (?:must|have to|need to) (?:decline|refuse)\b|\bmust decline\b",
+    r"\bas an ai\b|\bagainst (?:my|our) (?:guidelines|policy|policies|principles)\b",
+    r"\b(?:wouldn't|would not|isn't|is not) (?:be )?appropriate\b|\bnot something i can\b",
+    r"\b(?:kann|darf|möchte|werde) ich (?:\w+ )?(?:nicht|keine?)\b|\bich (?:kann|darf|möchte|werde) "
+    r"(?:\w+ ){0,3}(?:nicht|keine?)\b|\bhelfe ich nicht\b|\bnicht erlaubt\b",
+)
+LACKS_SOMETHING = _any(
+    r"\b(?:paste|attach|upload|share|provide|send|copy|give me)\b",
+    r"\bwithout (?:the|your|more|knowing)\b|\bno (?:text|file|image|attachment|letter)\b",
+    r"\b(?:predict|nobody can|know the future)\b|\bkeinen (?:text|anhang)\b|\bschicken sie\b|\bohne\b",
+)
+EXPLAINS = _any(
+    r"\b(?:i'm|i am|we're|we are) (?:a|an|the|asking|not|only|just|doing|writing|working|teaching|\d+)\b",
+    r"\bi (?:teach|work|study|need|only|just|want|own|run|have|asked|was told)\b",
+    r"\b(?:it's|it is|this is|that's|is) (?:for|only|just|my|our|about|legal|public|fiction|a|an|not|from|in)\b",
+    r"\bfor (?:my|our|a|an|school|work|class|research|fun|safety|the)\b|\bto (?:protect|prevent|avoid|learn)\b",
+    r"\b(?:come on|seriously|please|why not|surely|harmless|nothing wrong|no harm|of course you can|you can|"
+    r"you do|you have|because|homework|fiction|novel)\b",
+    r"^but\b|^no[,. ]",
+    r"\bich (?:will|brauche|bin|möchte|arbeite|frage|habe) \b|\bfür (?:meine?n?|die|den|eine?n?|unser)\b|"
+    r"\b(?:nur|doch|komm schon|harmlos|weil)\b",
+)
+TRICKS = _any(
+    r"\bignore (?:all |any |your |the )?(?:previous|prior|above|earlier|instructions|rules)\b",
+    r"\b(?:pretend|imagine|act as if|roleplay|role-play)\b.{0,30}\byou\b|\byou are (?:now )?dan\b|\bjailbreak\b",
+    r"\bno (?:rules|restrictions|limits|filters)\b|\bdeveloper mode\b|\bgrandm(?:a|other)\b",
+    r"\bignorier\w* .{0,20}(?:anweisung|regeln)|\btu so als\b|\bohne (?:regeln|filter)\b",
+)
+IS_HARMFUL = _any(
+    r"\b(?:bombs?|explosives?|grenades?|nerve agent|poison (?:him|her|someone|my))\b",
+    r"\bmeth(?:amphetamine)?\b|\bheroin\b|\bcook (?:crack|meth)\b|\bmalware\b|\bransomware\b|\bkeylogger\b",
+    r"\b(?:steal|stalk|blackmail|forge|counterfeit|launder|fake (?:id|passport|doctor|note|prescription))",
+    r"\b(?:hack|crack|break) (?:into|my (?:ex|neighbou?r|boss|wife|husband|girlfriend|boyfriend))",
+    r"\b(?:kill|hurt|harm) (?:him|her|them|myself|someone|people|my (?!process|phone|session))",
+    r"\b(?:neighbou?r's|ex's|somebody else's|someone's) (?:wifi|password|account|phone)\b|\bpasswords\b",
+    r"\bbomben?\b|\bsprengstoff\b|\bfälsch\w+\b",
+)
+MOVES_ON = _any(
+    r"^(?:ok(?:ay)?|fine|alright|never ?mind|then|forget it|anyway|well then)\b(?!.{0,40}\bbut\b)",
+    r"\b(?:instead|something else|different question|another question)\b|\bstattdessen\b|\bdann eben\b",
+)
