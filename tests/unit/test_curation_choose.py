@@ -235,6 +235,9 @@ def test_a_job_takes_no_more_than_the_tier_and_the_caller_say(store):
     choice = choose(distinct(9), store, "direct", configured(6), NOW, limit=2)
     assert (ids(choice.chosen), len(choice.left["job full"])) == (["m-0000", "m-0001"], 7)
     assert len(choose(distinct(9), store, "direct", configured(6), NOW, limit=20).chosen) == 6
+    # A person who asks for two of one file gets two: shares are of the job, not of what a person asks for.
+    halved = configured(6, max_source_share=0.5)
+    assert len(choose(distinct(9), store, "direct", halved, NOW, limit=2).chosen) == 2
 
 
 def test_the_window_gives_out_what_batches_really_trained_have_left_of_it(store):

@@ -117,21 +117,22 @@ def count_places(store: Store, tier: TierName, config: Config, now: float, limit
     """The least of the tier's max_examples, `limit`, and what curation.max_examples_per_window leaves of the
     window that ends at `now`, in which examples of every tier count (Batch.num_trained).
 
-    Of these places one file may take max_source_share and one topic max_topic_share, rounded down, but at
-    least one. They are shares of the places, not of what is found for them: a lone small file is trained
-    whole, and places that stay empty because of a share are left empty; the next job goes on.
+    Of the places that there would be without `limit`, one file may take max_source_share and one topic
+    max_topic_share, rounded down, but at least one. They are shares of the places, not of what is found for
+    them: a lone small file is trained whole, and places that a share keeps free stay empty; the next job goes
+    on.
     """
     own = config.curation
     budget = max(0, own.max_examples_per_window - BatchTable(store).num_trained(now - own.window_s))
     of_job = tier_settings(config, tier).max_examples
-    of_job = of_job if limit is None else min(of_job, limit)
-    num = min(of_job, budget)
+    shared = min(of_job, budget)
+    asked_for = of_job if limit is None else min(of_job, limit)
     return Places(
-        num_examples=num,
-        num_of_source=max(1, int(own.max_source_share * num)),
-        num_of_topic=max(1, int(own.max_topic_share * num)),
+        num_examples=min(asked_for, budget),
+        num_of_source=max(1, int(own.max_source_share * shared)),
+        num_of_topic=max(1, int(own.max_topic_share * shared)),
         num_bytes=int(BODY_SHARE * config.http.max_body_bytes),
-        full="window budget" if budget < of_job else "job full",
+        full="window budget" if budget < asked_for else "job full",
     )
 
 
