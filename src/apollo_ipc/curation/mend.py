@@ -43,7 +43,8 @@ def mend(messages: list[Message], gone: Iterable[int]) -> tuple[list[Message], l
     for i, original in enumerate(messages):
         message = left.get(i)
         if original.role == "user":
-            is_unasked = message is None and (i == 0 or messages[i - 1].role != "tool")
+            goes_on = i > 0 and messages[i - 1].role == "tool"
+            is_unasked = message is None and (is_unasked or not goes_on)
         if message is None:
             continue
         if is_unasked and message.role in ("assistant", "tool"):

@@ -168,6 +168,7 @@ def _between(text: str, begin: str, end: str) -> list[Span]:
     if begin not in text and end not in text:
         return []
     spans: list[Span] = []
+    strays: list[Span] = []
     depth, start, note = 0, 0, ""
     longest_first = sorted({begin, end}, key=len, reverse=True)
     for match in re.finditer("|".join(map(re.escape, longest_first)), text):
@@ -182,10 +183,10 @@ def _between(text: str, begin: str, end: str) -> list[Span]:
             if not depth:
                 spans.append((start, match.end(), note))
         else:
-            spans.append((*match.span(), STRAY))
+            strays.append((*match.span(), STRAY))
     if depth:
         spans.append((start, len(text), UNCLOSED))
-    return spans
+    return spans or strays  # what the spans leave may give a stray one its beginning
 
 
 def _without(text: str, spans: list[Span]) -> str:
