@@ -16,6 +16,7 @@ from apollo_ipc.curation.near_duplicates import NearDuplicates
 from apollo_ipc.curation.settings import TierName
 from apollo_ipc.curation.store import Store
 from apollo_ipc.curation.submission import tier_settings
+from apollo_ipc.requests import MAX_EXAMPLES
 
 Reason = Literal[
     "no answer",  # nobody has proposed one yet
@@ -124,7 +125,7 @@ def count_places(store: Store, tier: TierName, config: Config, now: float, limit
     """
     own = config.curation
     budget = max(0, own.max_examples_per_window - BatchTable(store).num_trained(now - own.window_s))
-    of_job = tier_settings(config, tier).max_examples
+    of_job = min(tier_settings(config, tier).max_examples, MAX_EXAMPLES)
     shared = min(of_job, budget)
     asked_for = of_job if limit is None else min(of_job, limit)
     return Places(
