@@ -15,7 +15,9 @@ Form = Literal["lines", "record", "array"]
 HEAD_BYTES = 1 << 16
 
 _START = re.compile(rb"[^\s,]")
-_OUTSIDE = re.compile(rb'["\[\]{},]')
+# A whole string in one step where it ends within the chunk, else its quotation mark alone.
+_BARE = re.compile(rb'"(?:[^"\\]+|\\.)*+"|["\[\]{},]', re.DOTALL)
+_NESTED = re.compile(rb'"(?:[^"\\]+|\\.)*+"|["\[\]{}]', re.DOTALL)
 _INSIDE = re.compile(rb'["\\]')
 _MESSAGE = re.compile(rb'\[\s*\{\s*"(?:role|from|content|value)"')
 BOM = b"\xef\xbb\xbf"
@@ -117,7 +119,7 @@ def _skip(
         if is_escaped:
             at, is_escaped = at + 1, False
             continue
-        found = (_INSIDE if in_string else _OUTSIDE).search(chunk, at)
+        found = (_INSIDE if in_string else _NESTED if depth else _BARE).search(chunk, at)
         if found is None:
             return len(chunk), depth, in_string, False, False
         at = found.end()
@@ -132,6 +134,6 @@ def _skip(
                 depth -= 1
                 if not depth:
                     return at, 0, False, False, True
-            case _ if not depth:  # the end of a bare value
+            case token if not depth and len(token) == 1:  # the end of a bare value
                 return at - 1, 0, False, False, True
     return at, depth, in_string, is_escaped, False
