@@ -72,8 +72,9 @@ def test_a_conversation_that_no_rule_touches_stays_as_it_is():
         ("a <m>x</m> b <m>y</m> c", "a  b  c", {""}),
         ("hello\n<m>x</m>", "hello", {""}),
         ("a <m>x<m>y</m>z</m> b", "a  b", {NESTED}),
-        ("a <m>x", "a ", {UNCLOSED}),
-        ("a <m>x<m>y</m> z", "a ", {UNCLOSED}),
+        ("a <m>x", "a", {UNCLOSED}),
+        ("a <m>x<m>y</m> z", "a", {UNCLOSED}),
+        (" <m>x</m>  a b  ", "a b  ", {""}),
         ("a </m> b", "a  b", {STRAY}),
         ("a <<m>x</m>m>y</m> b", "a  b", {""}),  # what is left after the first cut is a pair again
     ],

@@ -190,11 +190,15 @@ def _between(text: str, begin: str, end: str) -> list[Span]:
 
 
 def _without(text: str, spans: list[Span]) -> str:
-    """The text without the spans; of the blank lines around each one stays at most, none at the edges."""
-    rest, at = text[: spans[0][0]] if spans else text, 0
+    """The text without the spans; of the blank lines around each one stays at most, at the edges no space."""
+    if not spans:
+        return text
+    rest, at = text[: spans[0][0]], 0
     for i, (_, at, _) in enumerate(spans):
         stop = spans[i + 1][0] if i + 1 < len(spans) else len(text)
         left, right = rest.rstrip("\n"), text[at:stop].lstrip("\n")
         num_newlines = len(rest) - len(left) + stop - at - len(right)
-        rest = left + "\n" * min(num_newlines, 2 if left and right else 0) + right
-    return rest
+        rest = left + "\n" * min(num_newlines, 2) + right
+    if not text[: spans[0][0]].strip():
+        rest = rest.lstrip()
+    return rest if text[at:].strip() else rest.rstrip()
