@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
@@ -12,6 +12,10 @@ from apollo_ipc.cli.options import AsJson, ConfigFile
 from apollo_ipc.cli.output import console, describe_ago, print_json
 from apollo_ipc.config import Config, load_config
 from apollo_ipc.errors import UserError
+
+if TYPE_CHECKING:
+    from apollo_ipc.curation.quality.history import Measurement
+    from apollo_ipc.curation.quality.monitor import Report
 
 WORKER_PATIENCE_S = 3.0  # only the weight version is asked of it; without a worker it is left away
 
@@ -26,7 +30,7 @@ def check(
     config_file: ConfigFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure now. Exit status 1 where it is worse than at the last good measurement by more than is allowed."""
+    """Measure now. Exit status 1 where it is worse than the last good measurement by more than is allowed."""
     from apollo_ipc.curation.quality.monitor import Monitor
     from apollo_ipc.curation.served_model import judging, learner
     from apollo_ipc.curation.store import Store, store_path
@@ -119,7 +123,7 @@ def _impatient(config: Config) -> Config:
     return msgspec.structs.replace(config, curation=curation)
 
 
-def _print_report(report) -> None:
+def _print_report(report: Report) -> None:
     from rich.table import Table
 
     from apollo_ipc.curation.quality.report import clean, number, percent
@@ -152,6 +156,6 @@ def _print_report(report) -> None:
     print(f"{'within the limits' if report.ok else 'worse than allowed'} (held against {against})")
 
 
-def _describe_canaries(measurement) -> str:
+def _describe_canaries(measurement: Measurement) -> str:
     text = f"{measurement.num_passed} of {len(measurement.canaries)} pass"
     return f"{text}, {measurement.num_not_judged} not judged" if measurement.num_not_judged else text

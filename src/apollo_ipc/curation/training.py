@@ -11,7 +11,7 @@ import msgspec
 
 from apollo_ipc.config import Config
 from apollo_ipc.curation.served_model import RETRY_S, ModelAway, request_patiently
-from apollo_ipc.errors import NotReady, UserError
+from apollo_ipc.errors import Conflict, NotReady, UserError
 from apollo_ipc.keys import train_key
 from apollo_ipc.messages import (
     ENDED_STATES,
@@ -89,7 +89,9 @@ class Training:
             try:
                 asked = RestoreVersion("", weight_version)
                 result = call(self._config.socket_path, asked, timeout_s=RESTORE_TIMEOUT_S).restore
-            except NotReady as error:
+            except (NotReady, Conflict) as error:
+                if isinstance(error, Conflict) and error.code != "job_running":
+                    raise
                 if time.monotonic() >= deadline or self._stop():
                     raise ModelAway(f"version {weight_version} could not be restored: {error}") from None
                 time.sleep(RETRY_S)

@@ -1,9 +1,10 @@
-"""Line charts as SVG: no script, colours from the page's CSS variables, every point with its value as text."""
+"""Line charts as SVG: no script, colours from the page's CSS variables, each point with its value as text."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import msgspec
 from markupsafe import Markup, escape
@@ -116,7 +117,7 @@ def thin(values: Sequence[float | None], num_wanted: int) -> list[float | None]:
         return list(values)
     edges = [len(values) * k // num_wanted for k in range(num_wanted + 1)]
     thinned: list[float | None] = []
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         piece = [value for value in values[start:end] if value is not None]
         thinned.append(math.fsum(piece) / len(piece) if len(piece) == end - start else None)
     return thinned
@@ -193,7 +194,7 @@ def _names(frame: Frame, ends: list[tuple[float, str, str]]) -> Markup:
 
 def _digits(steps: Sequence[float]) -> int:
     """Decimal places that tell neighbouring steps apart."""
-    gap = min((b - a for a, b in zip(steps, steps[1:], strict=False) if b > a), default=1.0)
+    gap = min((b - a for a, b in pairwise(steps) if b > a), default=1.0)
     return min(6, max(0, -math.floor(math.log10(gap) + 1e-9) + (len(steps) == 2)))
 
 

@@ -53,7 +53,7 @@ class Report(msgspec.Struct, frozen=True):
 
 
 class Checker:
-    """judge: None where nobody judges. Raises ConfigError where the held-out set or the canaries are wrong."""
+    """judge: None where nobody judges. Raises ConfigError for a wrong held-out set or wrong canaries."""
 
     def __init__(
         self,

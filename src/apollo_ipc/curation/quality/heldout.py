@@ -111,7 +111,8 @@ def _read(file: Path) -> Iterator[HeldOut]:
                 try:
                     yield _parse(line, number)
                 except UserError as error:
-                    at = f"{file}:{number}" + (f": {error.field}" if error.field else "")
+                    field = (error.field or "").lstrip(".")
+                    at = f"{file}:{number}: {field}" if field else f"{file}:{number}"
                     raise ConfigError(error.message, field=at) from None
 
 

@@ -20,8 +20,10 @@ from apollo_ipc.curation.quality.thresholds import find_drift
 from apollo_ipc.curation.served_model import ModelAway, ServedModel
 from apollo_ipc.curation.store import Store
 from apollo_ipc.curation.training import Training
-from apollo_ipc.errors import ApolloError, NotReady
+from apollo_ipc.errors import ApolloError, ConfigError, NotReady
 from apollo_ipc.messages import ENDED_STATES, JobInfo
+
+MIN_HISTORY = 2  # older versions: the sync after a bulk job and the one before a restore come in between
 
 __all__ = ["Monitor", "Report"]
 
@@ -48,6 +50,12 @@ class Monitor:
         self.baseline: Measurement | None = None
         self._quality = config.quality
         self._num_restorable = config.checkpoint.history
+        if config.quality.on_breach == "restore" and self._num_restorable < MIN_HISTORY:
+            raise ConfigError(
+                f"restoring needs older weights on disk: set checkpoint.history to {MIN_HISTORY} or more, "
+                "better to the number of syncs in a night",
+                field="quality.on_breach",
+            )
         self._store, self._training, self._clock = store, training, clock
         self._batches = Batches(store, Moments(store), training, config)
         self._durable_seen: set[int] = set()
@@ -222,7 +230,8 @@ class Monitor:
             return
         num_seen = len(self._durable_seen)
         self._durable_seen |= {durable_version} - {self.baseline.durable_version}
-        if num_seen < len(self._durable_seen) >= self._num_restorable:
+        # One more comes at the restore, which first writes what is there.
+        if num_seen < self._num_restorable - 1 <= len(self._durable_seen):
             log.warning(
                 "quality: %d syncs since version %s, and checkpoint.history keeps %d: it may be gone when it "
                 "is to be restored; raise checkpoint.history or checkpoint.sync_interval_s",
