@@ -107,10 +107,7 @@ def feed(
         open_dreaming(config) as bridge,
     ):
         one = Feed(bridge, without_instructions, answer, path=path, has_dialogue=has_dialogue)
-        try:
-            done = one.run(lines)
-        finally:
-            answer(one.done)
+        done = one.run(lines)
     if as_json:
         print_json(done)
     elif not has_dialogue:

@@ -22,7 +22,7 @@ from apollo_ipc.requests import Message
 
 
 class Feed:
-    """One stream. answer: gets every line that goes out, `done` excepted.
+    """One stream. answer: gets every line that goes out.
 
     path: how the stream is called as a source. has_dialogue: the program reads responses before it gives
     verdicts.
@@ -65,6 +65,11 @@ class Feed:
             self._cut("away", error.message)
         except TrainingStopped as error:
             self._cut("stopped", f"training was stopped: {error}")
+        except UserError as error:
+            self.done.ended, self.done.ended_by = error.message, "refused"
+            self._answer(self.done)
+            raise
+        self._answer(self.done)
         return self.done
 
     def _read(self, file: BinaryIO) -> None:
@@ -83,7 +88,10 @@ class Feed:
                     continue
                 data = protocol.parse_line(line)
                 name = given if isinstance(given := data.get("id"), str) else None
-                self._take(protocol.as_message(data), Source(self._path, number, offset))
+                message = protocol.as_message(data)
+                if isinstance(message, protocol.End):
+                    return
+                self._take(message, Source(self._path, number, offset))
             except Refused:
                 raise
             except UserError as error:

@@ -15,14 +15,17 @@ The first line, both ways, is {"protocol": 1}. Every further line has a `type`. 
       Finished: the last message, an assistant's, is learned.
   {"type": "train"}
       Trains what was collected, now. By itself this happens at tier_dream.max_examples and at the end.
+  {"type": "end"}
+      Like the end of the input, for a program that wants to read on and cannot close its output.
 
 What is answered, in the order in which it happens:
 
   {"type": "response", "id", "message": {"role": "assistant", "content"}}
   {"type": "verdict", "id", "good", "reason", "confidence", "better"?}     our judge's
-  {"type": "trained", "id", "batch_id", "job_id", "weight_version"}        null: trained by an earlier run
-  {"type": "error", "line", "id", "field", "message"}                      null where there is none
-  {"type": "done", ...}                                                    the last line: counts, `ended`
+  {"type": "trained", "id", "batch_id", "job_id", "weight_version"}
+      job_id and weight_version are null where an earlier run trained it.
+  {"type": "error", "message", "line", "id", "field"}                      null where there is none
+  {"type": "done", "ended", "ended_by", "num_..."}                         always the last line
 
 A wrong line is answered with an error and passed over; only a first line that is none of this protocol ends
 the stream. At the end of the input what waits for a verdict is judged by our judge, what was collected is
@@ -83,12 +86,17 @@ class TrainNow(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="tra
     pass
 
 
-In = Situation | Verdict | Sample | TrainNow
+class End(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="end"):
+    pass
+
+
+In = Situation | Verdict | Sample | TrainNow | End
 _KINDS: dict[str, type[In]] = {
     "situation": Situation,
     "verdict": Verdict,
     "sample": Sample,
     "train": TrainNow,
+    "end": End,
 }
 
 
@@ -125,10 +133,13 @@ class Error(msgspec.Struct, frozen=True, tag="error"):
     field: str | None = None
 
 
+FeedEndedBy = Literal["input", "away", "stopped", "refused"]
+
+
 class Done(msgspec.Struct, tag="done"):
-    """num_unjudged: responses that nobody judged, the judge being switched off; ended_by: away (learner,
-    judge or trainer) or stopped (training) where it was before the end of the input. What was collected by
-    then is kept, and trained by the next run."""
+    """num_unjudged: responses that nobody judged, the judge being switched off. ended: why; ended_by: before
+    the end of the input, `away` (learner, judge or trainer), `stopped` (training) or `refused` (the first
+    line, or all our requests). What was collected by then is kept, and trained by the next run."""
 
     num_situations: int = 0
     num_samples: int = 0
@@ -140,7 +151,7 @@ class Done(msgspec.Struct, tag="done"):
     num_unjudged: int = 0
     num_errors: int = 0
     ended: str = "end of the input"
-    ended_by: Literal["input", "away", "stopped"] = "input"
+    ended_by: FeedEndedBy = "input"
 
 
 Out = Hello | Response | OurVerdict | Trained | Error | Done
