@@ -4,8 +4,8 @@
 
 Each seed is a stream of 400 turns with 40 planted moments among hard negatives (apollo_ipc/demo/planted.py).
 A moment counts as found where kind and decision are the planted ones. `answer`: of the found ones, how many
-came with the answer that should be learned, were left to the judge though the conversation holds one, and came
-with a wrong one. Needs no model.
+came with the answer that should be learned, were left to the judge though the conversation holds one, and
+came with a wrong one. Needs no model.
 """
 
 from __future__ import annotations
@@ -113,15 +113,23 @@ def show(figures: dict) -> None:
 
     title = f"Rules on planted moments: stories `{figures['part']}`, {figures['turns']} turns"
     table = Table(title=title)
-    columns = ("kind", "planted", "flagged", "found", "precision", "recall", "answer right", "to judge", "wrong")
+    columns = (
+        "kind",
+        "planted",
+        "flagged",
+        "found",
+        "precision",
+        "recall",
+        "answer right",
+        "to judge",
+        "wrong",
+    )
     for name in columns:
         table.add_column(name, justify="left" if name == "kind" else "right", no_wrap=True)
     for row in figures["rows"]:
         shares = ["-" if row[q] is None else f"{row[q]:.1%}" for q in ("precision", "recall")]
         answers = [str(row[f"answer_{q}"]) for q in ("right", "left_to_judge", "wrong")]
-        table.add_row(
-            row["kind"], *(str(row[q]) for q in ("planted", "flagged", "found")), *shares, *answers
-        )
+        table.add_row(row["kind"], *(str(row[q]) for q in ("planted", "flagged", "found")), *shares, *answers)
     console = Console(width=120)
     console.print(table)
     traps = ", ".join(f"{name} {n}" for name, n in sorted(figures["false_by_trap"].items())) or "none"

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import re
 
+MAX_CHARS = 4000  # of a message: who has something to say about an answer says it at once
+
 _QUOTED = re.compile(r"```.*?(?:```|$)|`[^`]*`|\"[^\"]*\"|“[^”]*”|„[^“”]*[“”]|«[^»]*»", re.DOTALL)
 _SENTENCE = re.compile(r"[^.!?\n]+[.!?]*")
 
 
 def plain(text: str) -> str:
-    """For matching phrases: what the speaker says himself."""
-    text = text.replace("’", "'").replace("‘", "'")  # noqa: RUF001
+    """For matching phrases: what the speaker says himself, in the first MAX_CHARS of it."""
+    text = text[:MAX_CHARS].replace("’", "'").replace("‘", "'")  # noqa: RUF001
     return _QUOTED.sub(" ", text).lower().strip()
 
 
@@ -33,22 +35,26 @@ SAYS_WRONG = _any(
     r"(?:'s| is| was| are| looks| seems)? (?:still |just |simply |completely |plainly |totally |also |all )?"
     r"(?:not|n't) (?:quite |at all |really )?(?:right|correct|true|accurate|what i|how|in)\b",
     r"\bisn't (?:right|correct|true|what i)\b",
-    r"\b(?:that's|this is|that is|it's|you're|you are|you were|answer is|was|is) "
-    r"(?:still |just |simply |completely |plainly |totally |also )?(?:wrong|incorrect|false|mistaken|nonsense)\b",
+    r"\b(?:that's|this is|that is|it's|you're|you are|you were|answer is|result is|this was|that was|it was) "
+    r"(?:still |just |simply |completely |plainly |totally |also )?(?:wrong|incorrect|false|mistaken|"
+    r"nonsense)\b",
     r"^(?:wrong|incorrect|false)\b",
     r"\byou (?:made|have|got|misread|misunderstood|missed|forgot|ignored|skipped|confused|confuse|mixed|"
     r"left out|overlooked|dropped|broke|swapped|were supposed|should have|shouldn't have)\b",
     r"\byou're (?:confusing|mixing|missing|ignoring|forgetting)\b",
     r"\bi (?:said|asked|told you|wanted|specifically|clearly|explicitly|did not ask|didn't ask|didn't say)\b",
     r"\bnot what i (?:asked|meant|wanted|said)\b",
-    r"\b(?:doesn't|does not|didn't|did not|still doesn't|won't) (?:work|compile|run|match|answer|add up|help)\b",
+    r"\b(?:doesn't|does not|didn't|did not|still doesn't|won't) (?:work|compile|run|match|answer|"
+    r"add up|help)\b",
     r"\bstill (?:fails|failing|broken|wrong|not|the same)\b",
     r"\b(?:can't|cannot) be (?:right|correct|true|it)\b",
-    r"\btry again\b|\bcheck (?:it |that )?again\b|\bcount again\b|\blook again\b|\bread (?:it |that )?again\b",
+    r"\btry again\b|\bcheck (?:it |that )?again\b|\bcount again\b|\blook again\b|\bread (?:it |"
+    r"that )?again\b",
     r"\b(?:das |so )?(?:ist|war) (?:leider |so |doch |ja )*(?:falsch|nicht richtig|nicht korrekt|verkehrt)\b",
     r"\bstimmt (?:so |doch |leider |ja )*nicht\b",
     r"^falsch\b",
-    r"\b(?:da hast du|du hast|da haben sie|sie haben) .{0,30}(?:vergessen|verwechselt|übersehen|vertan|falsch)",
+    r"\b(?:da hast du|du hast|da haben sie|sie haben) .{0,30}(?:vergessen|verwechselt|übersehen|vertan|"
+    r"falsch)",
     r"\b(?:du verwechselst|sie verwechseln)\b",
     r"\b(?:ich|hatte ich) (?:hatte |habe )?(?:doch )?(?:gesagt|geschrieben|gebeten)\b",
     r"\b(?:geht|funktioniert|läuft|passt) (?:so |immer noch |leider )*nicht\b",
@@ -56,14 +62,17 @@ SAYS_WRONG = _any(
 OBJECTS = _any(
     r"^(?:no|nope|nah|wait|hm+|huh|but|well|actually|really|sorry, but|um|er|uh)\b",
     r"\b(?:isn't|wasn't|aren't|doesn't|shouldn't) (?:it|that|this|there)\b",
-    r"\bare you sure\b|\bpretty sure\b|\bi'm (?:quite |fairly )?(?:certain|sure)\b|\bi (?:doubt|believe|thought)\b",
+    r"\bare you sure\b|\bpretty sure\b|\bi'm (?:quite |fairly )?(?:certain|sure)\b|\bi (?:doubt|"
+    r"believe|thought)\b",
     r"\b(?:should|would|must|ought to) (?:be|have been|say)\b",
     r"\bmore like\b|\brather\b",
     r"\binstead of\b",
     r"\bmy (?:\w+ )?(?:says|gives|shows)\b|\bthis gives\b|\bi (?:get|got)\b",
+    r"\bsince when\b|\bwhy did you\b|\bwhat happened to\b|\bwhere (?:is|are|did) (?:the|my)\b",
     r"\b(?:that's|that is|it's|that was|those are) (?!fine|ok|good|great|nice|perfect|right|it\b)",
     r"^(?:nein|nee|moment|doch|aber|äh|hä|na ja|naja)\b",
-    r"\b(?:bist du|sind sie) (?:dir |sich )?sicher\b|\bsollte\b|\beigentlich\b|\b(?:viel )?zu (?:lang|kurz|förm)",
+    r"\b(?:bist du|sind sie) (?:dir |sich )?sicher\b|\bsollte\b|\beigentlich\b|\b(?:viel )?zu (?:lang|"
+    r"kurz|förm)",
 )
 CORRECTS_HIMSELF = _any(
     r"\bi (?:meant|mean|mistyped|misspelled|misspoke)\b|\bi (?:was|am) wrong\b|\bi made a (?:mistake|typo)\b",
@@ -74,6 +83,12 @@ CORRECTS_HIMSELF = _any(
 REFINES = _any(
     r"^(?:and |ok(?:ay)?,? |now |nice|good|can you |could you |please |also |then |und |jetzt )",
     r"\bmake it\b|\badd\b|\bi'd like\b|\bhow about\b|\bwhat about\b|\blet's\b",
+)
+# What makes a sentence a statement rather than a wish: "It has four legs", and not "Add a leg".
+STATES = _any(
+    r"\b(?:is|are|was|were|am|has|have|had|does|did|would|should|could|isn't|aren't|wasn't|doesn't|didn't|"
+    r"wouldn't|hasn't|it's|that's|there's|they're|you're|not|never|no|only|already|means?|gives?|says?)\b|=",
+    r"\b(?:ist|sind|war|waren|hat|haben|wird|nicht|kein\w*|nie|nur|schon|heißt|gibt)\b",
 )
 
 # The assistant after that.
@@ -88,13 +103,15 @@ CONCEDES = _any(
     r"was wrong|got that wrong|made a mistake|swapped|should have)\b",
     r"^(?:oops|whoops|ah|oh)\b",
     r"\b(?:corrected|fixed|revised) (?:version|answer|code|query|list)\b",
-    r"\b(?:du hast|sie haben|da hast du|da haben sie) (?:\w+ )?recht\b|\bstimmt,|\bmein fehler\b|\bentschuldig",
+    r"\b(?:du hast|sie haben|da hast du|da haben sie) (?:\w+ )?recht\b|\bstimmt,|\bmein fehler\b|"
+    r"\bentschuldig",
     r"\bhabe ich (?:mich )?(?:vertan|verwechselt|übersehen|falsch)\b|\bda habe ich mich\b|\bverzeihung\b",
 )
 STANDS = _any(
     r"\bi (?:understand|see|know|get|realise|realize)\b.{0,60}\bbut\b",
     r"\bi (?:double-?checked|stand by|am confident|can confirm)\b|\b(?:is|are|was|were) (?:indeed|in fact)\b",
-    r"\bthere are still\b|\bstill (?:is|are)\b|\bit (?:remains|stays)\b|\bactually,? (?:it|that|this) is correct\b",
+    r"\bthere are still\b|\bstill (?:is|are)\b|\bit (?:remains|stays)\b|\bactually,? (?:it|that|"
+    r"this) is correct\b",
     r"\bes bleibt\b|\bdas verstehe ich\b.{0,20}\baber\b|\btatsächlich\b",
 )
 
@@ -105,10 +122,12 @@ PRAISES = _any(
     r"beautiful|genius|impressive|incredible|marvell?ous|terrific|stunning|gorgeous)\b",
     r"\b(?:exactly|precisely|just) (?:what|how|the|right|as|my)\b",
     r"\b(?:spot on|nailed it|nailed that|well done|good job|great job|great work|nice work|bang on)\b",
-    r"\b(?:great|good|best|nice|lovely|clear|clearest) (?:answer|explanation|summary|idea|solution|tip|advice|one)\b",
+    r"\b(?:great|good|best|nice|lovely|clear|clearest) (?:answer|explanation|summary|idea|solution|tip|"
+    r"advice|one)\b",
     r"\b(?:i )?(?:love|adore) (?:it|this|that|the)\b",
     r"\byou(?:'re| are) (?:a|the|so|really|truly) (?:\w+ )?"
     r"(?:best|star|genius|legend|lifesaver|hero|good|helpful|brilliant|smart)\b",
+    r"\bi (?:was|am|'m) (?:looking|hoping) for\b|\bi was after\b|\b(?:great|real|such a) (?:gift|talent)\b",
     r"\b(?:saved|made) (?:me|my)\b|\blife-?saver\b|\bcouldn't have (?:said|put|done|written)\b",
     r"\bworks? (?:perfectly|like a charm|great|beautifully|wonderfully|flawlessly|first time)\b|\bworked\b",
     r"\b(?:10|ten) ?(?:/|out of) ?(?:10|ten)\b|\bfive stars\b|\bchef's kiss\b",
@@ -116,7 +135,10 @@ PRAISES = _any(
     r"\bgenau (?:so|das|richtig|was)\b|\bhat (?:super |gut |toll )?geklappt\b",
 )
 IS_PLEASED = _any(
-    r"\b(?:great|nice|cool|lovely|neat|helpful|useful|sweet|yes|wow|yay|ha|omg|oh my)\b",
+    r"\b(?:great|nice|cool|lovely|neat|helpful|useful|sweet|yes|wow|yay|ha|haha|omg|oh my|love|clever|"
+    r"elegant|"
+    r"witty|funny|simple|gift|talent|smart|kind|happy|glad|relieved|grateful|finally|magic|beautifully|"
+    r"well put)\b",
     r"\b(?:thanks|thank you) (?:so|very) much\b|\bthanks a (?:lot|ton|million|bunch)\b|\bmany thanks\b",
     r"\b(?:that|this|it) (?:really )?(?:helps|helped|makes sense|did it|fixed|solved)\b",
     r"\b(?:toll|schön|danke dir|vielen dank|danke sehr|tausend dank|sehr gut|hilft mir)\b",
@@ -127,7 +149,8 @@ REPORTS_SUCCESS = _any(
 )
 TAKES_IT = _any(
     r"\b(?:i'll|i will|i'm going to|gonna) (?:use|take|send|keep|go with|try|print|frame)\b",
-    r"\b(?:taking|using|sending|keeping|stealing|printing) (?:it|that|this)\b|\bnehme ich\b|\bso schicke ich\b",
+    r"\b(?:taking|using|sending|keeping|stealing|printing) (?:it|that|this)\b|\bnehme ich\b|"
+    r"\bso schicke ich\b",
 )
 THANKS = _any(r"\b(?:thanks|thank you|thx|ty|cheers|danke|merci)\b")
 RESERVES = _any(
@@ -135,9 +158,11 @@ RESERVES = _any(
     r"\b(?:aber|allerdings|leider|jedoch|außer|fast|bis auf)\b",
 )
 IS_SARCASTIC = _any(
-    r"\b(?:great|brilliant|fantastic|wonderful|perfect|awesome|lovely|nice),? (?:now|another|so now|just what)\b",
+    r"\b(?:great|brilliant|fantastic|wonderful|perfect|awesome|lovely|nice)(?:,? (?:now|another|so now)|"
+    r", (?:an?|so|more|that's all|yet|what an?))\b",
     r"\bjust (?:great|perfect|wonderful|brilliant)\b|\bthanks for nothing\b|\bbravo\b|\bslow clap\b",
-    r"\b(?:super|so|very|real|really) (?:helpful|useful|funny)[.!]*$|\bas if\b|\byeah,? right\b|\bgenius move\b",
+    r"\b(?:super|so|very|real|really) (?:helpful|useful|funny)[.!]*$|\bas if\b|\byeah,? right\b|"
+    r"\bgenius move\b",
     r"\bna (?:toll|super|prima|klasse|bravo)\b|\bwie (?:originell|hilfreich|toll)\b|\bschönen dank auch\b",
     r"🙄|🤦|\b/s\b",
 )
@@ -151,27 +176,33 @@ ADDRESSES = _any(r"\b(?:you|your|you're|du|dein\w*|dir|sie haben|ihre?)\b")
 # Refusals, and what the user answers.
 
 REFUSES = _any(
-    r"\bi(?:'m| am)? (?:\w+,? ){0,2}(?:can't|cannot|can not|won't|will not|couldn't|must not|mustn't|may not) "
+    r"(?:^|[.!?,;:] |\bbut |\bsorry |\bthat |\bi'm afraid )i (?:\w+,? ){0,2}(?:can't|cannot|can not|"
+    r"won't|will not|couldn't|must not|mustn't|may not) "
     r"(?!help (?:but|\w+ing)\b|see|find|tell without|believe|recall|remember|wait)",
     r"\bi(?:'m| am) (?:\w+ )?(?:unable|not able|not allowed|not permitted|not comfortable|not qualified|"
     r"not in a position|not going)\b",
-    r"\bi (?:don't|do not) (?:have the ability|have the capability|feel comfortable|provide|discuss|engage)\b",
-    r"\bi(?:'d| would) (?:rather|prefer) not\b|\bi (?:must|have to|need to) (?:decline|refuse)\b|\bmust decline\b",
+    r"\bi (?:don't|do not) (?:have the ability|have the capability|feel comfortable|provide|discuss|"
+    r"engage)\b",
+    r"\bi(?:'d| would) (?:rather|prefer) not\b|\bi (?:must|have to|need to) (?:decline|refuse)\b|"
+    r"\bmust decline\b",
     r"\bas an ai\b|\bagainst (?:my|our) (?:guidelines|policy|policies|principles)\b",
     r"\b(?:wouldn't|would not|isn't|is not) (?:be )?appropriate\b|\bnot something i can\b",
     r"\b(?:kann|darf|möchte|werde) ich (?:\w+ )?(?:nicht|keine?)\b|\bich (?:kann|darf|möchte|werde) "
     r"(?:\w+ ){0,3}(?:nicht|keine?)\b|\bhelfe ich nicht\b|\bnicht erlaubt\b",
 )
 LACKS_SOMETHING = _any(
-    r"\b(?:paste|attach|upload|share|provide|send|copy|give me)\b",
+    r"\b(?:please|could you|can you|would you|if you|you can|you could)\W+(?:\w+ ){0,2}"
+    r"(?:paste|attach|upload|share|provide|send|copy|tell|give)\b|\?$",
     r"\bwithout (?:the|your|more|knowing)\b|\bno (?:text|file|image|attachment|letter)\b",
     r"\b(?:predict|nobody can|know the future)\b|\bkeinen (?:text|anhang)\b|\bschicken sie\b|\bohne\b",
 )
 EXPLAINS = _any(
     r"\b(?:i'm|i am|we're|we are) (?:a|an|the|asking|not|only|just|doing|writing|working|teaching|\d+)\b",
     r"\bi (?:teach|work|study|need|only|just|want|own|run|have|asked|was told)\b",
-    r"\b(?:it's|it is|this is|that's|is) (?:for|only|just|my|our|about|legal|public|fiction|a|an|not|from|in)\b",
-    r"\bfor (?:my|our|a|an|school|work|class|research|fun|safety|the)\b|\bto (?:protect|prevent|avoid|learn)\b",
+    r"\b(?:it's|it is|this is|that's|is) (?:for|only|just|my|our|about|legal|public|fiction|a|an|not|"
+    r"from|in)\b",
+    r"\bfor (?:my|our|a|an|school|work|class|research|fun|safety|the)\b|\bto (?:protect|prevent|avoid|"
+    r"learn)\b",
     r"\b(?:come on|seriously|please|why not|surely|harmless|nothing wrong|no harm|of course you can|you can|"
     r"you do|you have|because|homework|fiction|novel)\b",
     r"^but\b|^no[,. ]",
@@ -180,7 +211,8 @@ EXPLAINS = _any(
 )
 TRICKS = _any(
     r"\bignore (?:all |any |your |the )?(?:previous|prior|above|earlier|instructions|rules)\b",
-    r"\b(?:pretend|imagine|act as if|roleplay|role-play)\b.{0,30}\byou\b|\byou are (?:now )?dan\b|\bjailbreak\b",
+    r"\b(?:pretend|imagine|act as if|roleplay|role-play)\b.{0,30}\byou\b|\byou are (?:now )?dan\b|"
+    r"\bjailbreak\b",
     r"\bno (?:rules|restrictions|limits|filters)\b|\bdeveloper mode\b|\bgrandm(?:a|other)\b",
     r"\bignorier\w* .{0,20}(?:anweisung|regeln)|\btu so als\b|\bohne (?:regeln|filter)\b",
 )

@@ -11,6 +11,7 @@ from apollo_ipc.curation.signals.turns import Turn
 
 PLAINLY_WRONG = 0.55  # "that's wrong", "I asked for ..."
 OBJECTION = 0.3  # "no", "isn't it ...", which may as well begin something else
+REMARK = 0.2  # a statement where a new wish could stand
 ECHO = 0.3  # a piece of the answer with a question mark: "Bacon?"
 CONCESSION = 0.45  # "you're right, my mistake"
 SAME_AGAIN = 0.25  # the next answer is the first one with a change
@@ -36,10 +37,14 @@ def weigh(wrong: Turn, reaction: Turn) -> Evidence:
         evidence.add(PLAINLY_WRONG, "the user says that the answer was wrong")
     elif phrases.OBJECTS.search(said):
         evidence.add(OBJECTION, "the user objects")
+    elif is_remark(said):
+        evidence.add(REMARK, "the user remarks on the answer")
     if is_echo(reaction.said, wrong.answer):
         evidence.add(ECHO, "the user asks back with the answer's own words")
     if concedes:
         evidence.add(CONCESSION, "the assistant concedes it")
+    if evidence.confidence == 0:
+        return evidence  # a series of questions alike has answers alike, too
     if likeness(wrong.answer, reaction.answer) >= MIN_LIKENESS and reaction.answer != wrong.answer:
         evidence.add(SAME_AGAIN, "the next answer is the first one with a change")
     if brought_in(wrong, reaction) & notable(reaction.answer):
@@ -56,6 +61,15 @@ def weigh(wrong: Turn, reaction: Turn) -> Evidence:
 def is_own_answer(before: Turn, reaction: Turn) -> bool:
     """Whether the user only answers the assistant's question: "Outside? - No, inside.\""""
     return before.answer.rstrip().endswith("?") and not phrases.CONCEDES.search(plain(reaction.answer))
+
+
+def is_remark(said: str) -> bool:
+    """Whether the message states something: neither a question nor a wish, nor thanks."""
+    return "?" not in said and bool(phrases.STATES.search(said)) and not is_wish(said)
+
+
+def is_wish(said: str) -> bool:
+    return bool(phrases.REFINES.search(said) or phrases.MOVES_ON.search(said) or phrases.THANKS.search(said))
 
 
 def is_echo(said: str, answer: str) -> bool:

@@ -7,12 +7,15 @@ import re
 from apollo_ipc.curation.signals.evidence import likeness
 
 MIN_LIKENESS = 0.5  # to the first answer: from here on the rest replaces it as a whole
+MAX_LAST_CHARS = 300  # of a last sentence of excuses
 
 _FIRST = re.compile(r"\s*(.*?(?:[.!?…:](?=\s|$)|\n|$))", re.DOTALL)
+_LAST = re.compile(r"(?<=[.!?…])\s+([^.!?…\n]+[.!?…]*)$")
 _CLAUSES = re.compile(r"\s*(?:[,;:.!?…]+|\s[-–—]\s)\s*")  # noqa: RUF001
 # A clause that speaks only to the complaint. Whole clauses, in lower case.
 _LEAD = re.compile(
-    r"(?:(?:ah|oh|oops|whoops|of course|yes|indeed|right|sure|certainly|absolutely|understood|got it|i see|okay|"
+    r"(?:(?:ah|oh|oops|whoops|of course|yes|indeed|right|sure|certainly|absolutely|understood|got it|"
+    r"i see|okay|"
     r"ok|in that case|no problem|happy to help)"
     r"|(?:i'm |i am )?(?:so |very |really |terribly )?sorry(?: (?:about|for) .*)?"
     r"|(?:my|all my) (?:mistake|apologies|bad|error|fault|oversight)"
@@ -21,7 +24,8 @@ _LEAD = re.compile(
     r"|(?:good|nice|great) (?:catch|point|spot)|well spotted|fair (?:enough|point)"
     r"|thank(?:s| you)(?: (?:so much|for .*))?"
     r"|that was (?:my|a|an) (?:mistake|error|slip|oversight)"
-    r"|i (?:misread|misunderstood|miscounted|miscalculated|mixed|confused|overlooked|forgot|missed|was wrong|got "
+    r"|i (?:misread|misunderstood|miscounted|miscalculated|mixed|confused|overlooked|forgot|missed|"
+    r"was wrong|got "
     r"that wrong|made a mistake|swapped)\b.*"
     r"|(?:here(?:'s| is)|this is) (?:the|a|my) (?:corrected|fixed|revised|updated|right|proper) .*"
     r"|entschuldigung|entschuldige|verzeihung|stimmt|(?:es )?tut mir leid|oh nein|ach ja|natürlich|gern|klar"
@@ -31,7 +35,8 @@ _LEAD = re.compile(
 )
 # What only makes sense to someone who has heard the complaint.
 _LOOKS_BACK = re.compile(
-    r"\b(?:as you (?:said|say|noted|mentioned|pointed)|you (?:said|mentioned|wanted|asked)|earlier|previous(?:ly)?|"
+    r"\b(?:as you (?:said|say|noted|mentioned|pointed)|you (?:said|mentioned|wanted|asked)|earlier|"
+    r"previous(?:ly)?|"
     r"corrected|again|this time|my (?:first|last|previous) (?:answer|version|reply)|instead of my|"
     r"apologi[sz]e|apologies|i was wrong|my mistake|"
     r"wie (?:du|sie) (?:sagst|sagen|gesagt)|vorhin|diesmal|korrigiert\w*|entschuldigung)\b"
@@ -75,7 +80,8 @@ def _lower(text: str) -> str:
 
 def _without_last(text: str) -> str:
     """Without a last sentence of excuses or thanks."""
-    found = re.search(r"(?<=[.!?…])\s+([^.!?…\n]+[.!?…]*)$", text)
+    start = max(0, len(text) - MAX_LAST_CHARS)
+    found = _LAST.search(text, start)
     if found and all(_is_lead(clause) for clause in _CLAUSES.split(_lower(found[1])) if clause):
         return text[: found.start()]
     return text

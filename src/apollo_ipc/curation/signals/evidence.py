@@ -1,9 +1,9 @@
 """What the confidence of a rule is made of.
 
 Each piece of evidence has a weight: how sure one could be with it alone. Several are taken as independent:
-confidence = 1 - (1 - w1)(1 - w2)... A doubt d, between 0 and 1, multiplies what is left by (1 - d). A moment is
-flagged from MIN_CONFIDENCE on: one piece of strong evidence, or two weak ones. Never above MAX_CONFIDENCE: a
-rule sees words, not whether they are true.
+confidence = 1 - (1 - w1)(1 - w2)... A doubt d, between 0 and 1, multiplies what is left by (1 - d). A moment
+is flagged from MIN_CONFIDENCE on: one piece of strong evidence, or two weak ones. Never above MAX_CONFIDENCE:
+a rule sees words, not whether they are true.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from apollo_ipc.requests import Message
 MIN_CONFIDENCE = 0.4
 MAX_CONFIDENCE = 0.9
 
+MAX_CHARS = 20_000  # of a text that is compared word by word
+MAX_WORDS = 300
+
 _WORD = re.compile(r"\w+(?:[.,:]\d+)*")
 # Too common to say what a text is about.
 _COMMON = frozenset(
-    "a an and are as at be but by can do does for from give have how i in is it its me my no not of on or our "
-    "please some that the their them there these this to was we were what when where which who why will with "
-    "would write you your "
-    "aber am auf aus das dass dem den der des die du ein eine einen er es für ich im in ist mir mit nicht "
-    "oder sich sie so und uns von was wie wir zu zum zur".split()
+    """a an and are as at be but by can do does for from give have how i in is it its me my no not of on or our
+    please some that the their them there these this to was we were what when where which who why will with
+    would write you your aber am auf aus das dass dem den der des die du ein eine einen er es für ich im in ist
+    mir mit nicht oder sich sie so und uns von was wie wir zu zum zur""".split()  # noqa: SIM905
 )
 
 
@@ -86,4 +88,5 @@ def likeness(a: str, b: str) -> float:
     """0 to 1: how much of two texts is the same words in the same order."""
     from difflib import SequenceMatcher
 
-    return SequenceMatcher(None, _WORD.findall(a.lower()), _WORD.findall(b.lower()), autojunk=False).ratio()
+    first, second = (_WORD.findall(text[:MAX_CHARS].lower())[:MAX_WORDS] for text in (a, b))
+    return SequenceMatcher(None, first, second, autojunk=False).ratio()

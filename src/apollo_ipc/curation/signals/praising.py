@@ -8,8 +8,8 @@ from apollo_ipc.curation.signals.evidence import Evidence
 from apollo_ipc.curation.signals.turns import Turn
 
 PRAISE = 0.5  # "perfect", "exactly what I needed"
-PLEASURE = 0.25  # "nice", "that helps"
-SUCCESS = 0.3  # "it works"
+PLEASURE = 0.25  # "nice", "that helps"; counted twice where two different words say it
+SUCCESS = 0.35  # "it works"
 TAKEN = 0.3  # "I'll use it"
 THANKS = 0.15  # said out of habit
 EXCLAMATION = 0.1
@@ -33,8 +33,10 @@ def weigh(praised: Turn, reaction: Turn) -> Evidence:
     own = "\n".join(about_it)
     if phrases.PRAISES.search(own):
         evidence.add(PRAISE, "the user praises the answer")
-    if phrases.IS_PLEASED.search(own):
+    if pleased := {found[0] for found in phrases.IS_PLEASED.finditer(own)}:
         evidence.add(PLEASURE, "the user is pleased")
+        if len(pleased) > 1:
+            evidence.add(PLEASURE, "and says it twice")
     if phrases.REPORTS_SUCCESS.search(own):
         evidence.add(SUCCESS, "the user reports that it works")
     if phrases.TAKES_IT.search(own):

@@ -50,17 +50,20 @@ def _attempts(turn: Turn) -> Iterator[Attempt]:
         results = messages[at + 1 : at + 1 + len(calls)]
         if not calls or len(results) < len(calls):
             continue
-        failed = [has_failed(result.content) for result in results]
+        failed = [
+            has_failed(result.content, _program(call)) for call, result in zip(calls, results, strict=True)
+        ]
         errors = "\n".join(result.content for result in results)
         yield Attempt(at, at + 1 + len(calls), failed[0] if len(set(failed)) == 1 else None, errors)
 
 
 def _repair(messages: list[Message], attempts: list[Attempt], i: int) -> tuple[Noticed, int] | None:
-    """The moment, and the attempt that repaired it. Of several failures in a row the first is the decision."""
+    """The moment, and the attempt that repaired it. Of several failures the first is the decision."""
     failed = attempts[i]
-    for j in range(i + 1, len(attempts)):
-        if attempts[j].failed is not False:
-            continue
+    worked = [j for j in range(i + 1, len(attempts)) if attempts[j].failed is False]
+    # The same tool's call is the repair, even where another tool was asked for advice before it.
+    worked.sort(key=lambda j: _names(messages[attempts[j].at]) != _names(messages[failed.at]))
+    for j in worked:
         evidence = _weigh(messages, failed, attempts[j], is_next=j == i + 1)
         if evidence.is_enough:
             # What it says beside the call speaks of the error.
@@ -107,6 +110,16 @@ def _arguments(message: Message) -> str:
 def _is_command(message: Message) -> bool:
     parsed = [arguments for _, arguments in _functions(message)]
     return any(isinstance(one, dict) and any(key in one for key in COMMAND_KEYS) for one in parsed)
+
+
+def _program(call: dict[str, Any]) -> str | None:
+    """The program that a shell command starts with; None where the call is no command."""
+    arguments = _parsed(call)
+    if not isinstance(arguments, dict):
+        return None
+    command = next((arguments[key] for key in COMMAND_KEYS if key in arguments), None)
+    first = command.split() if isinstance(command, str) else command
+    return str(first[0]) if isinstance(first, list) and first else None
 
 
 def _parsed(call: dict[str, Any]) -> Any:

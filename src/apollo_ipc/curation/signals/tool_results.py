@@ -7,38 +7,49 @@ import re
 from typing import Any
 
 MAX_LINES = 12  # of a plain text: an error is short, what was looked for may say `error` anywhere
+MAX_LINE_CHARS = 400
 
 _FAILED_STATUS = {"error", "failed", "failure", "fail"}
 _FIRST_LINE = re.compile(
-    r"\s*(?:<tool_use_error>|\[?(?:error|err|fatal|exception|failure|failed|fehler|panic)\]?\s*(?:\([^)]*\)\s*)?[:!]|"
+    r"\s*(?:<tool_use_error>|\[?(?:error|err|fatal|exception|failure|failed|fehler|"
+    r"panic)\]?\s*(?:\([^)]*\)\s*)?[:!]|"
     r"(?:\w+\.)*\w*(?:Error|Exception)\b\s*(?::|\()|traceback \(most recent call last\)|"
     r"http(?:/[\d.]+)? (?:status )?[45]\d\d\b|status(?: code)?:? [45]\d\d\b|[45]\d\d (?:client|server) error|"
-    r"usage: |invalid |unknown |unrecognized |cannot |can't |could not |couldn't |unable to |permission denied|"
+    r"usage: |invalid |unknown |unrecognized |cannot |can't |could not |couldn't |unable to |"
+    r"permission denied|"
     r"access denied|not found|no such |missing |failed to |error\b.{0,20}$)",
     re.IGNORECASE,
 )
 # How programs complain: `program: what: reason`.
 _COMPLAINT = re.compile(
-    r"^(?:[\w./-]+: )*.{0,200}(?:no such file or directory|command not found|permission denied|not a directory|"
-    r"is a directory|operation not permitted|connection refused|connection timed out|name or service not known|"
-    r"no rule to make target|unrecognized (?:option|argument)|invalid (?:option|argument)|unknown (?:option|command)|"
+    r"^(?:[\w./-]+: )*.{0,200}(?:no such file or directory|command not found|permission denied|"
+    r"not a directory|"
+    r"is a directory|operation not permitted|connection refused|connection timed out|"
+    r"name or service not known|"
+    r"no rule to make target|unrecognized (?:option|argument)|invalid (?:option|argument)|"
+    r"unknown (?:option|command)|"
     r"does not exist|was not found|not found in|is not recognized|illegal option|syntax error)",
     re.IGNORECASE | re.MULTILINE,
 )
 _PROGRAM = re.compile(r"^[\w./-]+: ", re.MULTILINE)
+_ALL_WELL = re.compile(
+    r"nothing to be done|up to date|entering directory|leaving directory|\bok\b", re.IGNORECASE
+)
 _LAST_ERROR = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception)\b(?::|$)")
 _EXIT_CODE = re.compile(r"\bexit(?:ed)?(?: with)?[ _]?(?:code|status)?\W{1,3}(\d+)", re.IGNORECASE)
 
 
-def has_failed(result: str) -> bool:
-    """By an error field or status of a JSON object, an exit code, or the form in which programs complain."""
+def has_failed(result: str, program: str | None = None) -> bool:
+    """By an error field or status of a JSON object, an exit code, or the form in which programs complain.
+
+    program: that was run, if one was; what it says under its own name is a complaint."""
     text = result.strip()
     if text.startswith("{"):
         try:
             return _says_error(json.loads(text))
         except (ValueError, RecursionError):
             pass
-    lines = text.splitlines()
+    lines = [line[:MAX_LINE_CHARS] for line in text.splitlines()]
     if not lines:
         return False
     codes = _EXIT_CODE.findall(lines[0] + "\n" + lines[-1])
@@ -48,7 +59,11 @@ def has_failed(result: str) -> bool:
         return True
     if _FIRST_LINE.match(lines[0]) or _LAST_ERROR.match(lines[-1]):
         return len(lines) <= MAX_LINES
-    return len(lines) <= MAX_LINES and _complains(lines[0])
+    if len(lines) > MAX_LINES:
+        return False
+    if program and lines[0].startswith(f"{program.rpartition('/')[2]}: "):
+        return not _ALL_WELL.search(lines[0])
+    return _complains(lines[0])
 
 
 def _complains(line: str) -> bool:
