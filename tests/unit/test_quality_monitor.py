@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import msgspec
 import pytest
@@ -192,7 +194,7 @@ def night(tmp_path):
         curation=Curation(patience_s=0),
         quality=quality,
     )
-    config.state_dir.mkdir(mode=0o700)
+    config.state_dir.mkdir(mode=0o700, exist_ok=True)
     with Store(config.state_dir / "curation.sqlite") as store:
         yield Night(config, store)
 
@@ -349,7 +351,7 @@ def test_a_canary_that_is_lost_is_a_breach_unless_one_may_be(night):
     night.train("forget")
     report = night.monitor.after()
     assert [breach.sentence for breach in report.breaches] == [
-        "1 canaries that passed before fail now, at most 0 may: capital"
+        "1 of the canaries that passed before fail now, at most 0 may: capital"
     ]
     night.server.knows_paris = True
     night.change(max_canaries_lost=1)
@@ -523,3 +525,70 @@ def test_another_held_out_set_is_not_held_against_the_old_one(night, tmp_path):
     assert report.measurement.losses["facts"].loss == 1.5
     assert report.ok
     assert report.drift == {"chat": 0.0}
+
+
+class Route(BaseHTTPRequestHandler):
+    """As much of vLLM as a check asks for; no worker stands behind it. A token is a byte."""
+
+    loss = 1.0
+
+    def do_GET(self):
+        if self.path == "/v1/models":
+            self.send(200, {"data": [{"id": "tiny"}]})
+        else:
+            self.send(503, {"error": {"message": "the training worker does not answer", "code": "not_ready"}})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/tokenize":
+            text = "".join(f"{one['role']}:{one['content']}|" for one in body["messages"])
+            text += "assistant:" if body["add_generation_prompt"] else ""
+            self.send(200, {"tokens": list(text.encode())})
+        elif self.path == "/v1/completions":
+            said = [None, *({str(token): {"logprob": -self.loss}} for token in body["prompt"][1:])]
+            self.send(200, {"choices": [{"text": "", "prompt_logprobs": said}]})
+        else:
+            self.send(200, {"choices": [{"message": {"content": "Paris"}}]})
+
+    def send(self, status, data):
+        payload = json.dumps(data).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        self.wfile.write(payload)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """The address and the handler's class, whose `loss` may be set."""
+    route = type("ThisRoute", (Route,), {})
+    with ThreadingHTTPServer(("127.0.0.1", 0), route) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        monkeypatch.setenv("APOLLO_CURATION__URL", f"http://127.0.0.1:{server.server_address[1]}")
+        monkeypatch.setattr("apollo_ipc.cli.quality.WORKER_PATIENCE_S", 0.0)
+        yield route
+        server.shutdown()
+
+
+def test_the_command_measures_a_server_and_exits_by_what_it_found(apollo, served, night, monkeypatch):
+    monkeypatch.setenv("APOLLO_QUALITY__HELDOUT", night.config.quality.heldout)
+    monkeypatch.setenv("APOLLO_QUALITY__CANARIES", night.config.quality.canaries)
+    monkeypatch.setenv("APOLLO_JUDGE__ENABLED", "false")
+    told = apollo("quality", "check")
+    assert (told.returncode, told.stderr) == (0, "")
+    assert "canary kind: not judged: no judge is configured" in told.stdout
+    assert "canaries: 1 of 2 pass, 1 not judged" in told.stdout
+    assert "within the limits (held against nothing yet)" in told.stdout
+    served.loss = 1.2
+    told = apollo("quality", "check")
+    assert told.returncode == 1
+    assert "BREACH chat: held-out loss 1.0000 -> 1.2000 nats a token (+20.0%)" in told.stdout
+    shown = json.loads(apollo("quality", "check", "--json").stdout)
+    assert shown["ok"] is False
+    assert shown["measurement"]["losses"]["facts"]["num_tokens"] == len("facts|")
+    assert shown["measurement"]["weight_version"] is None
+    assert apollo("quality", "check", "--accept").returncode == 0
+    assert apollo("quality", "check").returncode == 0

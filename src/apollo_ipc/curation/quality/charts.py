@@ -12,6 +12,7 @@ from markupsafe import Markup, escape
 NUM_COLOURS = 8  # --s1 to --s8 of the page's style
 MAX_POINTS = 160  # of a training curve; more are averaged
 MAX_X_LABELS = 16
+MARK_CHARACTER_WIDTH = 7.0  # pixels
 LABEL_HEIGHT = 15.0  # pixels between two names at the right
 
 
@@ -145,7 +146,7 @@ def _grid(frame: Frame, steps: Sequence[float]) -> Markup:
 
 
 def _x_labels(frame: Frame, ticks: Sequence[Tick]) -> Markup:
-    every = math.ceil(len(ticks) / MAX_X_LABELS)
+    every = max(1, math.ceil(len(ticks) / MAX_X_LABELS))
     parts = []
     for i in range(0, len(ticks), every):
         parts.append(_text(frame.x(i), frame.bottom + 18, "tick mid strong", ticks[i].label))
@@ -154,12 +155,16 @@ def _x_labels(frame: Frame, ticks: Sequence[Tick]) -> Markup:
 
 
 def _marks(frame: Frame, marks: Sequence[Mark]) -> Markup:
-    parts = []
+    """The names of marks that stand close together are left to the pointer, all but the first."""
+    parts, named_to = [], -math.inf
     for mark in marks:
         x = _px(frame.x(mark.at))
-        line = Markup('<line class="mark {}" x1="{}" x2="{}" y1="{}" y2="{}"/>')
-        parts.append(line.format(mark.kind, x, x, _px(frame.top), _px(frame.bottom)))
-        parts.append(_text(frame.x(mark.at), frame.top - 8, f"mid label {mark.kind}", mark.label))
+        line = Markup('<line class="mark {}" x1="{}" x2="{}" y1="{}" y2="{}"><title>{}</title></line>')
+        parts.append(line.format(mark.kind, x, x, _px(frame.top), _px(frame.bottom), mark.label))
+        half_width = MARK_CHARACTER_WIDTH * len(mark.label) / 2
+        if frame.x(mark.at) - half_width > named_to:
+            parts.append(_text(frame.x(mark.at), frame.top - 8, f"mid label {mark.kind}", mark.label))
+            named_to = frame.x(mark.at) + half_width
     return Markup("").join(parts)
 
 
@@ -171,7 +176,7 @@ def _line(frame: Frame, one: Series, hollow: frozenset[int], *, with_dots: bool 
             is_down = False
             continue
         x, y = _px(frame.x(i)), _px(frame.y(value))
-        path.append(f"{'L' if is_down else 'M'}{x} {y}")
+        path.append(f"L{x} {y}" if is_down else f"M{x} {y}h0")  # h0: a point alone is a round dot
         is_down = True
         if with_dots:
             kind = "dot hollow" if i in hollow else "dot"

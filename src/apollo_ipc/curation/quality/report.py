@@ -193,6 +193,11 @@ def number(value: float | None, digits: int = 4) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def plural(num: int, noun: str) -> str:
+    """`1 batch`, `2 batches`."""
+    return f"{num} {noun}" if num == 1 else f"{num} {noun}{'es' if noun.endswith('ch') else 's'}"
+
+
 def percent(share: float | None) -> str:
     return "-" if share is None else f"{share:+.1%}"
 
@@ -205,6 +210,6 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    own = (clean, clock_time, version, number, percent)
+    own = (clean, clock_time, version, number, plural, percent)
     environment.filters.update({function.__name__: function for function in own})
     return environment

@@ -65,7 +65,8 @@ def _lost_canaries(now: Measurement, before: Measurement | None, quality: Qualit
         return []
     names = ", ".join(lost)
     sentence = (
-        f"{len(lost)} canaries that passed before fail now, at most {quality.max_canaries_lost} may: {names}"
+        f"{len(lost)} of the canaries that passed before fail now, at most {quality.max_canaries_lost} may: "
+        f"{names}"
     )
     values = (float(before.num_passed), float(now.num_passed), float(quality.max_canaries_lost))
     return [Breach("canaries", names, *values, sentence)]
