@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import typer
-from dream_world import GOOD, LESSON, Crash, dream_world, make_seed, new_text
+from dream_world import GOOD, LESSON, Crash, asks_for, dream_world, make_seed, new_text
 from typer.testing import CliRunner
 
 from apollo_ipc.cli import curate_dream
@@ -69,7 +69,7 @@ def test_every_dream_keeps_its_lineage(config):
         assert second.lineage == [seed.seed_id, first.dream_id, second.dream_id]
         assert world.moments.get(second.moment_id).lineage == second.lineage
         # The variation was asked for with what it varies.
-        asked = [body for body in world.server.requests if "turns" in str(body["response_format"])]
+        asked = [body for body in world.server.requests if asks_for(body) == "situation"]
         assert first.situation[0].content in asked[1]["messages"][-1]["content"]
         assert LESSON in asked[0]["messages"][-1]["content"]
 
@@ -82,6 +82,8 @@ def test_a_repeated_situation_is_asked_for_again(config):
         assert (night.num_repeats, night.num_dreams) == (1, 2)
         asked = [one.situation[0].content for one in world.dreams.list()[::-1]]
         assert asked == [new_text(1), new_text(2)]
+        last = [body for body in world.server.requests if asks_for(body) == "situation"][-1]
+        assert new_text(1) + " indeed" in last["messages"][-1]["content"]  # shown, to be avoided
 
 
 def test_a_dreamer_that_only_repeats_itself_leaves_the_seed_open(config):
@@ -139,6 +141,14 @@ def test_a_seed_whose_dreams_all_come_to_nothing_is_left_for_the_next_run(config
         assert all(seed.state == "open" and "came to nothing" in seed.reason for seed in night.seeds)
         del world.script.verdict
         assert [seed.state for seed in dream(seeds, world.bridge).seeds] == ["held", "held"]
+
+
+def test_a_dream_that_comes_to_something_begins_the_count_of_those_that_did_not_again(config):
+    answers = itertools.cycle(["no json", "none again", {"reason": "r", "good": True, "confidence": 1}])
+    with dream_world(config, dream={"num_variations": MAX_DROPPED}) as world:
+        world.script.verdict = lambda body: next(answers)
+        night = dream([make_seed()], world.bridge)
+        assert (night.seeds[0].state, night.num_dropped) == ("held", MAX_DROPPED)
 
 
 def test_rounds_that_do_not_help_end_the_seed(config):
@@ -243,6 +253,7 @@ def test_an_empty_response_is_bad_and_needs_no_judge(config):
         night = dream([make_seed()], world.bridge)
         assert (night.num_bad, night.seeds[0].state) == (2, "given_up")
         assert world.learner.taught[0].startswith(GOOD)
+        assert "verdict" not in {asks_for(body) for body in world.server.requests}
 
 
 def test_a_better_response_that_is_none_is_not_trained(config):

@@ -254,12 +254,13 @@ def test_what_was_collected_when_the_judge_went_away_is_trained_by_the_next_run(
 
 
 def test_a_situation_that_was_dropped_is_tried_again_when_it_is_sent_again(config):
-    with dream_world(config) as world:
+    with dream_world(config, needs=99) as world:
         world.script.verdict = lambda body: "no json"
         answers, done = feed(world, HELLO, situation("a", judge=True))
         assert (answers[-1]["id"], "dropped" in answers[-1]["message"], done.num_dropped) == ("a", True, 1)
         del world.script.verdict
-        assert feed(world, HELLO, situation("a", judge=True))[1].num_trained == 1
+        done = feed(world, HELLO, situation("a", judge=True))[1]
+        assert (done.num_bad, done.num_trained, len(world.learner.asked)) == (1, 1, 1)
 
 
 def test_failed_training_is_answered_for_each_of_its_dreams(config):
