@@ -121,6 +121,8 @@ class Script:
         self.num_situations = 0
 
     def __call__(self, body):
+        if "response_format" not in body:  # the learner's part, where a test has no other
+            return f"{GOOD} {body['messages'][-1]['content']}"
         return getattr(self, asks_for(body))(body)
 
     def situation(self, body):

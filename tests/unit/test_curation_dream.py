@@ -9,9 +9,11 @@ from contextlib import contextmanager
 import pytest
 import typer
 from dream_world import GOOD, LESSON, Crash, asks_for, dream_world, make_seed, new_text
+from training_server import TrainingServer
 from typer.testing import CliRunner
 
 from apollo_ipc.cli import curate_dream
+from apollo_ipc.curation import dream_bridge
 from apollo_ipc.curation.batches import StopTraining
 from apollo_ipc.curation.dream import MAX_DROPPED, dream
 from apollo_ipc.curation.dream_judge import MAX_REPEATS, is_novel
@@ -294,12 +296,17 @@ def test_dreams_need_a_judge(config):
         dream([make_seed()], world.bridge)
 
 
-@pytest.fixture
-def curate(monkeypatch):
-    """The commands as `apollo-ipc curate` has them, on a world."""
+def invoke(*arguments, stdin=None):
+    """The commands as `apollo-ipc curate` has them."""
     app = typer.Typer()
     for command in (curate_dream.dream, curate_dream.dreams, curate_dream.feed):
         app.command()(command)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
+
+
+@pytest.fixture
+def curate(monkeypatch):
+    """The commands, on a world."""
 
     def run(world, *arguments, stdin=None):
         @contextmanager
@@ -308,7 +315,7 @@ def curate(monkeypatch):
             yield world.bridge
 
         monkeypatch.setattr(curate_dream, "open_dreaming", opened)
-        return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
+        return invoke(*arguments, stdin=stdin)
 
     return run
 
@@ -341,3 +348,24 @@ def test_the_command_says_by_its_status_that_something_was_away_or_failed(
         assert curate(world, "dream", "--seeds", tmp_path / "lessons.txt").exit_code == 1
         world.script.situation = lambda body: 503
         assert curate(world, "dream", "--seeds", tmp_path / "lessons.txt").exit_code == 69
+
+
+def test_the_commands_find_model_judge_and_trainer_by_the_configuration(
+    environment, config, monkeypatch, tmp_path
+):
+    (tmp_path / "lessons.txt").write_text(LESSON)
+    with TrainingServer() as server, dream_world(config) as world:
+        settings = {"CURATION__URL": server.url, "JUDGE__URL": world.server.url, "HTTP__TRAIN_KEY": "key"}
+        for name, value in settings.items():
+            monkeypatch.setenv(f"APOLLO_{name}", value)
+        # The training server has no chat: the judge's server answers for the learner.
+        monkeypatch.setattr(dream_bridge, "learner", dream_bridge.judging)
+        done = invoke("dream", "--seeds", tmp_path / "lessons.txt", "--json")
+        assert done.exit_code == 0, done.output
+        assert json.loads(done.stdout)["num_trained"] == len(server.trained) == 3
+        lines = ['{"protocol": 1}', '{"type": "sample", "messages": [%s, %s]}']
+        messages = ('{"role": "user", "content": "q"}', '{"role": "assistant", "content": "a"}')
+        done = invoke("feed", "-", stdin="\n".join(lines) % messages)
+        assert json.loads(done.stdout.splitlines()[-1])["num_trained"] == 1, done.output
+        assert server.trained["a"] == 1
+        assert {body["options"]["lr"] for body in server.bodies} == {config.tier_dream.lr}
