@@ -12,6 +12,7 @@ from markupsafe import Markup, escape
 NUM_COLOURS = 8  # --s1 to --s8 of the page's style
 MAX_POINTS = 160  # of a training curve; more are averaged
 MAX_X_LABELS = 16
+MANY_POINTS = 40  # more have smaller dots
 MARK_CHARACTER_WIDTH = 7.0  # pixels
 LABEL_HEIGHT = 15.0  # pixels between two names at the right
 
@@ -25,10 +26,12 @@ class Series(msgspec.Struct, frozen=True):
 
 
 class Tick(msgspec.Struct, frozen=True):
-    """Below one point of the horizontal axis: two lines of text."""
+    """Below one point of the horizontal axis: a label, and under it the day where that is another one than
+    that of the tick before, else the time."""
 
     label: str
-    below: str = ""
+    day: str = ""
+    time: str = ""
 
 
 class Mark(msgspec.Struct, frozen=True):
@@ -147,10 +150,14 @@ def _grid(frame: Frame, steps: Sequence[float]) -> Markup:
 
 def _x_labels(frame: Frame, ticks: Sequence[Tick]) -> Markup:
     every = max(1, math.ceil(len(ticks) / MAX_X_LABELS))
-    parts = []
+    parts, day = [], ""
     for i in range(0, len(ticks), every):
-        parts.append(_text(frame.x(i), frame.bottom + 18, "tick mid strong", ticks[i].label))
-        parts.append(_text(frame.x(i), frame.bottom + 34, "tick mid", ticks[i].below))
+        tick = ticks[i]
+        parts.append(_text(frame.x(i), frame.bottom + 18, "tick mid strong", tick.label))
+        parts.append(
+            _text(frame.x(i), frame.bottom + 34, "tick mid", tick.time if tick.day == day else tick.day)
+        )
+        day = tick.day
     return Markup("").join(parts)
 
 
@@ -171,6 +178,7 @@ def _marks(frame: Frame, marks: Sequence[Mark]) -> Markup:
 def _line(frame: Frame, one: Series, hollow: frozenset[int], *, with_dots: bool = True) -> Markup:
     path, is_down = [], False
     dots = []
+    radius = 4 if frame.num_x <= MANY_POINTS else 2.5
     for i, value in enumerate(one.values):
         if value is None:
             is_down = False
@@ -179,9 +187,9 @@ def _line(frame: Frame, one: Series, hollow: frozenset[int], *, with_dots: bool 
         path.append(f"L{x} {y}" if is_down else f"M{x} {y}h0")  # h0: a point alone is a round dot
         is_down = True
         if with_dots:
-            kind = "dot hollow" if i in hollow else "dot"
-            dot = Markup('<circle class="{}" cx="{}" cy="{}" r="4"><title>{}</title></circle>')
-            dots.append(dot.format(kind, x, y, one.hints[i]))
+            kind = "dot hollow" if i in hollow else "dot" if radius == 4 else "dot small"
+            dot = Markup('<circle class="{}" cx="{}" cy="{}" r="{}"><title>{}</title></circle>')
+            dots.append(dot.format(kind, x, y, radius, one.hints[i]))
     return Markup('<path class="line" d="{}"/>{}').format(" ".join(path), Markup("").join(dots))
 
 

@@ -20,6 +20,7 @@ from apollo_ipc.curation.quality.thresholds import find_drift
 from apollo_ipc.curation.store import Store
 
 MAX_MEASUREMENTS = 200  # on a page, the newest ones
+MAX_CANARY_COLUMNS = 20
 MAX_BATCHES = 200
 MAX_MOMENTS_SHOWN = 12  # of one batch, with their texts
 MAX_CHARACTERS = 600  # of one text
@@ -59,7 +60,8 @@ def gather(store: Store) -> dict[str, Any]:
         "restores": [one for one in measurements if one.restored_version is not None],
         "heldout_chart": _heldout_chart(measurements) if measurements else None,
         "categories": _categories(measurements),
-        "canaries": _canary_rows(measurements),
+        "canaries": _canary_rows(measurements[-MAX_CANARY_COLUMNS:]),
+        "canary_columns": measurements[-MAX_CANARY_COLUMNS:],
         "batches": [_batch_view(batch, measurements, history, Moments(store)) for batch in reversed(shown)],
         "num_batches_left_out": len(batches) - len(shown),
         "num_trained": sum(batch.num_trained for batch in batches if batch.state == "trained"),
@@ -77,12 +79,11 @@ def _heldout_chart(measurements: list[Measurement]) -> Markup:
             for one, value in zip(measurements, values, strict=True)
         ]
         series.append(Series(clean(category), values, [clean(hint) for hint in hints]))
-    ticks, day = [], ""
-    for one in measurements:
-        date = time.strftime("%d %b", time.localtime(one.at))
-        hour = time.strftime("%H:%M", time.localtime(one.at))
-        ticks.append(Tick(version(one), hour if date == day else date))
-        day = date
+    times = [time.localtime(one.at) for one in measurements]
+    ticks = [
+        Tick(version(one), time.strftime("%d %b", at), time.strftime("%H:%M", at))
+        for one, at in zip(measurements, times, strict=True)
+    ]
     marks = []
     for i, one in enumerate(measurements):
         if one.breaches:
