@@ -24,10 +24,10 @@ MAX_WORDS = 300
 _WORD = re.compile(r"\w+(?:[.,:]\d+)*")
 # Too common to say what a text is about.
 _COMMON = frozenset(
-    """a an and are as at be but by can do does for from give have how i in is it its me my no not of on or our
-    please some that the their them there these this to was we were what when where which who why will with
-    would write you your aber am auf aus das dass dem den der des die du ein eine einen er es für ich im in ist
-    mir mit nicht oder sich sie so und uns von was wie wir zu zum zur""".split()  # noqa: SIM905
+    """a an and are as at be but by can do does for from give have how i in is it its me my no not of on or
+    our please some that the their them there these this to was we were what when where which who why
+    will with would write you your aber am auf aus das dass dem den der des die du ein eine einen er es
+    für ich im in ist mir mit nicht oder sich sie so und uns von was wie wir zu zum zur""".split()  # noqa: SIM905
 )
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from itertools import islice
 
 from apollo_ipc.curation.conversation import Broken
-from apollo_ipc.curation.follow import Batch, Follower, Record
+from apollo_ipc.curation.follow import BATCH_RECORDS, Follower, Record
 from apollo_ipc.curation.moments import Moment, Moments, identify
 from apollo_ipc.curation.settings import Curation
 from apollo_ipc.curation.signals import flag_stripped
 from apollo_ipc.curation.store import Store
-from apollo_ipc.curation.strip import strip
+from apollo_ipc.curation.strip import Stripped, strip
 from apollo_ipc.errors import UserError
+
+Find = Callable[[Stripped, int], list[Moment]]  # the moments of a conversation; how long their context is
 
 
 class Taken:
@@ -43,25 +46,43 @@ class Taken:
 
 
 def take_new(
-    store: Store, moments: Moments, follower: Follower, settings: Curation, taken: Taken | None = None
+    store: Store,
+    moments: Moments,
+    follower: Follower,
+    settings: Curation,
+    taken: Taken | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    find: Find = flag_stripped,
 ) -> Taken:
-    """All that is new for the follower. Records and positions are kept together: after a crash neither is
-    lost nor taken twice."""
+    """All that is new for the follower. Moments and positions are kept together: after a crash no record is
+    lost or taken twice. stop: asked between batches; find: what makes moments of a conversation."""
     taken = taken or Taken()
     for batch in follower.batches():
-        take_batch(store, moments, follower, batch, settings, taken)
+        with store.transaction():
+            take(moments, batch.records, settings, taken, find)
+            follower.save(batch)
+        if stop():
+            break
     return taken
 
 
-def take_batch(
-    store: Store, moments: Moments, follower: Follower, batch: Batch, settings: Curation, taken: Taken
+def take_all(
+    store: Store, moments: Moments, records: Iterable[Record], settings: Curation, taken: Taken
 ) -> None:
-    with store.transaction():
-        take(moments, batch.records, settings, taken)
-        follower.save(batch)
+    """Records that nobody follows."""
+    left = iter(records)
+    while some := list(islice(left, BATCH_RECORDS)):
+        with store.transaction():
+            take(moments, some, settings, taken)
 
 
-def take(moments: Moments, records: Iterable[Record], settings: Curation, taken: Taken) -> None:
+def take(
+    moments: Moments,
+    records: Iterable[Record],
+    settings: Curation,
+    taken: Taken,
+    find: Find = flag_stripped,
+) -> None:
     for record in records:
         if isinstance(record, Broken):
             taken.broken[record.reason] += 1
@@ -72,7 +93,8 @@ def take(moments: Moments, records: Iterable[Record], settings: Curation, taken:
         if stripped.problem:
             taken.problems[stripped.problem] += 1
             continue
-        keep(moments, flag_stripped(stripped, settings.segment_messages), taken)
+        if noticed := find(stripped, settings.segment_messages):
+            keep(moments, noticed, taken)
 
 
 def keep(moments: Moments, noticed: list[Moment], taken: Taken) -> None:
