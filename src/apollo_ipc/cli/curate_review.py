@@ -203,12 +203,12 @@ def review(
         if session.current is None:
             print("nothing is flagged")
             return
-        with review_screen.Keys(sys.stdin) as keys:
-            try:
+        try:
+            with review_screen.Keys(sys.stdin) as keys:
                 review_screen.run(session, console(), keys)
-            finally:
-                done = ", ".join(f"{num} {what}" for what, num in session.decided.items())
-                print(f"{done or 'nothing decided'}; {len(table.list('flagged'))} flagged are left")
+        finally:
+            done = ", ".join(f"{num} {what}" for what, num in session.decided.items())
+            print(f"{done or 'nothing decided'}; {len(table.list('flagged'))} flagged are left")
 
 
 def moments_table(found: list[Moment]) -> Table:

@@ -167,7 +167,7 @@ IS_SARCASTIC = _any(
     r"🙄|🤦|\b/s\b",
 )
 IS_ABOUT_OTHERS = _any(
-    r"\b(?:was|were|saw|said|says|always|yesterday|last (?:night|week|year))\b",
+    r"(?<!\bi )\b(?:was|were)\b|\b(?:saw|said|says|always|yesterday|last (?:night|week|year))\b",
     r"\b(?:he|she|they|we)(?:'s|'re)? (?:is|are|was|were|\w+s|\w+ed|saw|had)\b",
     r"\b(?:war|waren|fand|sagt|sagte|gestern|er|wir)\b",
 )

@@ -7,6 +7,7 @@ import re
 from apollo_ipc.curation import phrases
 from apollo_ipc.curation.phrases import plain
 from apollo_ipc.curation.signals.evidence import Evidence, likeness, overlap, words
+from apollo_ipc.curation.signals.refusing import is_refusal
 from apollo_ipc.curation.signals.turns import Turn
 
 PLAINLY_WRONG = 0.55  # "that's wrong", "I asked for ..."
@@ -22,13 +23,14 @@ MIN_REPEATED = 0.3
 CHANGED_WISH = 0.6  # "now make it ...": the wish is new, the answer was not wrong
 UNANSWERED = 0.2  # nobody has answered the correction
 
-_NOTABLE = re.compile(r"\d+(?:[.,:]\d+)*|\b[A-ZÄÖÜ]\w{2,}")
+# Numbers, and words with a capital letter that do not begin a sentence.
+_NOTABLE = re.compile(r"\d+(?:[.,:]\d+)*|(?<=[\w,;:] )[A-ZÄÖÜ]\w{2,}")
 
 
 def weigh(wrong: Turn, reaction: Turn) -> Evidence:
     evidence = Evidence()
     said, answer = plain(reaction.said), plain(reaction.answer)
-    if wrong.final is None or phrases.CORRECTS_HIMSELF.search(said) or is_own_answer(wrong, reaction):
+    if wrong.final is None or is_refusal(wrong) or phrases.CORRECTS_HIMSELF.search(said) or is_own_answer(wrong, reaction):
         return evidence
     concedes = phrases.CONCEDES.search(answer) is not None
     if not concedes and stands_by_it(wrong, reaction):

@@ -96,7 +96,7 @@ def _praised(all_turns: list[Turn], last: int, evidence) -> int:
 def _better(turn: Turn, original: str | None) -> Message | None:
     """The answer in words, as it could have stood in the first place. None where tools were needed for it:
     without their results it would be invented."""
-    if turn.final is None or len(turn.steps) > 1:
+    if turn.final is None or len(turn.steps) > 1 or refusing.is_refusal(turn):
         return None
     text = standing_alone(turn.answer, original)
     if text is None or text == original or phrases.STANDS.search(plain(text)):

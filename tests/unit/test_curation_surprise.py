@@ -1,0 +1,132 @@
+"""Surprise: what is measured, of which moments, and what happens where it cannot be."""
+
+from __future__ import annotations
+
+import json
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import pytest
+
+from apollo_ipc.curation.conversation import Source
+from apollo_ipc.curation.moments import Moment, Moments
+from apollo_ipc.curation.served_model import ServedModel
+from apollo_ipc.curation.store import Store
+from apollo_ipc.curation.surprise import score, unscored
+from apollo_ipc.requests import Message
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Each byte of the rendered conversation is a token; its log-probability is minus a tenth of it."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self.answer(200, {"data": [{"id": "bytes"}]})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.bodies.append(body)
+        status = 400 if self.server.refuses in str(body) else self.server.status
+        if status != 200:
+            return self.answer(status, {"error": {"message": "as told", "code": "told"}})
+        if self.path == "/tokenize":
+            text = "".join(f"{m['role'][0]}:{m['content']}|\n" for m in body["messages"])
+            text += "a:" if body["add_generation_prompt"] else ""
+            return self.answer(200, {"tokens": list(text.encode())})
+        if self.path == "/detokenize":
+            return self.answer(200, {"prompt": bytes(body["tokens"]).decode()})
+        ids = body["prompt"]
+        return self.answer(200, {"choices": [{"prompt_logprobs": self.logprobs(ids)}]})
+
+    def logprobs(self, ids):
+        return [None, *({str(token): {"logprob": -token / 10}} for token in ids[1:])]
+
+    def answer(self, status, data):
+        payload = json.dumps(data).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        self.wfile.write(payload)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    server.bodies, server.status, server.refuses = [], 200, "nothing of this"
+    thread = Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def model(server):
+    model = ServedModel(f"http://127.0.0.1:{server.server_address[1]}", patience_s=0.0)
+    yield model
+    model.close()
+
+
+@pytest.fixture
+def moments(tmp_path):
+    with Store(tmp_path / "state" / "curation.sqlite") as store:
+        yield Moments(store)
+
+
+def moment(question="6 x 7?", answer="42", **changes):
+    answer = None if answer is None else Message("assistant", answer)
+    context = [Message("user", question)]
+    values = Moment("correction", "direct", context, answer, Source("log", 1, 0), "t", "r", 0.5)
+    return Moment(**({name: getattr(values, name) for name in values.__struct_fields__} | changes))
+
+
+def test_surprise_is_the_mean_over_the_answers_tokens_and_its_end_of_turn(moments, model):
+    (added,) = moments.add([moment()])
+    assert score(moments, model).num_scored == 1
+    by_hand = sum(b"42|") / 10 / 3  # without the line's end, which stands behind the end of the turn
+    assert moments.get(added.moment_id).surprise == pytest.approx(by_hand)
+
+
+def test_only_what_may_be_trained_and_has_no_score_is_scored(moments, model):
+    moments.add(
+        [
+            moment("flagged?"), moment("approved?", state="approved"), moment("no answer?", answer=None),
+            moment("scored?", surprise=1.0), moment("rejected?", state="rejected"),
+        ]
+    )  # fmt: skip
+    assert {one.context[0].content for one in unscored(moments)} == {"flagged?", "approved?"}
+    assert len(unscored(moments, again=True)) == 3
+    assert score(moments, model).num_scored == 2
+    assert score(moments, model).num_scored == 0
+
+
+def test_a_model_that_is_away_leaves_the_rest_for_later(moments, model, server):
+    moments.add([moment(f"{i}?") for i in range(3)])
+    server.status = 503
+    counts = score(moments, model)
+    assert (counts.num_scored, counts.num_away) == (0, 3)
+    assert len(server.bodies) == 1  # not asked once for each
+    server.status = 200
+    assert score(moments, model).num_scored == 3
+
+
+def test_what_the_server_cannot_read_is_counted_and_the_rest_is_scored(moments, model, server):
+    moments.add([moment("fine?"), moment("unreadable?")])
+    server.refuses = "unreadable"
+    counts = score(moments, model)
+    assert (counts.num_scored, counts.num_refused) == (1, 1)
+    assert counts.problem is not None
+    assert "as told" in counts.problem
+
+
+def test_an_answer_that_was_edited_meanwhile_gets_no_score_of_the_old_one(moments, model):
+    (added,) = moments.add([moment()])
+    moments.change(added.moment_id, answer=Message("assistant", "forty-two"))
+    counts = score(moments, model, [added])
+    assert (counts.num_scored, counts.num_decided_meanwhile) == (0, 1)
+    assert moments.get(added.moment_id).surprise is None
