@@ -30,7 +30,12 @@ _NOTABLE = re.compile(r"\d+(?:[.,:]\d+)*|(?<=[\w,;:] )[A-ZÄÖÜ]\w{2,}")
 def weigh(wrong: Turn, reaction: Turn) -> Evidence:
     evidence = Evidence()
     said, answer = plain(reaction.said), plain(reaction.answer)
-    if wrong.final is None or is_refusal(wrong) or phrases.CORRECTS_HIMSELF.search(said) or is_own_answer(wrong, reaction):
+    if (
+        wrong.final is None
+        or is_refusal(wrong)
+        or phrases.CORRECTS_HIMSELF.search(said)
+        or is_own_answer(wrong, reaction)
+    ):
         return evidence
     concedes = phrases.CONCEDES.search(answer) is not None
     if not concedes and stands_by_it(wrong, reaction):
