@@ -150,6 +150,23 @@ def test_a_judge_that_is_not_there_at_all_costs_its_patience_once(moments):
     assert moments.counts() == {"flagged": 50}
 
 
+def test_a_judge_that_is_away_is_not_asked_for_each_moment(moments):
+    moments.add([moment(f"Question {i}?") for i in range(50)])
+    counts, server = judged(moments, lambda body: 503, settings=Judge(num_parallel=2))
+    assert counts.num_away == 50
+    assert len(server.requests) <= 3  # those under way when the first came back
+
+
+def test_a_judge_that_is_told_to_stop_leaves_the_rest_flagged(moments):
+    moments.add([moment(f"Question {i}?") for i in range(10)])
+    with ScriptedModel(lambda body: LEARN) as server:
+        model = ServedModel(server.url)
+        counts = judge(moments, model, Judge(num_parallel=1), stop=lambda: len(server.requests) >= 3)
+        model.close()
+    assert (counts.num_judged, counts.num_away) == (3, 0)
+    assert sum(found.num_judged for found in moments.list("flagged")) == 3
+
+
 def test_a_moment_that_the_server_cannot_read_stays_flagged(moments):
     moments.add([moment(f"Question {i}?") for i in range(3)])
     counts, _ = judged(moments, lambda body: 400 if "Question 1?" in str(body) else LEARN)

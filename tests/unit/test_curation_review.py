@@ -296,7 +296,7 @@ def test_a_person_reviews_in_a_terminal(moments, environment, tmp_path):
     assert "Question 1?" in first
     assert "\x1b[9;31m41" in first.replace("\x1b[31;9m", "\x1b[9;31m")  # in red and struck through
     assert "4 left" in first
-    terminal.press("\x1b[A")  # an arrow key is no answer
+    terminal.press("\x1bOq")  # a key of the number pad is no answer, and no `q`
     terminal.wait_for("none of")
     terminal.press("a")
     terminal.wait_for("Question 2?")

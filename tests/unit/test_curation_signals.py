@@ -284,6 +284,7 @@ def test_long_texts_take_no_long_time(text):
     started = time.monotonic()
     flagged(text, text, text, text)
     flagged("Do it.", call("get", n=text), (text,), call("get", n=1), (text,), text)
+    flagged("Do it.", text + "a b " * 50_000, "That's wrong.", text + "b a c " * 50_000)
     assert time.monotonic() - started < 5  # a quadratic rule would take minutes
 
 
@@ -362,11 +363,15 @@ def test_a_conversation_that_is_logged_again_with_its_better_answer_brings_the_a
     assert (taken.added.total(), taken.num_known, taken.num_improved) == (1, 1, 1)
 
 
-def test_what_a_person_decided_is_not_changed_by_a_longer_log(store):
+@pytest.mark.parametrize(
+    "decision", [{"state": "rejected", "decided_by": "person"}, {"num_judged": 1, "decided_by": "judge"}]
+)
+def test_what_was_decided_or_judged_is_not_changed_by_a_longer_log(store, decision):
     moments, settings, taken = Moments(store), Curation(), Taken()
     turns = ["What is 6 times 7?", "6 times 7 is 41.", "That's wrong."]
     take(moments, [conversation(*turns)], settings, taken)
     (before,) = moments.list()
-    rejected = moments.change(before.moment_id, state="rejected", decided_by="person")
+    decided = moments.change(before.moment_id, **decision)
     take(moments, [conversation(*turns, "Sorry! 6 times 7 is 42.")], settings, taken)
-    assert moments.list() == [rejected]
+    assert moments.list() == [decided]
+    assert taken.num_improved == 0

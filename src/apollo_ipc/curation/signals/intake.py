@@ -109,8 +109,7 @@ def keep(moments: Moments, noticed: list[Moment], taken: Taken) -> None:
             continue
         taken.num_known += 1
         known = moments.get(moment_id)
-        is_untouched = known.state == "flagged" and known.decided_by == "rule" and not known.num_judged
-        if is_untouched and _is_better(moment, known):
+        if not known.num_judged and _is_better(moment, known):
             changes = {
                 name: getattr(moment, name) for name in ("answer", "aftermath", "reason", "confidence")
             }
@@ -119,7 +118,7 @@ def keep(moments: Moments, noticed: list[Moment], taken: Taken) -> None:
             try:
                 moments.change(moment_id, expected=["flagged"], **changes)
             except UserError:
-                continue  # decided in this very moment
+                continue  # decided, by whomever
             taken.num_improved += 1
 
 
