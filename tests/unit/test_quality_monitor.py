@@ -544,6 +544,8 @@ class Route(BaseHTTPRequestHandler):
             text = "".join(f"{one['role']}:{one['content']}|" for one in body["messages"])
             text += "assistant:" if body["add_generation_prompt"] else ""
             self.send(200, {"tokens": list(text.encode())})
+        elif self.path == "/detokenize":
+            self.send(200, {"prompt": bytes(body["tokens"]).decode()})
         elif self.path == "/v1/completions":
             said = [None, *({str(token): {"logprob": -self.loss}} for token in body["prompt"][1:])]
             self.send(200, {"choices": [{"text": "", "prompt_logprobs": said}]})

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from apollo_ipc.cli import checkpoint, jobs, plan, processes, serve, train, versions
+from apollo_ipc.cli import checkpoint, curate, jobs, plan, processes, quality, serve, train, versions
 from apollo_ipc.cli.output import print_error
 from apollo_ipc.errors import ApolloError
 
@@ -33,6 +33,8 @@ checkpoint.app.command()(versions.diff)
 checkpoint.app.command()(versions.restore)
 checkpoint.app.command()(versions.forget)
 checkpoint.app.command(context_settings=PASS_ON)(versions.snapshot)
+app.add_typer(curate.app, name="curate")
+app.add_typer(quality.app, name="quality")
 app.command(context_settings=PASS_ON)(processes.check)
 app.command()(plan.plan)
 app.command()(processes.key)

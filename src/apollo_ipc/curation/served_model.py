@@ -65,6 +65,7 @@ class ServedModel:
         self.patience_s = patience_s
         self.num_ended = 0  # requests of ours that vLLM counts among the ended ones
         self._model = model
+        self._texts: dict[int, str] = {}  # of tokens
         self._stop = stop
         self._lock = threading.Lock()
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -114,7 +115,8 @@ class ServedModel:
     def answer_logprobs(
         self, context: list[Message], answer: Message, tools: list[dict[str, Any]] | None = None
     ) -> list[float]:
-        """Log-probability in nats of each token of `answer`, its end of turn included, after `context`.
+        """Log-probability in nats of each token of `answer`, its end of turn included, after `context`. What
+        the template puts behind the end of the turn is no part of it: the model stops before it.
 
         One forward pass in vLLM (prompt_logprobs), which neither samples nor reads the prefix cache.
         Raises UserError where the chat template does not let the answer's tokens be told apart.
@@ -124,6 +126,7 @@ class ServedModel:
         for options in ({}, {"enable_thinking": False}):
             prompt = self.tokens(context, tools=tools, add_generation_prompt=True, template=options)
             if len(prompt) < len(whole) and whole[: len(prompt)] == prompt:
+                whole = self._without_trailing_space(whole, len(prompt) + 1)
                 return self.token_logprobs(whole)[len(prompt) - 1 :]
         raise UserError(
             "the chat template renders this conversation in another way with its answer than without: the "
@@ -150,6 +153,18 @@ class ServedModel:
         if template:
             body["chat_template_kwargs"] = template
         return self._request("POST", "/tokenize", body).json()["tokens"]
+
+    def _without_trailing_space(self, ids: list[int], least: int) -> list[int]:
+        """Without tokens of nothing but white space at its end; `least` tokens stay."""
+        while len(ids) > least and not self._token_text(ids[-1]).strip():
+            ids = ids[:-1]
+        return ids
+
+    def _token_text(self, token: int) -> str:
+        if token not in self._texts:
+            body = {"model": self.model, "tokens": [token]}
+            self._texts[token] = self._request("POST", "/detokenize", body).json()["prompt"]
+        return self._texts[token]
 
     def text_tokens(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         body = {"model": self.model, "prompt": text, "add_special_tokens": add_special_tokens}

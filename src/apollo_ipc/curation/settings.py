@@ -47,6 +47,7 @@ class Curation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where experience comes from, which server learns from it, and how much of it."""
 
     sources: list[str] = []  # transcripts and agent logs: files, and directories of them
+    bootstrap: list[str] = []  # logs that already show the wanted behaviour: every answer is learned
     url: str = "http://127.0.0.1:8000"  # the served model that learns
     model: str = ""  # empty: the one that it serves
     api_key: str = ""  # vLLM's --api-key, where it has one

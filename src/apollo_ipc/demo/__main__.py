@@ -140,7 +140,7 @@ class Served:
         self.url = f"http://127.0.0.1:{self._port}"
         # A socket's path is limited to 107 bytes, and `directory` may be long.
         self._runtime = tempfile.TemporaryDirectory(prefix="apollo-")
-        self._env = {
+        self.env = {
             **worker_environment(os.environ),
             "APOLLO_PATHS__RUNTIME_DIR": self._runtime.name,
             "APOLLO_PATHS__STATE_DIR": str(directory / "state"),
@@ -154,14 +154,14 @@ class Served:
         command = [sys.executable, "-m", "apollo_ipc", "serve", self.model, "--port", str(self._port), *flags]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                command, env=self._env, stdout=log, stderr=log, preexec_fn=die_with_parent
+                command, env=self.env, stdout=log, stderr=log, preexec_fn=die_with_parent
             )
         try:
             self._wait()
         except BaseException:
             self.__exit__()
             raise
-        config = load_config(environ=self._env)
+        config = load_config(environ=self.env)
         self._http.headers["Authorization"] = f"Bearer {train_key(config)}"
         return self
 
