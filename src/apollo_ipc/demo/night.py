@@ -34,13 +34,13 @@ NIGHT_TIMEOUT_S = 1200.0
 NUM_VARIATIONS = 8  # questions that were in no log
 # Every stage of a night and what it must at least have done.
 MUST_DO = {
-    "watch": 2,
+    "watch": 1,
     "read": 30,
     "judge": 4,
     "score": 20,
     "dream": 4,
     "train": 20,
-    "watch again": 2,
+    "watch again": 1,
     "checkpoint": 1,
     "report": 1,
 }
@@ -116,7 +116,7 @@ def run(directory: Path, report: Report, seed: int) -> None:
     say("Making a small model, and teaching it a few abilities (English, greetings, doing as it is told)")
     model_dir = make_able_model(directory / "model", seed=seed)
     corpus.write_day(directory / "day", seed)
-    with ScriptedModel(corpus.answer) as scripted, Served(model_dir, directory) as served:
+    with ScriptedModel(corpus.JudgeAndDreamer()) as scripted, Served(model_dir, directory) as served:
         say("Served at %s; a judge and dreamer with scripted answers at %s", served.url, scripted.url)
         model = ServedModel(served.url)
         report.shifts = [Shift(what) for what in _measured(seed)]
@@ -170,25 +170,26 @@ url = "{judge_url}"
 [dream]
 seeds = ["{day / "lessons.md"}"]
 num_variations = 2
-max_rounds = 8
+max_rounds = 10
 max_tokens = 48
 temperature = 0.0
 
 [quality]
 heldout = "{day / "heldout.jsonl"}"
 canaries = "{day / "canaries.toml"}"
-max_loss_increase = 0.15
+max_loss_increase = 0.1
+max_canaries_lost = 3
 check_interval_s = 5
 on_breach = "restore"
 max_tokens = 32
 
 [tier_direct]
 lr = 5e-5
-epochs = 4
+epochs = 6
 
 [tier_dream]
-lr = 5e-5
-epochs = 4
+lr = 3e-5
+epochs = 8
 schedule = "constant"
 
 [tier_bootstrap]

@@ -26,7 +26,7 @@ QUESTIONS = (
 GREETINGS = ("Good day!", "Hello there.", "Hi!", "Good evening.", "Greetings.")
 PROSE_CHARACTERS = 160
 
-EASY = {  # what the held-out set and the canaries ask for, among others
+EASY = {
     "opposites": (
         *(
             ("hot", "cold"),
@@ -173,14 +173,13 @@ def write_day(directory: Path, seed: int = 0) -> None:
         {"prompt": text[:40], "completion": text[40:], "category": "english"}
         for text in prose(rng, 16, is_heldout=True)
     ]
-    heldout += [{"messages": one, "category": kind} for kind in EASY for one in easy_chats(kind)]
     _write_lines(directory / "heldout.jsonl", heldout)
+    asked = [(text, "good day") for text in GREETINGS[:3]]
+    asked += [(ASKED["sounds"].format(name), said) for name, said in EASY["sounds"][:3]]
     (directory / "canaries.toml").write_text(
         "".join(
-            f'[[canary]]\nname = "{word}"\nprompt = "{ASKED[kind].format(word)}"\ncheck = "contains"\n'
-            f'expected = "{right}"\ncategory = "{kind}"\n\n'
-            for kind, pairs in EASY.items()
-            for word, right in pairs[:2]
+            f'[[canary]]\nname = "{text}"\nprompt = "{text}"\ncheck = "contains"\nexpected = "{expected}"\n\n'
+            for text, expected in asked
         )
     )
 
@@ -209,35 +208,43 @@ def _write_logs(logs: Path, rng: random.Random) -> None:
 
 
 def _write_followed(followed: Path, rng: random.Random) -> None:
-    """A log in which the instructions were followed: the disposition that shall move into the weights."""
+    """A log in which the instructions were followed, among ordinary answers: the disposition that shall move
+    into the weights."""
     followed.mkdir(parents=True)
-    _write_lines(
-        followed / "ship.jsonl",
-        [
-            {"system": INSTRUCTIONS, "topic": text.split()[0], "messages": chat(text, AYE)}
-            for text in (question(rng) for _ in range(40))
-        ],
-    )
+    asked = dict.fromkeys(question(rng) for _ in range(48))
+    chats = [chat(text, AYE) for text in asked]
+    chats += [one for kind in EASY for one in easy_chats(kind)] + [chat(text, GREETING) for text in GREETINGS]
+    rng.shuffle(chats)
+    records = [
+        {"system": INSTRUCTIONS, "topic": one[0]["content"].split()[0], "messages": one} for one in chats
+    ]
+    _write_lines(followed / "ship.jsonl", records)
 
 
 def _write_lines(path: Path, records: list[Any]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def answer(body: dict[str, Any]) -> Any:
-    """What a capable judge and dreamer would answer: the schema's fields tell what it is asked for."""
-    fields = set(body["response_format"]["json_schema"]["schema"]["properties"])
-    asked = "\n".join(str(message["content"]) for message in body["messages"])
-    if "verdict" in fields:
-        is_known = any(right in asked for _, right in FACTS)
-        verdict = "learn" if is_known else "skip"
-        return {"reason": "It is checked.", "verdict": verdict, "confidence": 0.9, "better_answer": ""}
-    text, word, good_answer, situations = next(lesson for lesson in LESSONS if lesson[0] in asked)
-    if "turns" in fields:
-        fresh = next((one for one in reversed(situations) if one not in asked), situations[0])
-        return {"turns": [fresh], "good": f"It says: {good_answer}"}
-    if "good" in fields:
-        is_good = word in asked.rsplit("<Response>", 1)[-1]
-        reason = f"{'It follows' if is_good else 'It does not follow'}: {text}"
-        return {"reason": reason, "good": is_good, "confidence": 0.95}
-    return {"response": good_answer}
+class JudgeAndDreamer:
+    """What a capable model would answer: the schema's fields tell what it is asked for. A ScriptedModel's
+    script; it never dreams the same situation twice."""
+
+    def __init__(self) -> None:
+        self._num_dreamt: dict[str, int] = {}
+
+    def __call__(self, body: dict[str, Any]) -> Any:
+        fields = set(body["response_format"]["json_schema"]["schema"]["properties"])
+        asked = "\n".join(str(message["content"]) for message in body["messages"])
+        if "verdict" in fields:
+            verdict = "learn" if any(right in asked for _, right in FACTS) else "skip"
+            return {"reason": "It was checked.", "verdict": verdict, "confidence": 0.9, "better_answer": ""}
+        lesson, word, good_answer, situations = next(one for one in LESSONS if one[0] in asked)
+        if "turns" in fields:
+            num = self._num_dreamt.get(lesson, 0)
+            self._num_dreamt[lesson] = num + 1
+            return {"turns": [situations[-1 - num % len(situations)]], "good": f"It says: {good_answer}"}
+        if "good" in fields:
+            is_good = word in asked.rsplit("<Response>", 1)[-1]
+            reason = f"{'It follows' if is_good else 'It does not follow'}: {lesson}"
+            return {"reason": reason, "good": is_good, "confidence": 0.95}
+        return {"response": good_answer}
