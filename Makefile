@@ -8,16 +8,19 @@ TEST_TIMEOUT_S ?= 3600
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lock bench clean
+.PHONY: help setup demo demo-night test check lock bench clean
 
 help:
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
 setup:  ## install everything into .venv
 	@python3 tools/setup.py $(if $(BACKEND),--backend $(BACKEND))
 
 demo: setup  ## serve a small model, teach it something while it answers, show that it learned
 	@$(BIN)/apollo-ipc demo $(ARGS)
+
+demo-night: setup  ## a whole night: a day's logs flagged, stripped, dreamt of, trained, watched, reported
+	@$(BIN)/python -m apollo_ipc.demo.night $(ARGS)
 
 test: setup  ## run the tests
 	@timeout --foreground --kill-after=60 $(TEST_TIMEOUT_S) $(BIN)/python -m pytest $(ARGS)

@@ -22,6 +22,8 @@ from apollo_ipc.checkpoint import STATE_DIR
 from apollo_ipc.checkpoint.record import pending_dir
 from apollo_ipc.cli.main import PASS_ON, app
 from apollo_ipc.config import Config, Paths, load_config
+from apollo_ipc.curation.lock import alone
+from apollo_ipc.curation.store import Store, store_path
 from apollo_ipc.keys import key_path, train_key
 from apollo_ipc.manifest import manifest_path
 from apollo_ipc.messages import ENDED_STATES, JobInfo, Status, SyncResult
@@ -190,7 +192,7 @@ def test_every_command_is_in_the_readme():
     assert {name.split()[0] for name in commands()} <= named | set(re.findall(r"[a-z]+", listed[0]))
 
 
-@pytest.mark.parametrize("target", ["setup", "demo", "test"])
+@pytest.mark.parametrize("target", ["setup", "demo", "demo-night", "test"])
 def test_the_make_targets_that_are_named_exist(target):
     assert re.search(rf"^{target}:", page("Makefile"), re.M)
     assert any(f"make {target}" in line for line in code_of(page("README.md")))
@@ -203,7 +205,8 @@ def test_the_make_targets_that_are_named_exist(target):
 def test_every_configuration_key_that_is_named_exists(file):
     for span in code_of(file.read_text()):
         for name, key in re.findall(rf"(?<![\w./-])({'|'.join(SECTIONS)})\.([a-z][a-z0-9_]*)", span):
-            is_file = f"{name}.{key}" in ("train.key", "worker.sock", "worker.lock") or key in ("py", "md")
+            files = ("train.key", "worker.sock", "worker.lock", "curation.train", "curation.dream")
+            is_file = f"{name}.{key}" in (*files, "curation.night") or key in ("py", "md", "sqlite")
             assert is_file or key in SECTIONS[name], f"{file.name}: {name}.{key}"
     for name, key in re.findall(r"APOLLO_([A-Z]+)__([A-Z0-9_]+)", file.read_text()):
         assert key.lower() in SECTIONS[name.lower()], f"{file.name}: APOLLO_{name}__{key}"
@@ -262,7 +265,14 @@ def test_every_file_of_the_state_page_is_one_that_the_code_makes(tmp_path):
     queue = JobQueue(config.state_dir / "queue.sqlite", 1)
     StepMarks(config.state_dir / "step.marks").close()
     write_state(config.state_dir, LiveState("m", "b", 1))
+    (config.state_dir / "reports").mkdir()
+    store = Store(store_path(config))
+    for module, lock in (("batches", "train"), ("dream", "dream"), ("night", "night")):
+        assert f"curation.{lock}.lock" in strings(f"src/apollo_ipc/curation/{module}.py")
+        with alone(config.state_dir / f"curation.{lock}.lock"):
+            pass
     made = {file.name for file in [*config.runtime_dir.iterdir(), *config.state_dir.iterdir()]}
+    store.close()
     queue.close()
     tables = rows(section("docs/state.md", "Runtime directory") + section("docs/state.md", "State directory"))
     named = {name for row in tables for name in spans(row[0])}

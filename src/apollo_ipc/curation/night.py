@@ -204,6 +204,7 @@ class _Night:
                 stage.facts[name.removeprefix("num_")] = num
         if counts.num_away:  # they wait for the next night
             stage.problem = counts.problem
+            self._report.exit_code = NotReady.exit_code
 
     def _score(self, stage: Stage) -> None:
         if self._is_auto:
@@ -244,8 +245,9 @@ class _Night:
         }
         if night.ended_by == "stopped":
             raise _Ended(night.ended, 1)
-        if night.ended_by == "away":
-            raise NotReady(night.ended)
+        if night.ended_by == "away":  # the judge, perhaps: what is approved can be trained all the same
+            stage.problem = night.ended
+            self._report.exit_code = NotReady.exit_code
 
     def _train(self, stage: Stage) -> None:
         """All tiers, direct too: what was approved since it last trained waits for nobody."""
@@ -258,6 +260,9 @@ class _Night:
                         self._moments.change(moment.moment_id, state="dropped", decided_reason=reason)
                     continue
                 if not choice.chosen or self._stop():
+                    for reason, moments in choice.left.items():
+                        name = f"left, {reason}"
+                        stage.facts[name] = stage.facts.get(name, 0) + len(moments)
                     break
                 self._count(stage, [self._batches.train(tier, choice.chosen, self._guard)])
 
@@ -268,7 +273,7 @@ class _Night:
             stage.facts["jobs"] = stage.facts.get("jobs", 0) + 1
             stage.facts[batch.tier] = stage.facts.get(batch.tier, 0) + batch.num_trained
             if batch.state == "failed":
-                self._report.exit_code = 1
+                self._report.exit_code = ApolloError.exit_code
                 stage.facts["failed"] = stage.facts.get("failed", 0) + 1
                 log.error("batch %s failed: %s", batch.batch_id, batch.error)
             if batch.state == "stopped":

@@ -238,7 +238,7 @@ def request_patiently(
             problem = f"{response.status_code}: {_said(response)}"
             if response.status_code not in (429, 502, 503, 504):
                 raise Refused(
-                    f"{http.base_url}{path.lstrip('/')} answered {problem}",
+                    f"{str(http.base_url).rstrip('/')}{path} answered {problem}",
                     said=_said(response),
                     status=response.status_code,
                     field=_named(response, "param"),

@@ -133,10 +133,10 @@ def teach(served: Served, stream: CompletionStream, report: Report) -> None:
 class Served:
     """`apollo-ipc serve` on `model_dir`, as a user would start it, for the length of a `with` block."""
 
-    def __init__(self, model_dir: Path, directory: Path):
+    def __init__(self, model_dir: Path, directory: Path, port: int | None = None):
         self.model = str(model_dir)
         self._log = directory / "serve.log"
-        self._port = free_port()
+        self._port = port or free_port()
         self.url = f"http://127.0.0.1:{self._port}"
         # A socket's path is limited to 107 bytes, and `directory` may be long.
         self._runtime = tempfile.TemporaryDirectory(prefix="apollo-")
@@ -149,11 +149,11 @@ class Served:
 
     def __enter__(self) -> Served:
         say("Starting vLLM and the worker (the log is %s)", self._log)
-        flags = ["--max-model-len", "1024"]
+        flags = ["--max-model-len", "2048"]
         flags += ["--enforce-eager"] if serves_on_cpu() else ["--gpu-memory-utilization", "0.3"]
         command = [sys.executable, "-m", "apollo_ipc", "serve", self.model, "--port", str(self._port), *flags]
         with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
+            self.process = subprocess.Popen(
                 command, env=self.env, stdout=log, stderr=log, preexec_fn=die_with_parent
             )
         try:
@@ -168,8 +168,8 @@ class Served:
     def _wait(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
-            if self._process.poll() is not None:
-                raise ServerFailed(f"serve ended with {self._process.returncode}:\n{self._tail()}")
+            if self.process.poll() is not None:
+                raise ServerFailed(f"serve ended with {self.process.returncode}:\n{self._tail()}")
             try:
                 if self._http.get("/train/health", timeout=2).status_code == 200:
                     return
@@ -182,11 +182,11 @@ class Served:
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-25:])
 
     def __exit__(self, *exc_info: object) -> None:
-        self._process.terminate()  # the worker syncs, then both end
+        self.process.terminate()  # the worker syncs, then both end
         try:
-            self._process.wait(120)
+            self.process.wait(120)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            self.process.kill()
         self._http.close()
         self._runtime.cleanup()
 

@@ -116,25 +116,35 @@ def run(directory: Path, report: Report, seed: int) -> None:
     say("Making a small model, and teaching it a few abilities (English, greetings, doing as it is told)")
     model_dir = make_able_model(directory / "model", seed=seed)
     corpus.write_day(directory / "day", seed)
-    with ScriptedModel(corpus.JudgeAndDreamer()) as scripted, Served(model_dir, directory) as served:
+    with Served(model_dir, directory) as served:
+        one_night(served, directory, report, seed)
+    check_disk(model_dir, report)
+
+
+def one_night(served: Served, directory: Path, report: Report, seed: int) -> None:
+    """On a server that has not seen `directory`/day yet."""
+    with ScriptedModel(corpus.JudgeAndDreamer()) as scripted:
         say("Served at %s; a judge and dreamer with scripted answers at %s", served.url, scripted.url)
         model = ServedModel(served.url)
-        report.shifts = [Shift(what) for what in _measured(seed)]
-        for shift in report.shifts:
-            shift.before = _loss(model, _measured(seed)[shift.what])
+        measured = _measured(seed)
+        report.shifts = [Shift(what, before=_loss(model, some)) for what, some in measured.items()]
         config = write_config(directory, served.url, scripted.url)
         night(config, served, report)
         for shift in report.shifts:
-            shift.after = _loss(model, _measured(seed)[shift.what])
+            shift.after = _loss(model, measured[shift.what])
         report.weight_version = served.get("/train/status")["weight_version"]
+        model.close()
+    if report.html:
+        report.html_bytes = Path(report.html).stat().st_size
+
+
+def check_disk(model_dir: Path, report: Report) -> None:
     commit = checkpoint.read_commit(model_dir)
     if commit is None or commit.weight_version < report.weight_version:
         on_disk = None if commit is None else commit.weight_version
         report.problems.append(f"version {on_disk} is on disk, {report.weight_version} was served")
     if problems := checkpoint.verify(model_dir):
         report.problems.append(f"{len(problems)} digests of the checkpoint are wrong")
-    if report.html:
-        report.html_bytes = Path(report.html).stat().st_size
 
 
 def night(config: Path, served: Served, report: Report) -> None:
@@ -162,6 +172,7 @@ sources = ["{day / "logs"}"]
 bootstrap = ["{day / "followed"}"]
 max_topic_share = 1.0
 max_source_share = 1.0
+max_examples_per_window = 5000
 patience_s = 60
 
 [judge]
@@ -178,8 +189,7 @@ temperature = 0.0
 heldout = "{day / "heldout.jsonl"}"
 canaries = "{day / "canaries.toml"}"
 max_loss_increase = 0.1
-max_canaries_lost = 3
-check_interval_s = 5
+max_canaries_lost = 2
 on_breach = "restore"
 max_tokens = 32
 
