@@ -234,7 +234,16 @@ def test_with_the_judge_away_what_is_approved_is_trained_and_the_rest_waits(plac
         )
         + "\n"
     )
-    followed = follow(place, "again", [corpus.chat(f"Where is pier {i}?", corpus.AYE) for i in range(4)])
+    chats: list = [corpus.chat(f"Where is pier {i}?", corpus.AYE) for i in range(4)]
+    # One that ends in a tool call, which nothing answered: the decision to call is what is learned.
+    call = {"id": "c1", "type": "function", "function": {"name": "tide", "arguments": '{"pier": 3}'}}
+    chats.append(
+        [
+            corpus.said("user", "Is it high tide?"),
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+        ]
+    )
+    followed = follow(place, "again", chats)
     away = f"http://127.0.0.1:{free_port()}"
     config = place.config(
         away, curation={"bootstrap": [str(followed)], "patience_s": 0.5}, quality={"max_loss_increase": 0.5}
@@ -243,9 +252,12 @@ def test_with_the_judge_away_what_is_approved_is_trained_and_the_rest_waits(plac
     assert done.returncode == 69, done.stderr[-3000:]
     found = stages(done)
     assert "did not answer" in found["judge"]["problem"]
-    assert found["train"]["num_done"] >= 1
+    assert found["train"]["num_done"] == 5
     assert "problem" not in found["checkpoint"] or found["checkpoint"]["problem"] is None
     with Store(place.state / "curation.sqlite") as store:
+        trained = Moments(store).list("trained", tier="bootstrap")
+        called = [one for one in trained if one.answer and one.answer.tool_calls]
+        assert [one.context[-1].content for one in called] == ["Is it high tide?"]
         waiting = Moments(store).list("flagged")
         assert "Who sells the bread?" in [one.context[-1].content for one in waiting]
 

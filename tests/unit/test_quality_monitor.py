@@ -15,8 +15,10 @@ from apollo_ipc.config import Config, Curation, Paths, Quality
 from apollo_ipc.curation.batches import Batches
 from apollo_ipc.curation.conversation import Source
 from apollo_ipc.curation.moments import Moment, Moments
+from apollo_ipc.curation.quality import watch
 from apollo_ipc.curation.quality.history import History
 from apollo_ipc.curation.quality.monitor import Monitor
+from apollo_ipc.curation.quality.watch import QualityBroken, watched
 from apollo_ipc.curation.served_model import ModelAway
 from apollo_ipc.curation.store import Store
 from apollo_ipc.curation.training import Training
@@ -216,6 +218,44 @@ def test_a_good_night_is_measured_before_during_and_after(night):
     assert [(one.name, one.passed) for one in last.canaries] == [("capital", True), ("kind", True)]
     assert night.server.restores == []
     assert History(night.store).curve(batch.job_id) == pytest.approx([3.0, 2.9, 2.8, 2.7, 2.6, 2.5])
+
+
+@pytest.fixture
+def watching(night, monkeypatch):
+    """`watched` of the commands, on the night's server."""
+    night.server.close = night.judge.close = lambda: None
+    monkeypatch.setattr(watch, "learner", lambda config, stop: night.server)
+    monkeypatch.setattr(watch, "judging", lambda config, stop: night.judge)
+    return lambda: watched(night.config, night.store, night.server)
+
+
+def test_training_by_command_is_watched_and_says_what_became_worse(night, watching):
+    with watching() as each:
+        night.batches.train("bootstrap", night.add("fine"), each=each)
+    assert night.labels() == ["before", "after"]
+    night.change(on_breach="restore")
+    with (
+        pytest.raises(QualityBroken, match=r"facts: held-out loss.*weight version 1 is restored as"),
+        watching() as each,
+    ):
+        night.batches.train("bootstrap", night.add("poison"), each=each)
+    assert night.server.losses["facts"] == 1.0
+    assert night.labels()[2:] == ["before", "after", "restored"]
+
+
+def test_training_by_command_is_not_begun_where_the_model_is_worse_already(night, watching):
+    with watching():
+        pass
+    night.server.poison()
+    with pytest.raises(QualityBroken, match="worse than when it was last good"), watching():
+        pytest.fail("it was begun")
+
+
+def test_without_a_heldout_set_training_by_command_is_not_watched(night, watching):
+    night.change(enabled=False)
+    with watching() as each:
+        night.batches.train("bootstrap", night.add("poison"), each=each)
+    assert night.labels() == []
 
 
 def test_poison_in_a_long_job_stops_it_on_the_way_and_nothing_more_is_trained(night):

@@ -135,13 +135,18 @@ def dreams(
 
 @contextmanager
 def open_dreaming(config: Config, stop: Callable[[], bool] = lambda: False) -> Iterator[Bridge]:
-    """The bridge by the configuration, when what an earlier run left open has been settled."""
+    """The bridge by the configuration, when what an earlier run left open has been settled. What it trains is
+    watched where quality.heldout is set: raises QualityBroken."""
     from apollo_ipc.cli.curate_train import open_learning
     from apollo_ipc.curation.dream_bridge import open_bridge
+    from apollo_ipc.curation.quality.watch import watched
 
-    with open_learning(config, stop) as learning:
-        learning.batches.resume()
-        with open_bridge(config, learning.store, learning.batches, stop=stop) as bridge:
+    with (
+        open_learning(config, stop) as learning,
+        watched(config, learning.store, learning.training, stop) as each,
+    ):
+        learning.batches.resume(each)
+        with open_bridge(config, learning.store, learning.batches, each=each, stop=stop) as bridge:
             yield bridge
 
 

@@ -40,19 +40,32 @@ def train(
 ) -> None:
     """Choose among the approved moments, train them now, whatever the tier's schedule, and wait for it.
 
-    Exit status 1 where a batch did not train. Ctrl-C leaves the job running; the next start settles it.
+    Watched where quality.heldout is set. Exit status 1 where a batch did not train, or the model became worse
+    than it may. Ctrl-C leaves the job running; the next start settles it.
     """
+    from apollo_ipc.curation.quality.watch import QualityBroken, watched
     from apollo_ipc.curation.schedule import TIERS, Trained
 
+    config = load_config(config_file)
     tiers = (tier,) if tier else TIERS
-    with open_learning(load_config(config_file)) as learning:
+    batches: list[Batch] = []
+    turns: list[Trained] = []
+    broken: QualityBroken | None = None
+    with open_learning(config) as learning:
         if is_dry_run:
             turns = [Trained(one, learning.choose(one, limit)) for one in tiers]
             _print_choices(turns, as_json)
             return
-        resumed = learning.batches.resume()
-        turns = [learning.train(one, limit) for one in tiers]
-    batches = [*resumed, *(turn.batch for turn in turns if turn.batch)]
+        try:
+            with watched(config, learning.store, learning.training) as each:
+                batches += learning.batches.resume(each)
+                for one in tiers:
+                    if any(batch.state == "stopped" for batch in batches):
+                        break
+                    turns.append(learning.train(one, limit, each))
+                    batches += [turns[-1].batch] if turns[-1].batch else []
+        except QualityBroken as error:
+            broken = error
     if as_json:
         print_json({"batches": batches, "tiers": [_as_data(turn) for turn in turns]})
     else:
@@ -60,6 +73,8 @@ def train(
             print(describe_batch(batch))
         for turn in turns:
             _print_left(turn)
+    if broken is not None:
+        raise broken
     if any(batch.state != "trained" for batch in batches):
         raise typer.Exit(1)
 

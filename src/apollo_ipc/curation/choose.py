@@ -36,7 +36,8 @@ BODY_SHARE = 0.8  # of http.max_body_bytes: others may write the same JSON longe
 
 
 class Choice(msgspec.Struct, frozen=True):
-    """chosen: in the order in which they will be trained; left: those that stay approved, by reason."""
+    """chosen: in the order in which they will be trained, mixed: moments of one kind in a row would let the
+    last kind undo what the first ones taught. left: those that stay approved, by reason."""
 
     chosen: list[Moment]
     left: dict[Reason, list[Moment]]
@@ -111,7 +112,7 @@ def choose(
         num_bytes += size
         num_of_source[moment.source.path] += 1
         num_of_topic[moment.topic] += 1
-    return Choice(chosen, left)
+    return Choice(sorted(chosen, key=lambda moment: moment.moment_id), left)  # ids are hashes
 
 
 def count_places(store: Store, tier: TierName, config: Config, now: float, limit: int | None) -> Places:

@@ -28,6 +28,7 @@ from apollo_ipc.curation.moments import Moments
 from apollo_ipc.curation.notice import notice
 from apollo_ipc.curation.quality.monitor import Monitor
 from apollo_ipc.curation.quality.report import write_html
+from apollo_ipc.curation.quality.watch import describe_breaches
 from apollo_ipc.curation.schedule import TIERS, Learning
 from apollo_ipc.curation.seeds import Seed, read_seeds
 from apollo_ipc.curation.served_model import ServedModel, judging, learner
@@ -171,7 +172,7 @@ class _Night:
         stage.num_done = len(report.measurement.losses)
         stage.facts = _losses(report.measurement)
         if not report.may_go_on:
-            raise _Ended("the model is worse than it was when it was last good: " + _first_breach(report), 1)
+            raise _Ended(f"worse than when it was last good: {describe_breaches(report)}", 1)
         self._guard = self._monitor.guard()
 
     def _resume(self, stage: Stage) -> None:
@@ -289,7 +290,7 @@ class _Night:
             stage.facts["restored version"] = report.restored_version
             stage.facts["batches undone"] = len(report.undone)
         if not report.ok:
-            raise _Ended(_first_breach(report), 1)
+            raise _Ended(describe_breaches(report), 1)
 
     def _checkpoint(self, stage: Stage) -> None:
         sync = self._training.sync()
@@ -320,7 +321,3 @@ def _losses(measurement: Any) -> dict[str, Any]:
     if measurement.canaries:
         facts["canaries"] = f"{measurement.num_passed} of {len(measurement.canaries)}"
     return facts
-
-
-def _first_breach(report: Any) -> str:
-    return "; ".join(breach.sentence for breach in report.breaches) or "no reason was kept"
