@@ -189,7 +189,7 @@ temperature = 0.0
 heldout = "{day / "heldout.jsonl"}"
 canaries = "{day / "canaries.toml"}"
 max_loss_increase = 0.1
-max_canaries_lost = 2
+max_canaries_lost = 3
 on_breach = "restore"
 max_tokens = 32
 
