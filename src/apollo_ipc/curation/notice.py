@@ -28,7 +28,7 @@ def notice(config: Config, store: Store) -> Noticed:
     Raises ConfigError where a path is in both; Conflict where another process reads them at the same time.
     """
     own = config.curation
-    sources, followed = ([Path(path).absolute() for path in paths] for paths in (own.sources, own.bootstrap))
+    sources, followed = ([Path(path).resolve() for path in paths] for paths in (own.sources, own.bootstrap))
     for path in followed:
         both = (one for one in sources if one == path or one in path.parents or path in one.parents)
         if (other := next(both, None)) is not None:
