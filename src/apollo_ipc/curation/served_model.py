@@ -17,6 +17,7 @@ from apollo_ipc.requests import Message
 
 REQUEST_TIMEOUT_S = 300.0
 RETRY_S = 1.0
+THOUGHT_END = "</think>"
 _GAUGE = re.compile(r"^vllm:num_requests_(running|waiting)(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
 _COUNTER = re.compile(r"^vllm:request_success_total(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
 
@@ -91,7 +92,8 @@ class ServedModel:
         tools: list[dict[str, Any]] | None = None,
         seed: int | None = None,
     ) -> Message:
-        """The model's next turn. schema: JSON Schema that the answer must follow (guided decoding)."""
+        """The model's next turn, without its thoughts. schema: JSON Schema that the answer must follow, by
+        guided decoding."""
         body: dict[str, Any] = {
             "model": self.model,
             "messages": wire(messages),
@@ -106,9 +108,10 @@ class ServedModel:
         if seed is not None:
             body["seed"] = seed
         message = self._generate("/v1/chat/completions", body)["message"]
+        # Without a reasoning parser in the server, a thought stands before the answer.
         return Message(
             role="assistant",
-            content=message.get("content") or "",
+            content=(message.get("content") or "").rpartition(THOUGHT_END)[2].lstrip("\n"),
             tool_calls=message.get("tool_calls") or None,
         )
 
