@@ -1,0 +1,57 @@
+"""The file in which curation remembers: opened by many at once, and what is said where it cannot be used."""
+
+from __future__ import annotations
+
+import sqlite3
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from apollo_ipc.curation import store as stores
+from apollo_ipc.curation.moments import Moments
+from apollo_ipc.curation.store import Store, StoreDamaged
+
+
+def test_many_may_open_a_new_file_at_once(tmp_path):
+    def open_and_close(path):
+        with Store(path) as store:
+            return Moments(store).counts()
+
+    with ThreadPoolExecutor(8) as pool:
+        for i in range(30):
+            path = tmp_path / f"{i}" / "curation.sqlite"
+            path.parent.mkdir(mode=0o700)
+            assert list(pool.map(open_and_close, [path] * 8)) == [{}] * 8
+
+
+def test_a_file_that_stays_locked_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(stores, "BUSY_TIMEOUT_S", 0.05)
+    path = tmp_path / "curation.sqlite"
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(sqlite3.OperationalError, match="locked"):
+        Store(path)
+    other.close()
+
+
+def test_a_transaction_is_all_or_nothing_and_the_outermost_one_commits(tmp_path):
+    with Store(tmp_path / "curation.sqlite") as store:
+        store.declare("CREATE TABLE IF NOT EXISTS t (x INTEGER);\n")
+        with pytest.raises(KeyError), store.transaction() as db:
+            db.execute("INSERT INTO t VALUES (1)")
+            with store.transaction() as inner:
+                inner.execute("INSERT INTO t VALUES (2)")
+            raise KeyError
+        assert store.query("SELECT * FROM t") == []
+
+
+def test_a_damaged_file_and_one_of_a_newer_program_say_so(tmp_path):
+    path = tmp_path / "curation.sqlite"
+    path.write_bytes(b"no database at all, but long enough to be looked at" * 30)
+    with pytest.raises(StoreDamaged, match="Move the file away"):
+        Store(path)
+    path.unlink()
+    with sqlite3.connect(path) as db:
+        db.execute("PRAGMA user_version = 99")
+    with pytest.raises(StoreDamaged, match="schema version 99"):
+        Store(path)
