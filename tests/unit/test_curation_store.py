@@ -37,11 +37,16 @@ def test_a_file_that_stays_locked_is_given_up(tmp_path, monkeypatch):
 def test_a_transaction_is_all_or_nothing_and_the_outermost_one_commits(tmp_path):
     with Store(tmp_path / "curation.sqlite") as store:
         store.declare("CREATE TABLE IF NOT EXISTS t (x INTEGER);\n")
-        with pytest.raises(KeyError), store.transaction() as db:
-            db.execute("INSERT INTO t VALUES (1)")
-            with store.transaction() as inner:
-                inner.execute("INSERT INTO t VALUES (2)")
-            raise KeyError
+
+        def insert_and_fail():
+            with store.transaction() as db:
+                db.execute("INSERT INTO t VALUES (1)")
+                with store.transaction() as inner:
+                    inner.execute("INSERT INTO t VALUES (2)")
+                raise KeyError
+
+        with pytest.raises(KeyError):
+            insert_and_fail()
         assert store.query("SELECT * FROM t") == []
 
 

@@ -103,7 +103,7 @@ class Store:
 
 
 def _use_wal(db: sqlite3.Connection) -> None:
-    """SQLite does not wait, as it does elsewhere, where two open a new file at once and both switch to WAL."""
+    """SQLite does not wait, as it does elsewhere, where two open a new file at once and switch it to WAL."""
     deadline = time.monotonic() + BUSY_TIMEOUT_S
     while True:
         try:
