@@ -24,6 +24,28 @@ def test_many_may_open_a_new_file_at_once(tmp_path):
             assert list(pool.map(open_and_close, [path] * 8)) == [{}] * 8
 
 
+def test_a_file_that_another_process_is_making_is_tried_again():
+    class Contended:
+        """Two that switch to WAL at once: SQLite refuses one of them without waiting."""
+
+        def __init__(self, *errors):
+            self.errors = list(errors)
+            self.num_tries = 0
+
+        def execute(self, sql):
+            self.num_tries += 1
+            if self.errors:
+                raise sqlite3.OperationalError(self.errors.pop(0))
+
+    contended = Contended("database is locked", "database is locked")
+    stores._use_wal(contended)
+    assert contended.num_tries == 3
+    full = Contended("database or disk is full")
+    with pytest.raises(sqlite3.OperationalError, match="full"):
+        stores._use_wal(full)
+    assert full.num_tries == 1
+
+
 def test_a_file_that_stays_locked_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr(stores, "BUSY_TIMEOUT_S", 0.05)
     path = tmp_path / "curation.sqlite"
