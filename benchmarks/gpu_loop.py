@@ -17,6 +17,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -78,6 +79,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     options = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends what it has started
     from gpu_loop_report import show
     from gpu_loop_system import LoopFailed
     from httpx import HTTPError
@@ -96,8 +98,7 @@ def main() -> int:
                 for log in Path(base).glob("*.log"):
                     shutil.copy(log, options.logs)
     show(figures)
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1, default=str) + "\n")
+    save(options, figures)
     failed = sum(phase["num_failed"] for phase in figures.get("load", {}).values())
     return 1 if "problem" in figures or failed else 0
 
@@ -143,6 +144,7 @@ def run(options: argparse.Namespace, base: Path, figures: dict[str, Any]) -> Non
         for phase in (phases.attach, phases.train_quietly, phases.load, phases.sync):
             say(phase.__doc__.split(".")[0] if phase.__doc__ else phase.__name__)
             phase(loop)
+            save(options, figures)
     except BaseException:
         say(f"{system.server.log_tail()}\n{system.worker_log()}")
         raise
@@ -174,6 +176,12 @@ def environment(options: argparse.Namespace) -> dict[str, str]:
         env[f"APOLLO_{name.replace('.', '__', 1).upper()}"] = value
     os.environ.update(env)  # for what runs in processes of its own: the plan, the step
     return env
+
+
+def save(options: argparse.Namespace, figures: dict[str, Any]) -> None:
+    """Also after each phase: a time limit must not take what was measured before it."""
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1, default=str) + "\n")
 
 
 def say(text: str) -> None:
