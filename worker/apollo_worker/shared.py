@@ -15,6 +15,7 @@ from queue import SimpleQueue
 import msgspec
 
 from apollo_ipc.errors import NotReady
+from apollo_ipc.flag import Flag
 from apollo_ipc.messages import (
     PostSync,
     Progress,
@@ -80,7 +81,7 @@ class Shared:
         self.sync_error: str | None = None
         self.is_syncing = False
         self.post_sync: PostSync | None = None
-        self.stopping = threading.Event()
+        self.stopping = Flag()  # set by signal handlers
         # Wakes the main loop: a job was queued, something was asked for, the process shall stop.
         self.wake = threading.Event()
         self.asked: SimpleQueue[Asked] = SimpleQueue()

@@ -45,9 +45,7 @@ def run(link_fd: int, make_worker: Callable[[TrainerEnd], MainLoop]) -> int:
         return 0  # the front ended meanwhile
     end = TrainerEnd(link, start)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(
-            number, lambda *_: end.shared.stopping.set()
-        )  # `wake` may be locked by this very thread
+        signal.signal(number, lambda *_: end.shared.stopping.set())
     end.start()
     try:
         with trainer_lock(end.shared, end.config.runtime_dir) as has_lock:

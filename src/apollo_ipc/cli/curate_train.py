@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from apollo_ipc.cli.options import AsJson, ConfigFile
 from apollo_ipc.cli.output import console, describe_ago, print_json, print_json_line, say
 from apollo_ipc.config import Config, load_config
 from apollo_ipc.curation.settings import TierName
+from apollo_ipc.flag import Flag
 
 if TYPE_CHECKING:
     from apollo_ipc.curation.batch_table import Batch
@@ -158,7 +158,7 @@ def open_learning(config: Config, stop: Callable[[], bool] = lambda: False) -> I
 @contextmanager
 def stop_by_signal() -> Iterator[Callable[[], bool]]:
     """Whether SIGTERM or Ctrl-C has come. A second Ctrl-C interrupts."""
-    asked = threading.Event()
+    asked = Flag()
 
     def ask(number: int, frame: Any) -> None:
         asked.set()
