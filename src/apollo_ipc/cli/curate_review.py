@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Column, Table
 
-from apollo_ipc.cli.curate_flag import flag as flag
 from apollo_ipc.cli.curate_flag import open_moments
 from apollo_ipc.cli.curate_train import stop_by_signal
 from apollo_ipc.cli.options import AsJson, ConfigFile
