@@ -2,85 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
 import pytest
+from fake_vllm import FakeVllm
 
 from apollo_ipc.curation import served_model
 from apollo_ipc.curation.served_model import ModelAway, Refused, ServedModel
 from apollo_ipc.errors import UserError
 from apollo_ipc.requests import Message
 
-METRICS = """\
-# HELP vllm:num_requests_running Number of requests in model execution batches.
-vllm:num_requests_running{engine="0",model_name="m"} 2.0
-vllm:num_requests_running{engine="1",model_name="m"} 1.0
-vllm:num_requests_waiting{engine="0",model_name="m"} 4.0
-vllm:num_requests_waiting_by_reason{engine="0",reason="capacity"} 4.0
-vllm:request_success_total{engine="0",finished_reason="stop"} 10.0
-vllm:request_success_total{engine="0",finished_reason="length"} 5.0
-vllm:e2e_request_latency_seconds_count{engine="0"} 15.0
-"""
-
-
-class Vllm(BaseHTTPRequestHandler):
-    """A token is a byte. The template is ChatML in capitals; its turns end with `|` and a newline. faults:
-    statuses to answer first; thinks: the generation prompt opens a thought, a turn without one has none."""
-
-    disable_nagle_algorithm = True
-    faults: list  # these two are of the server that a test starts
-    bodies: list
-    thinks = False
-    content = "Hello."
-
-    def do_GET(self):
-        if self.path == "/metrics":
-            self.send(200, METRICS)
-        else:
-            self.send(200, {"data": [{"id": "m"}]})
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.bodies.append((self.path, body))
-        if self.faults:
-            status = self.faults.pop(0)
-            self.send(status, {"error": {"message": "not now", "param": "messages", "code": status}})
-        elif self.path == "/tokenize":
-            text = "".join(f"{one['role'][0].upper()}:{one['content']}|\n" for one in body["messages"])
-            if body["add_generation_prompt"]:
-                is_open = self.thinks and body.get("chat_template_kwargs") != {"enable_thinking": False}
-                text += "A:" + ("<think>" if is_open else "")
-            self.send(200, {"tokens": list(text.encode())})
-        elif self.path == "/detokenize":
-            self.send(200, {"prompt": bytes(body["tokens"]).decode()})
-        elif self.path == "/v1/completions":
-            said = [None, *({str(token): {"logprob": -token / 100}} for token in body["prompt"][1:])]
-            self.send(200, {"choices": [{"text": "", "prompt_logprobs": said}]})
-        else:
-            self.send(200, {"choices": [{"message": {"content": self.content}}]})
-
-    def send(self, status, data):
-        payload = (data if isinstance(data, str) else json.dumps(data)).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(payload)))
-        self.end_headers()
-        self.wfile.write(payload)
-
-    def log_message(self, *_):
-        pass
-
 
 @pytest.fixture
 def vllm(monkeypatch):
     monkeypatch.setattr(served_model, "RETRY_S", 0.01)
-    route = type("Route", (Vllm,), {"faults": [], "bodies": []})
-    with ThreadingHTTPServer(("127.0.0.1", 0), route) as server:
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        route.url = f"http://127.0.0.1:{server.server_address[1]}"
-        yield route
-        server.shutdown()
+    with FakeVllm() as vllm:
+        yield vllm
 
 
 QUESTION = [Message("user", "Q?")]
@@ -144,7 +79,7 @@ def test_the_load_is_that_of_all_engines(vllm):
     assert (load.num_running, load.num_waiting, load.num_ended) == (3, 4, 15)
 
 
-def test_a_server_without_vllms_metrics_is_named(vllm, monkeypatch):
-    monkeypatch.setattr(f"{__name__}.METRICS", "process_cpu_seconds_total 1.0\n")
+def test_a_server_without_vllms_metrics_is_named(vllm):
+    vllm.metrics = "process_cpu_seconds_total 1.0\n"
     with pytest.raises(UserError, match="is it a vLLM"):
         ServedModel(vllm.url).load()

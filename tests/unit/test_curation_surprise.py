@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
-
 import pytest
+from fake_vllm import FakeVllm
 
 from apollo_ipc.curation.conversation import Source
 from apollo_ipc.curation.moments import Moment, Moments
@@ -16,58 +13,15 @@ from apollo_ipc.curation.surprise import score, unscored
 from apollo_ipc.requests import Message
 
 
-class Handler(BaseHTTPRequestHandler):
-    """Each byte of the rendered conversation is a token; its log-probability is minus a tenth of it."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self):
-        self.answer(200, {"data": [{"id": "bytes"}]})
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.bodies.append(body)
-        status = 400 if self.server.refuses in str(body) else self.server.status
-        if status != 200:
-            return self.answer(status, {"error": {"message": "as told", "code": "told"}})
-        if self.path == "/tokenize":
-            text = "".join(f"{m['role'][0]}:{m['content']}|\n" for m in body["messages"])
-            text += "a:" if body["add_generation_prompt"] else ""
-            return self.answer(200, {"tokens": list(text.encode())})
-        if self.path == "/detokenize":
-            return self.answer(200, {"prompt": bytes(body["tokens"]).decode()})
-        ids = body["prompt"]
-        return self.answer(200, {"choices": [{"prompt_logprobs": self.logprobs(ids)}]})
-
-    def logprobs(self, ids):
-        return [None, *({str(token): {"logprob": -token / 10}} for token in ids[1:])]
-
-    def answer(self, status, data):
-        payload = json.dumps(data).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(payload)))
-        self.end_headers()
-        self.wfile.write(payload)
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture
 def server():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    server.bodies, server.status, server.refuses = [], 200, "nothing of this"
-    thread = Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with FakeVllm() as server:
+        yield server
 
 
 @pytest.fixture
 def model(server):
-    model = ServedModel(f"http://127.0.0.1:{server.server_address[1]}", patience_s=0.0)
+    model = ServedModel(server.url, patience_s=0.0)
     yield model
     model.close()
 
@@ -88,7 +42,7 @@ def moment(question="6 x 7?", answer="42", **changes):
 def test_surprise_is_the_mean_over_the_answers_tokens_and_its_end_of_turn(moments, model):
     (added,) = moments.add([moment()])
     assert score(moments, model).num_scored == 1
-    by_hand = sum(b"42|") / 10 / 3  # without the line's end, which stands behind the end of the turn
+    by_hand = sum(b"42|") / 100 / 3  # without the line's end, which stands behind the end of the turn
     assert moments.get(added.moment_id).surprise == pytest.approx(by_hand)
 
 
@@ -107,11 +61,11 @@ def test_only_what_may_be_trained_and_has_no_score_is_scored(moments, model):
 
 def test_a_model_that_is_away_leaves_the_rest_for_later(moments, model, server):
     moments.add([moment(f"{i}?") for i in range(3)])
-    server.status = 503
+    server.faults = [503] * 100
     counts = score(moments, model)
     assert (counts.num_scored, counts.num_away) == (0, 3)
     assert len(server.bodies) == 1  # not asked once for each
-    server.status = 200
+    server.faults = []
     assert score(moments, model).num_scored == 3
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import math
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import msgspec
 import pytest
+from fake_vllm import FakeVllm
 
 from apollo_ipc.config import Config, Curation, Paths, Quality
 from apollo_ipc.curation.batches import Batches
@@ -567,64 +566,27 @@ def test_another_held_out_set_is_not_held_against_the_old_one(night, tmp_path):
     assert report.drift == {"chat": 0.0}
 
 
-class Route(BaseHTTPRequestHandler):
-    """As much of vLLM as a check asks for; no worker stands behind it. A token is a byte."""
-
-    loss = 1.0
-
-    def do_GET(self):
-        if self.path == "/v1/models":
-            self.send(200, {"data": [{"id": "tiny"}]})
-        else:
-            self.send(503, {"error": {"message": "the training worker does not answer", "code": "not_ready"}})
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.path == "/tokenize":
-            text = "".join(f"{one['role']}:{one['content']}|" for one in body["messages"])
-            text += "assistant:" if body["add_generation_prompt"] else ""
-            self.send(200, {"tokens": list(text.encode())})
-        elif self.path == "/detokenize":
-            self.send(200, {"prompt": bytes(body["tokens"]).decode()})
-        elif self.path == "/v1/completions":
-            said = [None, *({str(token): {"logprob": -self.loss}} for token in body["prompt"][1:])]
-            self.send(200, {"choices": [{"text": "", "prompt_logprobs": said}]})
-        else:
-            self.send(200, {"choices": [{"message": {"content": "Paris"}}]})
-
-    def send(self, status, data):
-        payload = json.dumps(data).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(payload)))
-        self.end_headers()
-        self.wfile.write(payload)
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture
 def served(monkeypatch):
-    """The address and the handler's class, whose `loss` may be set."""
-    route = type("ThisRoute", (Route,), {})
-    with ThreadingHTTPServer(("127.0.0.1", 0), route) as server:
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        monkeypatch.setenv("APOLLO_CURATION__URL", f"http://127.0.0.1:{server.server_address[1]}")
+    """vLLM, without a worker behind it."""
+    with FakeVllm() as vllm:
+        vllm.content = "Paris"
+        monkeypatch.setenv("APOLLO_CURATION__URL", vllm.url)
         monkeypatch.setattr("apollo_ipc.cli.quality.WORKER_PATIENCE_S", 0.0)
-        yield route
-        server.shutdown()
+        yield vllm
 
 
 def test_the_command_measures_a_server_and_exits_by_what_it_found(apollo, served, night, monkeypatch):
     monkeypatch.setenv("APOLLO_QUALITY__HELDOUT", night.config.quality.heldout)
     monkeypatch.setenv("APOLLO_QUALITY__CANARIES", night.config.quality.canaries)
     monkeypatch.setenv("APOLLO_JUDGE__ENABLED", "false")
+    served.logprob = lambda token: -1.0
     told = apollo("quality", "check")
     assert (told.returncode, told.stderr) == (0, "")
     assert "canary kind: not judged: no judge is configured" in told.stdout
     assert "canaries: 1 of 2 pass, 1 not judged" in told.stdout
     assert "within the limits (held against nothing yet)" in told.stdout
-    served.loss = 1.2
+    served.logprob = lambda token: -1.2
     told = apollo("quality", "check")
     assert told.returncode == 1
     assert "BREACH chat: held-out loss 1.0000 -> 1.2000 nats a token (+20.0%)" in told.stdout
