@@ -98,12 +98,12 @@ def end(child, with_signal=signal.SIGKILL):
 
 def main(directory, step_s):
     service, shared, queue = start_service(directory)
-    signal.signal(signal.SIGTERM, lambda *_: (shared.stopping.set(), shared.wake.set()))
+    signal.signal(signal.SIGTERM, lambda *_: shared.stopping.set())
     print("ready", flush=True)
     while not shared.stopping.is_set():
         if (job := queue.take()) is None:
             shared.show("idle")
-            shared.wake.wait(0.2)
+            shared.wake.wait(0.1)  # a signal wakes nobody: `wake` has a lock (see apollo_ipc.flag)
             shared.wake.clear()
             continue
         train(job.info, step_s, shared, queue, service)
