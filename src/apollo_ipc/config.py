@@ -89,6 +89,8 @@ class Worker(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     num_threads: Annotated[int, Meta(ge=0)] = 0  # 0: as many as cores
     idle_priority: bool = True  # CPU: training threads run only when serving leaves time (SCHED_IDLE)
+    # Seconds of rest between decoder layers for each second of computing (apollo_worker.pace); 0: none.
+    pace: Annotated[float, Meta(ge=0, le=100)] = 0.0
     max_queued_jobs: Annotated[int, Meta(ge=1)] = 10_000
     verify_checkpoint: bool = True  # compare views with the checkpoint at the first attach to a vLLM
     step_timeout_s: Positive = (

@@ -21,6 +21,7 @@ from apollo_worker.link import ModelFacts
 from apollo_worker.live_model import LiveModel, attach
 from apollo_worker.marks import LastStep, StepMarks
 from apollo_worker.optimizer_file import read_optimizer
+from apollo_worker.pace import Pace
 from apollo_worker.queue import JobQueue
 from apollo_worker.shared import Shared
 from apollo_worker.state import LiveState, check_same_model, read_state, write_state
@@ -124,7 +125,7 @@ class Attachment:
                 self._refused_boot = manifest.boot_id
             raise
         self.live = live
-        self.trainer = Trainer(live, config.train)
+        self.trainer = self._make_trainer(live)
         self.trainer.main_optimizer.warm_up()  # seconds, the first time ever: not in a job then
         self.writer = make_writer(live, config)
         self.tokeniser = read_tokeniser(live, config)
@@ -153,6 +154,10 @@ class Attachment:
             *(manifest.pid, manifest.boot_id[:8], live.num_parameters, live.num_parameters),
             *(manifest.model_path, version),
         )
+
+    def _make_trainer(self, live: LiveModel) -> Trainer:
+        pace = Pace(self._config.worker.pace, self._shared.stopping.is_set)
+        return Trainer(live, self._config.train, pace)
 
     def set_version(self, version: int) -> None:
         assert self.live is not None
@@ -215,7 +220,7 @@ class Attachment:
         self._reconcile(commit)
         if self.trainer is not None:
             self.trainer.close()
-            self.trainer = Trainer(self.live, self._config.train)
+            self.trainer = self._make_trainer(self.live)
             load_optimizer(self.trainer, self.live.model_dir, commit)
 
     def undo_torn_step(self) -> None:

@@ -18,6 +18,7 @@ from apollo_ipc.errors import NotReady, UserError
 from apollo_worker.apollo import Apollo
 from apollo_worker.live_model import LiveModel
 from apollo_worker.loss import IGNORED, gather_targets, target_loss, token_logprobs
+from apollo_worker.pace import Pace
 from apollo_worker.tokenise import TokenisedExample
 
 log = logging.getLogger(__name__)
@@ -52,9 +53,10 @@ class Head:
 class Trainer:
     """Owns the optimizer of one live model. Not thread-safe: one step at a time."""
 
-    def __init__(self, live: LiveModel, options: Train):
+    def __init__(self, live: LiveModel, options: Train, pace: Pace | None = None):
         self.live = live
         self.options = options
+        self._pace = (pace or Pace(0)).attach(live.model)
         # The configured rank's moments, which outlive jobs; a job with a rank of its own borrows the weights.
         self.main_optimizer = self.optimizer = make_optimizer(live, options, options.rank)
         # Before the optimizer's own hooks: a dead exporter must stop the write, not follow it.
@@ -118,7 +120,7 @@ class Trainer:
         optimizer. No backward pass where the loss is not finite."""
         self._require_vllm()
         ids, labels = self._inputs(example)
-        with torch.enable_grad():
+        with torch.enable_grad(), self._pace:
             loss = self._loss(ids, labels)
             value = float(loss.detach())
             if math.isfinite(value):
@@ -167,7 +169,8 @@ class Trainer:
         self._hooks = self.optimizer.attach_hooks()
 
     def close(self) -> None:
-        """Takes its hooks off the parameters, so that another trainer may train them."""
+        """Takes its hooks off the model, so that another trainer may train it."""
+        self._pace.detach()
         for hook in [*self._guards, *self._hooks]:
             hook.remove()
 
