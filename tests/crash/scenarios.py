@@ -27,6 +27,7 @@ from apollo_ipc.checkpoint import (
     compact,
     forget,
     loading,
+    pin_version,
     read_commit,
     recover,
     restore_version,
@@ -156,6 +157,24 @@ def _sync(version: int, kind: str, num_kept: int = 0) -> Callable[[Path, Simulat
     return lambda model_dir, disk: sync(model_dir, version, kind, num_kept=num_kept, disk=disk)
 
 
+def _pinned(*kinds: str) -> Callable[[Path], None]:
+    """Version 1 is pinned, and each sync of `kinds` keeps one version beside it."""
+
+    def prepare(model_dir: Path) -> None:
+        sync(model_dir, 1, "full", num_kept=1)
+        pin_version(model_dir, 1)
+        for version, kind in enumerate(kinds, 2):
+            sync(model_dir, version, kind, num_kept=1)
+
+    return prepare
+
+
+def _pin_and_sync(model_dir: Path, disk: SimulatedDisk) -> None:
+    """Once the pin has returned, the next sync keeps what it was set on."""
+    pin_version(model_dir, 1, disk=disk, lock_wait_s=0.0)
+    sync(model_dir, 4, "full", num_kept=1, disk=disk)
+
+
 def _outcome(version: int, *kept: int) -> Outcome:
     return Outcome(version, kept, known(version).weights)
 
@@ -262,6 +281,25 @@ SCENARIOS = [
         lambda model_dir, disk: compact(model_dir, disk=disk, lock_wait_s=0.0),
         _outcome(2, 0, 1),
         _outcome(2, 0, 1),
+    ),
+    Scenario(
+        "compact",
+        "over a base that no version needs",
+        _pinned("full", "full"),
+        lambda model_dir, disk: compact(model_dir, disk=disk, lock_wait_s=0.0),
+        _outcome(3, 1, 2),
+        _outcome(3, 1, 2),
+    ),
+    Scenario(
+        "full sync", "beyond a pin", _pinned("delta"), _sync(3, "full", 1), _outcome(2, 1), _outcome(3, 1, 2)
+    ),
+    Scenario(
+        "pin",
+        "of an older version",
+        _synced("full", "delta", "full", num_kept=2),
+        _pin_and_sync,
+        _outcome(3, 1, 2),
+        _outcome(4, 1, 3),
     ),
     Scenario(
         "restore",

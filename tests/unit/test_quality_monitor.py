@@ -21,7 +21,7 @@ from apollo_ipc.curation.quality.watch import QualityBroken, watched
 from apollo_ipc.curation.served_model import ModelAway
 from apollo_ipc.curation.store import Store
 from apollo_ipc.curation.training import Training
-from apollo_ipc.errors import ConfigError, Conflict, UserError
+from apollo_ipc.errors import ConfigError, Conflict, NotReady, UserError
 from apollo_ipc.messages import ENDED_STATES, JobInfo, Reply, RestoreResult, SyncResult
 from apollo_ipc.requests import Message
 
@@ -55,6 +55,7 @@ class Server:
         self.saved, self.jobs, self.answers = {}, {}, {}
         self.is_away = False
         self.restores, self.restore_error = [], None
+        self.pinned = self.pin_error = None
 
     # the model
     def answer_logprobs(self, context, answer, tools=None):
@@ -107,6 +108,11 @@ class Server:
         self.num_syncs += 1
         self.saved[self.weight_version] = (dict(self.losses), self.knows_paris)
         return SyncResult(self.weight_version, 1.0, 1, 1, 1, 1, 1, 0.1)
+
+    def pin(self, weight_version):
+        if self.pin_error is not None:
+            raise self.pin_error
+        self.pinned = weight_version
 
     def restore(self, weight_version):
         self.restores.append(weight_version)
@@ -471,19 +477,31 @@ def test_a_version_that_is_no_longer_kept_is_said(night):
     assert [one.action for one in History(night.store).list()] == [None, "not_restored"]
 
 
-def test_syncs_that_push_the_reference_out_of_the_history_are_warned_of(night, caplog):
+def test_the_reference_is_pinned_and_a_worse_model_leaves_the_pin_where_it_was(night):
     night.monitor.before()
-    for step in range(6):
-        night.server.effects[f"sync {step}"] = night.server.sync
-    night.train(*(answer for step in range(6) for answer in (f"sync {step}", "fine", "fine")))
-    assert caplog.text.count("checkpoint.history keeps 4") == 1
+    night.train("fine", "fine")
+    night.monitor.after()
+    night.watch()
+    night.monitor.before()
+    assert night.server.pinned == night.monitor.baseline.durable_version == 2
+    night.server.poison()
+    night.train("fine")
+    night.watch()
+    assert not night.monitor.before().may_go_on
+    assert night.server.pinned == 2
+
+
+def test_a_reference_that_cannot_be_pinned_is_warned_of_and_training_goes_on(night, caplog):
+    night.server.pin_error = NotReady("no model is being served here")
+    assert night.monitor.before().may_go_on
+    assert "could not be pinned (no model is being served here)" in caplog.text
 
 
 def test_restoring_needs_versions_that_are_kept(night):
-    few = msgspec.structs.replace(night.config.checkpoint, history=1)
+    few = msgspec.structs.replace(night.config.checkpoint, history=0)
     night.config = msgspec.structs.replace(night.config, checkpoint=few)
     night.watch()
-    with pytest.raises(ConfigError, match=r"set checkpoint.history to 2 or more"):
+    with pytest.raises(ConfigError, match=r"set checkpoint.history to 1 or more"):
         night.change(on_breach="restore")
 
 

@@ -98,7 +98,7 @@ class RunningSync:
             self.committed.set_exception(error)
             return
         self.committed.set_result(result)
-        if not self._task.num_kept:
+        if not commit.undos:
             return
         try:
             compact(self._task.transaction.model_dir, disk=self._disk, is_cancelled=self._is_urgent.is_set)

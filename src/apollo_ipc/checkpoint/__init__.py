@@ -6,13 +6,15 @@ transaction.py   a sync as one commit; recovery after a crash
 delta.py         differences between two versions of a tensor
 fold.py          a delta worked into the shards
 history.py       older versions: their bytes, how they differ
-compact.py       shards kept whole become differences
+compact.py       shards kept whole become differences, and differences in a row one
+pin.py           the version that stays restorable
 snapshot.py      a directory that stands still while a command reads it
 verify.py        every byte against its digest
 disk.py          every durable file operation, in one layer that a crash simulator replaces
 """
 
 from apollo_ipc.checkpoint.compact import compact
+from apollo_ipc.checkpoint.pin import pin_version
 from apollo_ipc.checkpoint.record import (
     STATE_DIR,
     Commit,
@@ -54,6 +56,7 @@ __all__ = [
     "forget",
     "is_current",
     "loading",
+    "pin_version",
     "read_commit",
     "recover",
     "restore_version",

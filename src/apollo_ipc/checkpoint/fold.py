@@ -44,7 +44,7 @@ def fold(model_dir: Path, commit: Commit, disk: Disk) -> Commit:
     disk.sync_dir(model_dir)  # every shard under its name, before the record that says so
     serial = commit.serial + 1
     undos = [*commit.undos, Undo(commit.base, serial, delta=delta.turn())]
-    kept, undos = history.keep(commit.history, undos, serial, len(commit.history))
+    kept, undos = history.keep(commit.history, undos, serial, len(commit.history), commit.pinned)
     folded = msgspec.structs.replace(
         commit, serial=serial, base=serial, shards=records, delta=None, history=kept, undos=undos
     )

@@ -113,9 +113,10 @@ def _undos_from(commit: Commit, base: int) -> list[Undo]:
 
 
 def keep(
-    candidates: Iterable[Version], undos: Iterable[Undo], base: int, num_kept: int
+    candidates: Iterable[Version], undos: Iterable[Undo], base: int, num_kept: int, pinned: int | None = None
 ) -> tuple[list[Version], list[Undo]]:
-    """The newest `num_kept` versions that the undos reach from `base`, and the undos that they need."""
+    """The newest `num_kept` versions that the undos reach from `base`, and the one of weight version
+    `pinned` if it is none of them; and the undos that they need."""
     by_newer = {undo.newer: undo for undo in undos}
     chain: list[Undo] = []
     at, reachable = base, {base}
@@ -123,7 +124,10 @@ def keep(
         chain.insert(0, by_newer[at])
         at = by_newer[at].base
         reachable.add(at)
-    kept = [version for version in candidates if version.base in reachable][-num_kept:] if num_kept else []
+    restorable = [version for version in candidates if version.base in reachable]
+    kept = restorable[-num_kept:] if num_kept else []
+    if pinned not in [version.weight_version for version in kept]:
+        kept = [one for one in restorable if one.weight_version == pinned][-1:] + kept
     needed: set[int] = {version.base for version in kept}
     while chain and chain[0].base not in needed:
         chain.pop(0)

@@ -110,6 +110,7 @@ class Commit(msgspec.Struct, frozen=True):
     delta: Delta | None = None
     history: list[Version] = []  # restorable, oldest first; never this commit itself
     undos: list[Undo] = []  # oldest first; a chain that ends at this commit's base
+    pinned: int | None = None  # the weight version that stays restorable however many commits follow
 
     @property
     def version(self) -> Version:

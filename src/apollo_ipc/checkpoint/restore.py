@@ -66,6 +66,7 @@ def restore_version(
             },
             in_shards=before.tensors,
             num_kept=max(num_kept, len(before.history) + 1),
+            is_pinned=weight_version == before.pinned,  # the same weights, and fewer differences to keep
         )
 
 

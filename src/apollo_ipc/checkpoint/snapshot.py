@@ -95,7 +95,7 @@ def _fill(model_dir: Path, path: Path, commit: Commit | None, disk: Disk) -> Non
     if commit is None:
         return
     disk.mkdir(path / STATE_DIR)
-    present = msgspec.structs.replace(commit, history=[], undos=[])
+    present = msgspec.structs.replace(commit, history=[], undos=[], pinned=None)
     for name in present.files():
         disk.link(model_dir / STATE_DIR / name, path / STATE_DIR / name)
     file = disk.create(path / STATE_DIR / "commit.json", 0o600)

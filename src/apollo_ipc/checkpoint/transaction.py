@@ -118,12 +118,14 @@ class Transaction:
         delta: Delta | None = None,
         in_shards: dict[str, str] | None = None,
         num_kept: int = 0,
+        is_pinned: bool = False,
     ) -> Commit:
         """Makes the created files the checkpoint.
 
         shards: all of the model's, as read before the sync; tensors: digests of this version's; in_shards:
         digests of what the shards hold before it, where that was looked at; delta: for a commit that creates
-        no shards; num_kept: older versions that stay restorable.
+        no shards; num_kept: older versions that stay restorable, beside the pinned one (see pin.py);
+        is_pinned: whether this version takes the pin.
 
         Raises CheckpointError. If that happens after the record's rename, the commit stands (read_commit
         tells), and the next `begin` or `recover` finishes it.
@@ -133,7 +135,8 @@ class Transaction:
         base = self.serial if self._created else (before.base if before else 0)
         candidates = [*self.previous.history] if self.previous else []
         undos = [*self.previous.undos] if self.previous else []
-        if before is None or not num_kept:
+        pinned = self.previous.pinned if self.previous and before else None
+        if before is None or not (num_kept or pinned is not None):
             candidates, undos = [], []
         else:
             if (before.tensors, before.weight_version) != (tensors, weight_version):
@@ -142,7 +145,10 @@ class Transaction:
                 undos.append(Undo(before.base, base, kept=self._keep_shards(before.base)))
                 if not undos[-1].kept:
                     candidates, undos = [], []
-        kept_versions, kept_undos = history.keep(candidates, undos, base, num_kept)
+        pinned = weight_version if is_pinned else pinned
+        kept_versions, kept_undos = history.keep(candidates, undos, base, num_kept, pinned)
+        if pinned not in (weight_version, *(version.weight_version for version in kept_versions)):
+            pinned = None
         commit = Commit(
             format=COMMIT_FORMAT,
             serial=self.serial,
@@ -160,6 +166,7 @@ class Transaction:
             delta=delta,
             history=kept_versions,
             undos=kept_undos,
+            pinned=pinned,
         )
         foreign = self._flush_foreign(shards, bool(kept_versions))
         if self._created:

@@ -1,4 +1,4 @@
-"""`apollo-ipc checkpoint history | diff | restore | forget | snapshot`: older versions, and copies."""
+"""`apollo-ipc checkpoint history | diff | restore | pin | forget | snapshot`: older versions, and copies."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ def history(model_dir: ModelDir = None, config_file: ConfigFile = None, as_json:
             "applied_seq": one.applied_seq,
             "restored_from": one.extra.get("restored_from"),
             "is_present": one.serial == commit.serial,
+            "is_pinned": one.weight_version == commit.pinned,
         }
         for one in versions.versions(commit)
     ]
@@ -53,6 +54,7 @@ def history(model_dir: ModelDir = None, config_file: ConfigFile = None, as_json:
     for row in rows:
         notes = ["the present one"] if row["is_present"] else []
         notes += [f"restored from {row['restored_from']}"] if row["restored_from"] is not None else []
+        notes += ["pinned"] if row["is_pinned"] else []
         notes += [] if row["has_optimizer"] else ["no optimizer state"]
         notes += ["before the first sync"] if not row["serial"] else []
         print(
@@ -145,6 +147,29 @@ def restore(
         print_json({"restored_version": version, "weight_version": commit.weight_version})
     else:
         print(f"{path}: version {version} restored as version {commit.weight_version}")
+
+
+def pin(
+    version: Annotated[
+        int | None, typer.Argument(metavar="[VERSION]", help="A weight version of the history.")
+    ] = None,
+    is_none: Annotated[bool, typer.Option("--none", help="Take the pin away.")] = False,
+    model_dir: Directory = None,
+    config_file: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Keep a version restorable however many syncs follow; one at a time. Also while it is served."""
+    from apollo_ipc import checkpoint
+
+    if (version is None) is not is_none:
+        raise UserError("name either the VERSION to be pinned or --none", field="VERSION")
+    path = find_model_dir(model_dir, config_file)
+    before = checkpoint.pin_version(path, version)
+    if as_json:
+        print_json({"model_dir": str(path), "pinned": version, "pinned_before": before})
+    else:
+        was = f" (before: {before})" if before is not None and before != version else ""
+        print(f"{path}: {'no version' if version is None else f'version {version}'} is pinned{was}")
 
 
 def forget(

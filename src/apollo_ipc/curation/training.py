@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,6 +14,7 @@ from apollo_ipc.config import Config
 from apollo_ipc.curation.served_model import RETRY_S, ModelAway, request_patiently
 from apollo_ipc.errors import Conflict, NotReady, UserError
 from apollo_ipc.keys import train_key
+from apollo_ipc.manifest import read_manifest
 from apollo_ipc.messages import (
     ENDED_STATES,
     JobInfo,
@@ -98,6 +100,16 @@ class Training:
                 continue
             assert result is not None
             return result
+
+    def pin(self, weight_version: int) -> None:
+        """Has that version stay restorable, instead of the one before. Raises NotReady where no model is
+        served on this machine, UserError where that version is gone, CheckpointError."""
+        from apollo_ipc.checkpoint import pin_version
+
+        manifest = read_manifest(self._config.runtime_dir)
+        if manifest is None:
+            raise NotReady("no model is being served here, so its checkpoint cannot be found")
+        pin_version(Path(manifest.model_path), weight_version)
 
     def close(self) -> None:
         self._http.close()

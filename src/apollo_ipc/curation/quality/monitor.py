@@ -23,7 +23,7 @@ from apollo_ipc.curation.training import Training
 from apollo_ipc.errors import ApolloError, ConfigError, NotReady
 from apollo_ipc.messages import ENDED_STATES, JobInfo
 
-MIN_HISTORY = 2  # older versions: the sync after a bulk job and the one before a restore come in between
+MIN_HISTORY = 1  # older versions: a sync may come between the reference's own and the pin that holds it
 
 __all__ = ["Monitor", "Report"]
 
@@ -52,13 +52,11 @@ class Monitor:
         self._num_restorable = config.checkpoint.history
         if config.quality.on_breach == "restore" and self._num_restorable < MIN_HISTORY:
             raise ConfigError(
-                f"restoring needs older weights on disk: set checkpoint.history to {MIN_HISTORY} or more, "
-                "better to the number of syncs in a night",
+                f"restoring needs older weights on disk: set checkpoint.history to {MIN_HISTORY} or more",
                 field="quality.on_breach",
             )
         self._store, self._training, self._clock = store, training, clock
         self._batches = Batches(store, Moments(store), training, config)
-        self._durable_seen: set[int] = set()
 
     def before(self) -> Report:
         """The reference of what is trained next, with its weights on disk so that they can come back.
@@ -78,7 +76,8 @@ class Monitor:
         good = self.history.last_good()
         report = self.checker.check("before", good, durable_version=durable_version)
         if report.ok:
-            self._adopt(report.measurement)
+            self.baseline = report.measurement
+            self._pin(durable_version)
         else:
             log.error(
                 "quality: nothing is trained on weights that are worse than those of measurement %s: restore "
@@ -107,7 +106,6 @@ class Monitor:
                 return
             finally:
                 checked_at = self._clock()
-            self._warn_if_it_cannot_come_back()
             if not report.ok:
                 self._note(report.measurement, action="stopped")
                 raise StopTraining("; ".join(breach.sentence for breach in report.breaches))
@@ -139,6 +137,17 @@ class Monitor:
         """Those that are in the held-out set: they must not be trained."""
         return self.checker.find_overlap(moments)
 
+    def _pin(self, version: int) -> None:
+        """However many syncs a night has, its reference stays restorable; that of the last night goes."""
+        try:
+            self._training.pin(version)
+        except ApolloError as error:
+            log.warning(
+                "quality: version %d could not be pinned (%s): it stays restorable for %d more syncs, as "
+                "checkpoint.history says",
+                *(version, error.message, self._num_restorable),
+            )
+
     def _restore(self, report: Report) -> Report:
         """The reference's weights live again, its batches undone, and the proof of it measured."""
         assert self.baseline is not None
@@ -162,7 +171,7 @@ class Monitor:
         again = self.checker.check(
             "restored", self.baseline, durable_version=result.weight_version, restored_version=version
         )
-        # The older one may leave the checkpoint's history; this one holds the same weights.
+        # The pin has moved to this one, which holds the same weights.
         self.baseline = msgspec.structs.replace(self.baseline, durable_version=result.weight_version)
         return msgspec.structs.replace(
             again,
@@ -186,12 +195,8 @@ class Monitor:
         is_ours = left and self.baseline and left.measurement_id == self.baseline.measurement_id
         if left is None or (is_ours and last.label == "before"):
             return None
-        self._adopt(left)
+        self.baseline = left
         return left
-
-    def _adopt(self, reference: Measurement) -> None:
-        self.baseline = reference
-        self._durable_seen = set()
 
     def _breaches_of_guard(self) -> list[Breach]:
         """For which it stopped a job since the last decision, also before this process."""
@@ -220,23 +225,6 @@ class Monitor:
                 log.warning("quality: no loss curve of job %s: %s", batch.job_id, error.message)
             else:
                 self.history.keep_curve(batch.job_id, [*losses])
-
-    def _warn_if_it_cannot_come_back(self) -> None:
-        """Each sync during a job pushes the reference's weights further back in the checkpoint's history."""
-        assert self.baseline is not None
-        try:
-            durable_version = self._training.status()["durable_version"]
-        except ModelAway:
-            return
-        num_seen = len(self._durable_seen)
-        self._durable_seen |= {durable_version} - {self.baseline.durable_version}
-        # One more comes at the restore, which first writes what is there.
-        if num_seen < self._num_restorable - 1 <= len(self._durable_seen):
-            log.warning(
-                "quality: %d syncs since version %s, and checkpoint.history keeps %d: it may be gone when it "
-                "is to be restored; raise checkpoint.history or checkpoint.sync_interval_s",
-                *(len(self._durable_seen), self.baseline.durable_version, self._num_restorable),
-            )
 
     def _note(self, measurement: Measurement, **changes: object) -> Measurement:
         return self.history.replace(msgspec.structs.replace(measurement, **changes))
