@@ -63,7 +63,7 @@ def main() -> None:
     for number in range(1000):
         config = fixtures.config_in(directory / str(number), url)
         # What one server has trained of each run is told apart by the run's number.
-        fixtures.approve(config, [f"answer {i} of run {number}" for i in range(fixtures.NUM_MOMENTS)])
+        fixtures.add(config, *(f"answer {i} of run {number}" for i in range(fixtures.NUM_MOMENTS)))
         if scenario == "again":
             assert is_killed(config, client, FIRST_KILL, scenario)
         if not is_killed(config, client, number, scenario):

@@ -37,6 +37,6 @@ def moment(answer: str | None, **changes: Any) -> Moment:
     return Moment(**{**facts, **changes})
 
 
-def approve(config: Config, answers: list[str]) -> list[Moment]:
+def add(config: Config, *answers: str, **changes: Any) -> list[Moment]:
     with Store(store_path(config)) as store:
-        return Moments(store).add([moment(answer) for answer in answers])
+        return Moments(store).add([moment(answer, **changes) for answer in answers])

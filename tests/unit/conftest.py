@@ -1,10 +1,12 @@
-"""Fixtures of the tests of the command line."""
+"""Fixtures that several files share: the command line in this process, tiny models to copy."""
 
 from __future__ import annotations
 
 import io
 import os
+import shutil
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -51,3 +53,35 @@ def apollo(environment, tmp_path, monkeypatch, capfd):
         return Done(exit.value.code, *capfd.readouterr())
 
     return run
+
+
+# What imports torch or transformers is imported where it is used: most tests do without.
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    from served_model import make_tiny_model
+
+    return make_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def templates(tmp_path_factory) -> dict[str, Path]:
+    from saved_model import save_model
+
+    base = tmp_path_factory.mktemp("models")
+    return {
+        "single": save_model(base / "single", shard_size="1GB"),
+        "multi": save_model(base / "multi", shard_size="100KB"),
+        "tied": save_model(base / "tied", shard_size="1GB", tied=True),
+    }
+
+
+@pytest.fixture
+def single(templates, tmp_path) -> Path:
+    return shutil.copytree(templates["single"], tmp_path / "single")
+
+
+@pytest.fixture
+def multi(templates, tmp_path) -> Path:
+    return shutil.copytree(templates["multi"], tmp_path / "multi")

@@ -1,14 +1,24 @@
-"""The optimizer against a slow fp64 reference and against apollo-torch; its guards, state and placement.
+"""The optimizer against a slow fp64 reference and against apollo-torch; its guards and its place in memory.
 
 apollo-torch (CC-BY-NC) is only called here, as an oracle.
 """
 
 import itertools
-import json
 import math
 
 import pytest
 import torch
+from apollo_reference import (
+    CPU,
+    TOLERANCE,
+    identical,
+    largest_error,
+    parameter,
+    randn,
+    reference,
+    run,
+    snapshot,
+)
 from apollo_torch import APOLLOAdamW
 from apollo_torch.random_projector import GradientProjector
 from apollo_worker import apollo_cpu
@@ -16,81 +26,7 @@ from apollo_worker.apollo import LIMITER_FLOOR, Apollo
 from apollo_worker.projection import projection
 
 from apollo_ipc.config import DEFAULT_RANK
-from apollo_ipc.errors import CheckpointError, UserError
-
-torch.set_num_threads(2)
-CPU = torch.device("cpu")
-
-
-def randn(*shape, seed=0, scale=1.0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
-
-
-def parameter(*shape, seed=0, dtype=torch.float32):
-    return torch.nn.Parameter(randn(*shape, seed=seed, scale=0.02).to(dtype))
-
-
-def run(optimizer, param, grads):
-    for grad in grads:
-        param.grad = grad.clone().to(param.dtype)
-        optimizer.step()
-
-
-def snapshot(optimizer, *params):
-    return [p.detach().clone() for p in params] + [t.clone() for t in optimizer.state_tensors().values()]
-
-
-def identical(a, b):
-    """Bit for bit, so that NaN equals itself and -0.0 differs from 0.0."""
-    return [(x.dtype, to_bytes(x)) for x in a] == [(y.dtype, to_bytes(y)) for y in b]
-
-
-def to_bytes(tensor):
-    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-
-
-def reference(
-    W, grads, *, name, lr, rank, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, refresh_steps=200,
-    ratio=1.01, seed=0, alpha=None,
-):  # fmt: skip
-    """Section 3 of the design, in fp64, one channel at a time; W as (rows, cols). Returns W, all |D|."""
-    W = W.double()
-    transposed = W.shape[0] < W.shape[1]
-    W = W.T.clone() if transposed else W.clone()
-    num_channels, k = W.shape
-    m = torch.zeros(num_channels, rank, dtype=torch.float64)
-    v = torch.zeros_like(m)
-    norms = []
-    for t, grad in enumerate(grads, start=1):
-        G = grad.double().T if transposed else grad.double()
-        P = projection(seed, name, (t - 1) // refresh_steps, k, rank, CPU).double()
-        R, U = torch.zeros_like(m), torch.zeros_like(m)
-        for j in range(num_channels):
-            R[j] = G[j] @ P
-            m[j] = betas[0] * m[j] + (1 - betas[0]) * R[j]
-            v[j] = betas[1] * v[j] + (1 - betas[1]) * R[j] ** 2
-            U[j] = (m[j] / (1 - betas[0] ** t)) / ((v[j] / (1 - betas[1] ** t)).sqrt() + eps)
-        D = torch.zeros_like(G)
-        for j in range(num_channels):
-            s = U.norm() / (R.norm() + eps) if rank == 1 else U[j].norm() / (R[j].norm() + eps)
-            D[j] = (math.sqrt(k / rank) if alpha is None else alpha) * s * G[j]
-        if ratio and norms:
-            largest = ratio * max(norms[-1], LIMITER_FLOOR * math.sqrt(D.numel()))
-            if D.norm() > largest:
-                D *= largest / D.norm()
-        norms.append(D.norm().item())
-        W -= lr * (D + weight_decay * W)
-    return (W.T if transposed else W), norms
-
-
-# fp32 against fp64: a relative error of some 1e-6 per operation, some ten of them and dot products of up
-# to 48 terms behind each update; the weights themselves are kept in fp32 (6e-8 of |W| a step). An error in
-# the rule (a bias correction, a factor, another channel) shows at 1e-2 or more.
-TOLERANCE = 1e-4
-
-
-def largest_error(W, expected, start):
-    return ((W.double() - expected).abs().max() / (expected - start.double()).abs().max()).item()
+from apollo_ipc.errors import UserError
 
 
 @pytest.mark.parametrize("backend", ["torch", "numba"])
@@ -337,129 +273,6 @@ def test_the_optimizer_in_backward_gives_what_an_explicit_step_gives():
     assert identical(*results)
     model(randn(6, 24).bfloat16()).sum().backward()
     assert all(p.grad is not None for p in model.parameters())  # removed hooks do nothing
-
-
-def train(model, optimizer, steps):
-    for i in steps:
-        optimizer.lr = 1e-3 * (i + 1)
-        model(randn(6, 24, seed=i).to(torch.bfloat16)).square().sum().backward()
-        optimizer.step()
-
-
-@pytest.mark.parametrize("rounding", ["stochastic", "kahan"])
-def test_a_resumed_run_is_bit_identical_also_when_parameters_come_in_another_order(rounding, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    options = {"lr": 1e-3, "rank": 8, "refresh_steps": 3, "rounding": rounding, "seed": 7}
-    straight = tiny_model(torch.bfloat16)
-    straight_optimizer = Apollo(straight.named_parameters(), **options)
-    train(straight, straight_optimizer, range(10))
-
-    first = tiny_model(torch.bfloat16)
-    optimizer = Apollo(first.named_parameters(), **options)
-    train(first, optimizer, range(4))
-    save_file(optimizer.state_tensors(), tmp_path / "state.safetensors")
-    meta = json.loads(json.dumps(optimizer.state_meta()))
-    second = tiny_model(torch.bfloat16)
-    second.load_state_dict(first.state_dict())
-    resumed = Apollo(reversed(list(second.named_parameters())), **options)
-    resumed.load_state(load_file(tmp_path / "state.safetensors"), meta)
-    train(second, resumed, range(4, 10))
-
-    assert identical(list(second.state_dict().values()), list(straight.state_dict().values()))
-    own, other = resumed.state_tensors(), straight_optimizer.state_tensors()
-    assert own.keys() == other.keys()
-    assert identical([own[key] for key in own], [other[key] for key in own])
-
-
-def test_torchs_own_state_dict_calls_keep_names_and_fp32():
-    model = tiny_model(torch.bfloat16)
-    optimizer = Apollo(model.named_parameters(), lr=1e-3, rank=8)
-    train(model, optimizer, range(2))
-    copy = Apollo(reversed(list(model.named_parameters())), lr=1e-3, rank=8)
-    copy.load_state_dict(optimizer.state_dict())
-    tensors = copy.state_tensors()
-    assert tensors["0.weight.exp_avg"].dtype == torch.float32
-    assert torch.equal(tensors["0.weight.exp_avg"], optimizer.state_tensors()["0.weight.exp_avg"])
-    # Projected: max(shape) * rank twice, a step and a norm; Adam: its elements twice and a step.
-    projected, adam = (32 + 32) * 8 * 2 * 4 + 2 * (8 + 4), (32 + 16) * 2 * 4 + 2 * 8
-    assert copy.state_size_bytes() == projected + adam
-
-
-def test_a_state_that_does_not_fit_is_refused_by_name_and_changes_nothing():
-    model = tiny_model()
-    optimizer = Apollo(model.named_parameters(), lr=1e-3, rank=8)
-    tensors, meta = {k: v.clone() for k, v in optimizer.state_tensors().items()}, optimizer.state_meta()
-    other = Apollo(model.named_parameters(), lr=1e-3, rank=4)
-    before = snapshot(other, *model.parameters())
-    with pytest.raises(
-        UserError, match=r"0\.weight\.exp_avg is float32 \[32, 8\].*saved with rank 8, now 4"
-    ) as error:
-        other.load_state(tensors, meta)
-    assert error.value.field == "0.weight"
-    with pytest.raises(UserError, match=r"lacks 2\.weight\.step"):
-        optimizer.load_state({k: v for k, v in tensors.items() if not k.startswith("2.weight")}, meta)
-    with pytest.raises(UserError, match=r"has 5\.weight\.step, which no parameter"):
-        optimizer.load_state({**tensors, "5.weight.step": torch.tensor(0)}, meta)
-    with pytest.raises(UserError, match="bfloat16"):
-        optimizer.load_state({**tensors, "0.weight.exp_avg": tensors["0.weight.exp_avg"].bfloat16()}, meta)
-    with pytest.raises(UserError, match="format 99"):
-        optimizer.load_state(tensors, {**meta, "format_version": 99})
-    assert identical(snapshot(other, *model.parameters()), before)
-
-
-def test_another_refresh_interval_or_projection_keeps_the_moments_and_goes_on():
-    param = parameter(32, 48)
-    saved = Apollo([("w", param)], lr=1e-3, rank=8, refresh_steps=200)
-    run(saved, param, [randn(32, 48, seed=i) for i in range(5)])
-    for change in ({"refresh_steps": 2}, {"projection": "block_sign"}, {"seed": 7}):
-        optimizer = Apollo([("w", param)], lr=1e-3, rank=8, **change)
-        optimizer.load_state(saved.state_tensors(), saved.state_meta())
-        for key, value in saved.state_tensors().items():
-            assert torch.equal(optimizer.state_tensors()[key], value)
-        run(optimizer, param, [randn(32, 48, seed=9)])
-        assert optimizer.state_tensors()["w.step"] == 6
-        assert torch.isfinite(param).all()
-
-
-def test_another_rank_is_refused_by_name_and_a_trainer_starts_anew_with_a_warning(caplog):
-    from types import SimpleNamespace
-
-    from apollo_worker import attachment
-
-    param = parameter(32, 48)
-    saved = Apollo([("w", param)], lr=1e-3, rank=8)
-    run(saved, param, [randn(32, 48)])
-    other = Apollo([("w", param)], lr=1e-3, rank=16)
-    with pytest.raises(
-        UserError, match=r"w\.exp_avg is float32 \[48, 8\], but float32 \[48, 16\]"
-    ) as refused:
-        other.load_state(saved.state_tensors(), saved.state_meta())
-    assert refused.value.field == "w"
-
-    def damaged(*_):
-        raise CheckpointError("optimizer.safetensors: damaged: it is shorter than its header says")
-
-    for read in (lambda *_: (saved.state_tensors(), saved.state_meta()), damaged):
-        caplog.clear()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(attachment, "read_optimizer", read)
-            attachment.load_optimizer(
-                SimpleNamespace(main_optimizer=other), None, SimpleNamespace(optimizer=None)
-            )
-        assert "moments start anew" in caplog.text
-        assert other.state_tensors()["w.step"] == 0
-
-
-def test_a_change_of_rounding_starts_or_drops_kahans_leftovers():
-    model = tiny_model(torch.bfloat16)
-    kahan = Apollo(model.named_parameters(), lr=1e-3, rank=8, rounding="kahan")
-    stochastic = Apollo(model.named_parameters(), lr=1e-3, rank=8)
-    stochastic.load_state(kahan.state_tensors(), kahan.state_meta())
-    kahan.load_state(stochastic.state_tensors(), stochastic.state_meta())
-    tensors = {k: v for k, v in kahan.state_tensors().items() if not k.endswith("compensation")}
-    with pytest.raises(UserError, match=r"lacks 0\.weight\.compensation"):
-        kahan.load_state(tensors, kahan.state_meta())
 
 
 @pytest.mark.parametrize("rounding", ["stochastic", "nearest", "kahan"])

@@ -8,13 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-import zmq
-import zmq.asyncio
 from fake_worker import end, request_of, serving, short_dir, start_worker
+from scripted_worker import scripted, until
 
 from apollo_ipc import messages as m
 from apollo_ipc.client import WorkerClient, call
@@ -39,13 +37,6 @@ def served(directory):
         yield parts
 
 
-async def until(condition, timeout_s=5.0):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to that"
-        await asyncio.sleep(0.01)
-
-
 class Dropper:
     """A prefix cache: remembers which versions it was dropped for, and whether two drops ever overlapped."""
 
@@ -62,42 +53,6 @@ class Dropper:
             self.num_failures -= 1
             raise RuntimeError("blocks are in use")
         self.versions.append(version)
-
-
-class ScriptedWorker:
-    """The worker's end of the socket, doing only what the test says."""
-
-    def __init__(self, socket):
-        self.socket, self.received, self.identity = socket, [], None
-
-    async def read(self):
-        while True:
-            self.identity, data = await self.socket.recv_multipart()
-            self.received.append(m.decode_from_client(data))
-
-    def kinds(self, kind):
-        return [message for message in self.received if isinstance(message, kind)]
-
-    async def send(self, message):
-        data = message if isinstance(message, bytes) else m.encode(message)
-        await self.socket.send_multipart([self.identity, data])
-
-    async def beat(self, version=0, boot_id="boot-1"):
-        await self.send(m.Heartbeat(m.PROTOCOL_VERSION, boot_id, None, True, version, m.Progress("idle", 1)))
-
-
-@asynccontextmanager
-async def scripted(path):
-    context = zmq.asyncio.Context()
-    socket = context.socket(zmq.ROUTER)
-    socket.bind(f"ipc://{path}")
-    worker = ScriptedWorker(socket)
-    reading = asyncio.create_task(worker.read())
-    try:
-        yield worker
-    finally:
-        reading.cancel()
-        context.destroy(linger=0)
 
 
 def test_a_request_is_answered_and_one_client_may_have_many_open(served, path):
@@ -311,81 +266,6 @@ def test_drops_never_overlap_and_the_newest_version_wins(path):
             # A new worker may have restored older weights: its version says nothing about what is cached.
             await worker.beat(2, boot_id="boot-2")
             await until(lambda: m.CacheDropped(2, ok=True) in worker.received)
-
-    asyncio.run(main())
-
-
-async def follow(client, job_id, **options):
-    return [(job, ended) async for job, ended in client.watch(job_id, **options)]
-
-
-def test_a_watch_yields_until_the_end_and_ends_with_the_history(path, directory):
-    child = start_worker(directory, step_s=0.05)
-
-    async def main():
-        async with WorkerClient(path, "cli") as client:
-            job = (await client.request(m.Submit("", request_of(num=10)))).job
-            seen = await follow(client, job.job_id)
-            assert [ended for _, ended in seen] == [False] * (len(seen) - 1) + [True]
-            assert len(seen) >= 3
-            last = seen[-1][0]
-            assert (last.state, last.steps_done, len(last.loss_history)) == ("applied", 10, 10)
-            with pytest.raises(NotFound):
-                await follow(client, "job-x")
-
-    try:
-        asyncio.run(main())
-    finally:
-        end(child, signal.SIGTERM)
-
-
-def test_a_watch_survives_a_worker_that_is_killed_and_started_again(path, directory):
-    children = [start_worker(directory, step_s=0.1)]
-
-    async def main():
-        async with WorkerClient(path, "cli") as client:
-            job = (await client.request(m.Submit("", request_of(num=12)))).job
-            steps, ended = [], False
-            async for now, ended in client.watch(job.job_id):
-                steps.append(now.steps_done)
-                assert ended == (now.state == "applied")
-                if now.steps_done >= 4 and len(children) == 1:
-                    end(children[0], signal.SIGKILL)
-                    children.append(await asyncio.to_thread(start_worker, directory, 0.1))
-            assert ended
-            assert (now.state, len(now.loss_history)) == ("applied", 12)
-            assert steps == sorted(steps)  # resumed after its last finished step
-
-    try:
-        asyncio.run(main())
-    finally:
-        for child in children:
-            end(child)
-
-
-def test_a_watch_of_a_silent_worker_gives_up_after_the_time_it_was_given(path):
-    async def main():
-        async with WorkerClient(path, "cli") as client:
-            started = time.monotonic()
-            with pytest.raises(NotReady, match="nothing heard"):
-                await follow(client, "job-1", silence_s=0.5)
-            assert time.monotonic() - started < 1.5
-
-    asyncio.run(main())
-
-
-def test_a_watch_that_is_left_early_is_ended_at_the_worker(path):
-    async def main():
-        async with WorkerClient(path, "cli") as client, scripted(path) as worker:
-            watching = client.watch("job-1")
-            first = asyncio.ensure_future(anext(watching))
-            await until(lambda: worker.kinds(m.Watch))
-            request_id = worker.kinds(m.Watch)[0].request_id
-            job = m.JobInfo("job-1", 1, "running", 0.0, 1, 1)
-            await worker.send(m.JobEvent(request_id, job, False))
-            assert await first == (job, False)
-            await watching.aclose()
-            await until(lambda: worker.kinds(m.Unwatch) == [m.Unwatch(request_id)])
 
     asyncio.run(main())
 

@@ -1,27 +1,18 @@
-"""Batches: each moment is trained once, whoever dies, and what a server's answer means for the moments."""
+"""What a batch sends, what a server's answer means for its moments, stopping and undoing."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import threading
-from contextlib import contextmanager
-from pathlib import Path
-from typing import NamedTuple
-
 import msgspec
 import pytest
-from batch_fixtures import NUM_MOMENTS, config_in, moment
+from batch_fixtures import config_in, moment
+from batch_parts import opened
 from training_server import TrainingServer
 
-from apollo_ipc.config import Config
 from apollo_ipc.curation import lock, served_model, submission, training
 from apollo_ipc.curation.batches import Batches, NothingToTrain, StopTraining
-from apollo_ipc.curation.moments import Moment, Moments
-from apollo_ipc.curation.served_model import ModelAway, Refused
-from apollo_ipc.curation.store import Store, store_path
+from apollo_ipc.curation.served_model import Refused
 from apollo_ipc.curation.training import Training
-from apollo_ipc.errors import NotFound, NotReady, UserError
+from apollo_ipc.errors import NotFound, UserError
 from apollo_ipc.requests import Message
 
 
@@ -39,181 +30,10 @@ def server():
         yield server
 
 
-class Parts(NamedTuple):
-    store: Store
-    moments: Moments
-    batches: Batches
-    config: Config
-
-    def add(self, *answers: str, **changes) -> list[Moment]:
-        return self.moments.add([moment(answer, **changes) for answer in answers])
-
-    def states(self) -> dict[str, str]:
-        return {one.answer.content: one.state for one in self.moments.list() if one.answer}
-
-
 @pytest.fixture
 def parts(server, tmp_path):
     with opened(config_in(tmp_path, server.url)) as parts:
         yield parts
-
-
-@contextmanager
-def opened(config: Config, stop=lambda: False, client: Training | None = None):
-    own = client or Training(config, stop)
-    with Store(store_path(config)) as store:
-        moments = Moments(store)
-        yield Parts(store, moments, Batches(store, moments, own, config, stop), config)
-    if client is None:
-        own.close()
-
-
-# --- killed ---
-
-
-@pytest.mark.parametrize("scenario", ["plain", "refusal", "stop", "again"])
-def test_whatever_point_a_process_is_killed_at_each_moment_is_trained_once(server, tmp_path, scenario):
-    if scenario == "refusal":
-        server.refuse = "answer 1 of"
-    child = subprocess.run(
-        [sys.executable, Path(__file__).with_name("batch_child.py"), tmp_path, server.url, scenario],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert child.returncode == 0, child.stderr
-    num_runs = int(child.stdout)
-    assert num_runs > 15  # points there are: else the child has hung its traps up in the wrong place
-    num_resumed = 0
-    seen = set()
-    client = Training(config_in(tmp_path, server.url))
-    for number in range(num_runs + 1):
-        with opened(config_in(tmp_path / str(number), server.url), client=client) as parts:
-            num_resumed += len(parts.batches.resume())
-            # Killed before anything was written, nothing has happened: a later train takes them.
-            if approved := parts.moments.list("approved"):
-                assert len(approved) == NUM_MOMENTS
-                parts.batches.train("direct", approved)
-            assert parts.batches.resume() == []
-            assert not any(batch.is_open for batch in parts.batches.list())
-            states = parts.states()
-        server.end_all()
-        for i in range(NUM_MOMENTS):
-            answer = f"answer {i} of run {number}"
-            seen.add(states[answer])
-            wanted = {"trained": 1, "dropped": 0, "failed": 0}[states[answer]]
-            assert server.trained[answer] == wanted, f"killed at point {number}: {answer}"
-    print(f"{num_runs} points, {num_resumed} batches resumed")
-    client.close()
-    assert num_resumed > 10
-    ends = {"refusal": {"trained", "dropped"}, "stop": {"trained", "failed"}}
-    assert seen == ends.get(scenario, {"trained"})
-
-
-def test_a_kill_between_accepting_and_answering_is_one_job(server, parts):
-    server.faults = ["drop after", "drop after", 503]
-    batch = parts.batches.train("direct", parts.add("a", "b"))
-    assert batch.state == "trained"
-    assert server.trained == {"a": 1, "b": 1}
-    assert [path for method, path in server.requests if method == "POST"] == ["/train"] * 4
-    assert len(server.jobs) == 1
-
-
-def test_a_server_that_restarts_while_a_job_runs_is_waited_for(server, parts):
-    """Refused connections while it is away, 503 while it comes up, and the same job after that."""
-
-    def restart(job) -> None:
-        if job.state == "queued":
-            server.go_down()
-            server.faults = [503, 503, "drop"]
-            threading.Timer(0.2, server.come_up).start()
-
-    batch = parts.batches.train("direct", parts.add("a", "b"), restart)
-    assert (batch.state, batch.error, server.trained) == ("trained", None, {"a": 1, "b": 1})
-    assert server.faults == []
-
-
-def test_a_server_that_stays_away_leaves_the_batch_to_resume(server, tmp_path):
-    config = config_in(tmp_path, server.url, patience_s=0.05)
-    server.go_down()
-    with opened(config) as parts:
-        with pytest.raises(ModelAway):
-            parts.batches.train("direct", parts.add("a"))
-        assert parts.states() == {"a": "training"}
-        with pytest.raises(ModelAway):
-            parts.batches.resume()
-    server.come_up()
-    with opened(config) as parts:
-        (batch,) = parts.batches.resume()
-        assert batch.state == "trained"
-        assert parts.states() == {"a": "trained"}
-    assert server.trained == {"a": 1}
-
-
-def test_a_lost_queue_gets_the_same_request_under_the_same_key_again(server, parts):
-    def lose(job) -> None:
-        if job.job_id == "job-1":
-            server.lose_queue()
-
-    batch = parts.batches.train("direct", parts.add("a"), lose)
-    assert (batch.state, batch.job_id) == ("trained", "job-2")
-    assert server.trained == {"a": 1}
-    assert server.bodies[0] == server.bodies[1]
-    assert list(server.keys) == [batch.batch_id]
-
-
-def test_a_server_that_forgets_every_job_does_not_get_it_for_ever(server, parts):
-    batch = parts.batches.train("direct", parts.add("a"), lambda job: server.lose_queue())
-    assert (batch.state, batch.error) == ("failed", "the server forgot the job 3 times")
-    assert parts.states() == {"a": "failed"}
-
-
-def test_an_error_of_the_watcher_leaves_the_job_running_and_the_batch_open(server, parts):
-    def fail(job) -> None:
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        parts.batches.train("direct", parts.add("a"), fail)
-    assert parts.batches.list()[0].state == "submitted"
-    assert [batch.state for batch in parts.batches.resume()] == ["trained"]
-    assert server.trained == {"a": 1}
-
-
-# --- two processes ---
-
-
-def test_a_batch_that_another_process_trains_is_not_taken_over(server, tmp_path):
-    config = config_in(tmp_path, server.url)
-    is_running, may_end, results = threading.Event(), threading.Event(), []
-
-    def hold(job) -> None:
-        is_running.set()
-        assert may_end.wait(10)
-
-    def first() -> None:
-        with opened(config) as parts:
-            results.append(parts.batches.train("direct", parts.add("a"), hold).state)
-
-    thread = threading.Thread(target=first)
-    thread.start()
-    assert is_running.wait(10)
-    with (
-        opened(config, stop=lambda: True) as parts,
-        pytest.raises(NotReady, match="another process is training"),
-    ):
-        parts.batches.resume()
-    resumed = []
-
-    def second() -> None:
-        with opened(config) as parts:
-            resumed.append(parts.batches.resume())
-
-    other = threading.Thread(target=second)
-    other.start()
-    other.join(0.1)
-    assert other.is_alive()  # it waits
-    may_end.set()
-    thread.join(10)
-    other.join(10)
-    assert (results, resumed, server.trained) == (["trained"], [[]], {"a": 1})
 
 
 # --- what is sent ---

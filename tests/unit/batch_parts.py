@@ -1,0 +1,37 @@
+"""A store with moments, and the batches that train them."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from batch_fixtures import moment
+
+from apollo_ipc.config import Config
+from apollo_ipc.curation.batches import Batches
+from apollo_ipc.curation.moments import Moment, Moments
+from apollo_ipc.curation.store import Store, store_path
+from apollo_ipc.curation.training import Training
+
+
+class Parts(NamedTuple):
+    store: Store
+    moments: Moments
+    batches: Batches
+    config: Config
+
+    def add(self, *answers: str, **changes) -> list[Moment]:
+        return self.moments.add([moment(answer, **changes) for answer in answers])
+
+    def states(self) -> dict[str, str]:
+        return {one.answer.content: one.state for one in self.moments.list() if one.answer}
+
+
+@contextmanager
+def opened(config: Config, stop=lambda: False, client: Training | None = None):
+    own = client or Training(config, stop)
+    with Store(store_path(config)) as store:
+        moments = Moments(store)
+        yield Parts(store, moments, Batches(store, moments, own, config, stop), config)
+    if client is None:
+        own.close()

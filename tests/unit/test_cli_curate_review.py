@@ -1,0 +1,111 @@
+"""The commands around a review: flag, judge, score, show, approve, reject."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import typer
+from review_moments import moment, states
+from typer.testing import CliRunner
+
+from apollo_ipc.cli import curate_flag, curate_review
+from apollo_ipc.curation.moments import Moments
+from apollo_ipc.curation.store import Store, store_path
+from apollo_ipc.demo import planted
+from apollo_ipc.demo.scripted_model import ScriptedModel
+
+
+@pytest.fixture
+def store(config):
+    with Store(store_path(config)) as store:
+        yield store
+
+
+@pytest.fixture
+def moments(store):
+    table = Moments(store)
+    table.add(moment(i) for i in (1, 2, 3, 4))
+    return table
+
+
+@pytest.fixture
+def curate(environment, tmp_path, monkeypatch):
+    app = typer.Typer()
+    app.command()(curate_flag.flag)
+    for command in (curate_review.judge, curate_review.score, curate_review.show, curate_review.review):
+        app.command()(command)
+    app.command()(curate_review.approve)
+    app.command()(curate_review.reject)
+    app.command("moments")(curate_review.list_moments)
+    monkeypatch.chdir(tmp_path)
+
+    def curate(*arguments, stdin="", code=0):
+        done = CliRunner().invoke(app, [str(one) for one in arguments], input=stdin)
+        assert done.exit_code == code, (done.output, done.exception)
+        return done.stdout
+
+    return curate
+
+
+def test_from_a_log_to_a_decision_on_the_command_line(curate, tmp_path, monkeypatch):
+    planted.write(planted.stream(0), tmp_path / "log.jsonl")
+    taken = json.loads(curate("flag", tmp_path / "log.jsonl", "--json"))
+    assert taken["num_added"] > 30
+    assert json.loads(curate("flag", tmp_path / "log.jsonl", "--json"))["num_conversations"] == 0
+    again = json.loads(curate("flag", tmp_path / "log.jsonl", "--all", "--json"))
+    assert (again["num_added"], again["num_known"]) == (0, taken["num_added"])
+    verdict = {"reason": "so", "verdict": "learn", "confidence": 0.9, "better_answer": ""}
+    with ScriptedModel(lambda body: verdict) as server:
+        monkeypatch.setenv("APOLLO_JUDGE__URL", server.url)
+        done = json.loads(curate("judge", "--limit", 5, "--auto", "--json"))
+    assert done["counts"]["num_judged"] == 5
+    assert len(done["approved"]) + done["counts"]["num_answers_refused"] == 5
+    found = json.loads(curate("moments", "--state", "flagged", "--json"))
+    one = next(one for one in found if one["answer"])
+    first = one["moment_id"]
+    assert first in curate("moments", "--kind", one["kind"])
+    assert one["reason"] in curate("show", first).replace("\n", " ")
+    assert json.loads(curate("show", first, "--json")) == one
+    assert curate("reject", first, "--reason", "no") == f"{first}: rejected\n"
+    curate("approve", first, "m-unknown", code=2)
+    assert json.loads(curate("show", first, "--json"))["state"] == "approved"
+    assert "1 rejected" in curate("review", stdin="r no\nq\n")
+
+
+def test_a_judge_or_model_that_is_away_has_an_exit_status_of_its_own(curate, moments, monkeypatch):
+    monkeypatch.setenv("APOLLO_CURATION__URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("APOLLO_CURATION__PATIENCE_S", "0")
+    assert "0 judged" in curate("judge", code=69)
+    assert json.loads(curate("score", "--again", "--json", code=69))["num_away"] == 4
+    assert states(moments) == ["flagged"] * 4
+
+
+def test_a_judge_that_is_switched_off_is_not_asked(curate, moments, monkeypatch):
+    monkeypatch.setenv("APOLLO_JUDGE__ENABLED", "false")
+    curate("judge", code=1)
+    monkeypatch.setenv("APOLLO_CURATION__AUTO_CONFIDENCE", "0.5")
+    assert "4 approved" in curate("review", "--auto")
+
+
+def test_logs_that_are_followed_bring_moments_as_they_come(environment, config, tmp_path):
+    log = tmp_path / "log.jsonl"
+    planted.write(planted.stream(0)[:60], log)
+    code = "import typer; from apollo_ipc.cli.curate_flag import flag; typer.run(flag)"
+    command = [sys.executable, "-c", code, str(log), "--follow", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        first = json.loads(process.stdout.readline())
+        planted.write(planted.stream(0), tmp_path / "more.jsonl")
+        lines = (tmp_path / "more.jsonl").read_text().splitlines(keepends=True)
+        with log.open("a") as file:
+            file.writelines(lines[60:])
+        second = json.loads(process.stdout.readline())
+        process.terminate()
+        last = json.loads(process.stdout.read())
+        assert process.wait(20) == 0
+    assert first["num_conversations"] == 60
+    assert second["num_conversations"] == len(lines)
+    assert last["num_added"] == second["num_added"] > first["num_added"] > 0

@@ -1,0 +1,90 @@
+"""When the trainer syncs, and of which kind."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from served_model import Exporter, make_config
+from trainer_by_hand import Trainer, assert_same, make_versions, restore
+
+from apollo_ipc.checkpoint import read_commit, recover, verify
+from apollo_ipc.config import Config
+from apollo_ipc.messages import SyncCheckpoint
+
+
+@pytest.fixture
+def model_dir(tiny_model, tmp_path) -> Path:
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+@pytest.fixture
+def config(tmp_path) -> Config:
+    return make_config(tmp_path)
+
+
+@pytest.fixture
+def served(model_dir, config):
+    with Exporter(model_dir, config.runtime_dir) as exporter:
+        yield exporter
+
+
+def test_syncs_are_deltas_until_a_full_one_is_due(served, config, monkeypatch):
+    with Trainer(config) as trainer:
+        syncing = trainer.worker.syncing
+        assert not syncing.is_wanted(True)
+        assert syncing.kind() == "delta"
+        now = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: now + config.checkpoint.sync_interval_s + 1)
+        assert syncing.is_wanted(True)
+        assert not syncing.is_wanted(False), "nothing has changed"
+        assert syncing.kind() == "delta"
+        monkeypatch.setattr(time, "monotonic", lambda: now + config.checkpoint.full_interval_s + 1)
+        assert syncing.kind() == "full"
+        monkeypatch.undo()
+        syncing.note_job_done(config.checkpoint.bulk_job_steps - 1)
+        assert not syncing.is_wanted(True)
+        syncing.note_job_done(config.checkpoint.bulk_job_steps)
+        assert syncing.is_wanted(False)
+        assert syncing.kind() == "full"
+
+
+def test_a_sync_inside_a_job_is_a_version_of_its_own_and_training_goes_on(served, config, model_dir):
+    with Trainer(config) as trainer:
+        trainer.submit("one", epochs=4)
+        asked, seen = [], []
+        real = trainer.worker.between_steps
+
+        def between_steps(job_id: str) -> None:
+            if trainer.queue.get(job_id).steps_done == 2 and not asked:
+                asked.append(trainer.shared.ask(SyncCheckpoint("", "delta")))
+            real(job_id)
+            seen.append(trainer.live())
+
+        trainer.worker.between_steps = between_steps
+        trainer.train()
+        trainer.worker.syncing.wait()
+        result = asked[0].result(0)
+        commit = read_commit(model_dir)
+        assert (result.weight_version, commit.weight_version, trainer.shared.weight_version) == (1, 1, 2)
+        assert commit.extra["running"]["steps_done"] == commit.extra["optimizer_steps"] == 2
+        recover(model_dir)
+        assert_same(seen[2], load_file(model_dir / "model.safetensors"))
+
+
+def test_a_clock_that_jumps_back_changes_nothing(served, config, model_dir, monkeypatch):
+    times = iter(range(2_000_000_000, 0, -86_400))
+    monkeypatch.setattr(time, "time", lambda: float(next(times)))
+    monkeypatch.setattr(time, "time_ns", lambda: next(times) * 10**9)
+    with Trainer(config) as trainer:
+        make_versions(trainer)
+        assert [job.seq for job in trainer.queue.list()] == [3, 2, 1]
+        assert {job.state for job in trainer.queue.list()} == {"durable"}
+        restore(trainer, 2)
+    with Trainer(config) as again:
+        assert again.train() == []
+        assert again.shared.weight_version == again.shared.durable_version == 4
+    assert verify(model_dir) == []
