@@ -149,7 +149,9 @@ def _next_sync(kind: str) -> Way:
         before = (*outcome.kept, outcome.version) if outcome.version is not None else (0,)
         unrecorded = {0: known(0)._replace(weights=outcome.weights)} if outcome.version is None else {}
         found = _recovered(root, truth | unrecorded | {NEXT: known(NEXT)})
-        assert found == Outcome(NEXT, before, NEXT), f"{found} after {outcome} and another sync"
+        assert found == Outcome(NEXT, before, NEXT, outcome.pinned), (
+            f"{found} after {outcome} and another sync"
+        )
         return outcome
 
     return way

@@ -109,10 +109,10 @@ def record_killed(
 
 def _left(model_dir: Path, scenario: Scenario) -> Outcome:
     commit = read_commit(model_dir)
-    found = None if commit is None else commit.weight_version
-    if scenario.before == scenario.after or found == scenario.after.version:
+    found = (None, None) if commit is None else (commit.weight_version, commit.pinned)
+    if scenario.before == scenario.after or found == (scenario.after.version, scenario.after.pinned):
         return scenario.after
-    assert found == scenario.before.version
+    assert found == (scenario.before.version, scenario.before.pinned)
     return scenario.before
 
 
@@ -169,14 +169,22 @@ def _pinned(*kinds: str) -> Callable[[Path], None]:
     return prepare
 
 
+def _pin(weight_version: int | None) -> Callable[[Path, SimulatedDisk], object]:
+    return lambda model_dir, disk: pin_version(model_dir, weight_version, disk=disk, lock_wait_s=0.0)
+
+
 def _pin_and_sync(model_dir: Path, disk: SimulatedDisk) -> None:
-    """Once the pin has returned, the next sync keeps what it was set on."""
-    pin_version(model_dir, 1, disk=disk, lock_wait_s=0.0)
+    """Once the pin has returned, the next syncs keep what it was set on."""
+    disk.allow(_outcome(2, 1), _outcome(2, 1, pinned=1))
+    _pin(1)(model_dir, disk)
+    disk.allow(_outcome(2, 1, pinned=1), _outcome(3, 1, 2, pinned=1))
+    sync(model_dir, 3, "delta", num_kept=1, disk=disk)
+    disk.allow(_outcome(3, 1, 2, pinned=1), _outcome(4, 1, 3, pinned=1))
     sync(model_dir, 4, "full", num_kept=1, disk=disk)
 
 
-def _outcome(version: int, *kept: int) -> Outcome:
-    return Outcome(version, kept, known(version).weights)
+def _outcome(version: int, *kept: int, pinned: int | None = None) -> Outcome:
+    return Outcome(version, kept, known(version).weights, pinned)
 
 
 def _sync_beside_a_snapshot(model_dir: Path, disk: SimulatedDisk) -> None:
@@ -287,19 +295,49 @@ SCENARIOS = [
         "over a base that no version needs",
         _pinned("full", "full"),
         lambda model_dir, disk: compact(model_dir, disk=disk, lock_wait_s=0.0),
-        _outcome(3, 1, 2),
-        _outcome(3, 1, 2),
+        _outcome(3, 1, 2, pinned=1),
+        _outcome(3, 1, 2, pinned=1),
     ),
     Scenario(
-        "full sync", "beyond a pin", _pinned("delta"), _sync(3, "full", 1), _outcome(2, 1), _outcome(3, 1, 2)
+        "full sync",
+        "beyond a pin",
+        _pinned("delta"),
+        _sync(3, "full", 1),
+        _outcome(2, 1, pinned=1),
+        _outcome(3, 1, 2, pinned=1),
     ),
     Scenario(
         "pin",
         "of an older version",
         _synced("full", "delta", "full", num_kept=2),
-        _pin_and_sync,
+        _pin(1),
         _outcome(3, 1, 2),
-        _outcome(4, 1, 3),
+        _outcome(3, 1, 2, pinned=1),
+    ),
+    Scenario(
+        "pin",
+        "moved",
+        _pinned("delta", "full"),
+        _pin(3),
+        _outcome(3, 1, 2, pinned=1),
+        _outcome(3, 1, 2, pinned=3),
+    ),
+    Scenario(
+        "pin",
+        "taken away",
+        _pinned("full", "delta"),
+        _pin(None),
+        _outcome(3, 1, 2, pinned=1),
+        _outcome(3, 1, 2),
+    ),
+    Scenario(
+        "pin",
+        "and two syncs",
+        _synced("full", "delta", num_kept=1),
+        _pin_and_sync,
+        _outcome(2, 1),
+        _outcome(4, 1, 3, pinned=1),
+        is_killed=False,
     ),
     Scenario(
         "restore",

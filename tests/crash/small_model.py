@@ -67,6 +67,7 @@ class Outcome(NamedTuple):
     version: int | None  # None: no record
     kept: tuple[int, ...]
     weights: int
+    pinned: int | None = None
 
 
 def known(version: int) -> Known:
@@ -190,7 +191,7 @@ def examine(
         optimizer = version.optimizer and (model_dir / ".apollo" / version.optimizer.name).read_bytes()
         assert optimizer == expected.optimizer, f"optimizer state of {version.weight_version}"
     kept = tuple(version.weight_version for version in commit.history)
-    return Outcome(commit.weight_version, kept, here.weights)
+    return Outcome(commit.weight_version, kept, here.weights, commit.pinned)
 
 
 def digest(data: bytes | bytearray) -> str:
