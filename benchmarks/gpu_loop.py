@@ -28,7 +28,7 @@ UTILIZATION = 0.6
 EPILOG = (
     "Weights are random and written to disk: the export cannot take vLLM's dummy loader. Peers are in "
     "benchmarks/optimizer.py (--device cuda): apollo-torch's step, AdamW and SGD beside ours and the byte "
-    "floor. A full copy through vLLM's own weight transfer is not measured here."
+    "floor; and in benchmarks/gpu_transfer.py: a full copy through vLLM's own weight transfer."
 )
 
 
@@ -55,6 +55,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vllm", default="", metavar="FLAGS", help="more flags for vLLM, in one argument")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE",
                         help="configuration, e.g. worker.idle_priority=false")  # fmt: skip
+    mps = parser.add_argument_group("MPS", "vLLM and the worker as clients of a daemon of their own")
+    mps.add_argument("--mps", action="store_true", help="share the GPU by MPS, not by time slices")
+    mps.add_argument("--mps-thread-percentage", type=int, metavar="N",
+                     help="the worker gets at most this share of the GPU's threads")  # fmt: skip
+    mps.add_argument("--mps-priority", action="store_true", help="the worker's work is `below normal`")
     parser.add_argument("--vision-part", action=argparse.BooleanOptionalAction,
                         help="write Qwen3.5 as a whole multimodal model; default: for vLLM 0.26")  # fmt: skip
     parser.add_argument(
@@ -71,6 +76,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"no {options.arch} of {options.preset} here; there are {there}")
     if options.prompt_tokens + options.output_tokens > options.max_model_len:
         parser.error("a prompt and its output do not fit into --max-model-len")
+    if not options.mps and (options.mps_priority or options.mps_thread_percentage is not None):
+        parser.error("--mps-thread-percentage and --mps-priority are settings of an MPS client: add --mps")
+    if options.mps_thread_percentage is not None and not 1 <= options.mps_thread_percentage <= 100:
+        parser.error("--mps-thread-percentage: a whole number from 1 to 100 is needed")
     bad = [text for text in options.set if not (text.partition("=")[1] and "." in text.partition("=")[0])]
     if bad:
         parser.error(f"--set {bad[0]}: SECTION.KEY=VALUE is needed")
@@ -95,7 +104,7 @@ def main() -> int:
         finally:
             if options.logs:
                 options.logs.mkdir(parents=True, exist_ok=True)
-                for log in Path(base).glob("*.log"):
+                for log in [*Path(base).glob("*.log"), *Path(base).glob("mps-log/*.log")]:
                     shutil.copy(log, options.logs)
     show(figures)
     save(options, figures)
@@ -110,9 +119,12 @@ def run(options: argparse.Namespace, base: Path, figures: dict[str, Any]) -> Non
     from gpu_loop_fit import check_disk, check_memory, device_of, plan
     from gpu_loop_memory import machine
     from gpu_loop_model import RandomModel
-    from gpu_loop_system import System
+    from gpu_loop_mps import MpsDaemon, client_environment
+    from gpu_loop_system import LoopFailed, System
 
     is_gpu = device_of() == "cuda"
+    if options.mps and not is_gpu:
+        raise LoopFailed("--mps shares a GPU, and this environment's vLLM computes on the CPU")
     options.is_eager = options.is_eager if options.is_eager is not None else not is_gpu
     figures |= {"machine": machine(), "is_eager": options.is_eager, "not_measured": {}}
     has_vision_part = options.vision_part
@@ -136,20 +148,22 @@ def run(options: argparse.Namespace, base: Path, figures: dict[str, Any]) -> Non
         flags += ["--gpu-memory-utilization", f"{utilization:.2f}"]
     if has_vision_part:
         flags += ["--language-model-only"]
-    system = System(directory, base, flags, env)
-    loop = phases.Loop(system, model, options, figures)
-    try:
-        say(f"starting vLLM {' '.join(flags)}")
-        figures["vllm_start_s"] = system.start_vllm()
-        for phase in (phases.attach, phases.train_quietly, phases.load, phases.sync):
-            say(phase.__doc__.split(".")[0] if phase.__doc__ else phase.__name__)
-            phase(loop)
-            save(options, figures)
-    except BaseException:
-        say(f"{system.server.log_tail()}\n{system.worker_log()}")
-        raise
-    finally:
-        system.close()
+    with MpsDaemon(base) if options.mps else contextlib.nullcontext() as mps:
+        worker_env = client_environment(options.mps_thread_percentage, options.mps_priority)
+        system = System(directory, base, flags, env, worker_env)
+        loop = phases.Loop(system, model, options, figures, mps)
+        try:
+            say(f"starting vLLM {' '.join(flags)}")
+            figures["vllm_start_s"] = system.start_vllm()
+            for phase in (phases.attach, phases.train_quietly, phases.load, phases.sync):
+                say(phase.__doc__.split(".")[0] if phase.__doc__ else phase.__name__)
+                phase(loop)
+                save(options, figures)
+        except BaseException:
+            say(f"{system.server.log_tail()}\n{system.worker_log()}")
+            raise
+        finally:
+            system.close()
     say("taking a step apart, with the device to itself")
     phases.split_step(loop)
 

@@ -17,6 +17,7 @@ from gpu_loop_fit import room_for_sync
 from gpu_loop_load import LoadSettings, Request, run_phase, summary
 from gpu_loop_memory import DeviceMemory, PeakSampler, ProcessMemory, cuda_context_bytes, settled
 from gpu_loop_model import RandomModel
+from gpu_loop_mps import MpsDaemon
 from gpu_loop_system import FinishedJob, System, Training, of_jobs, random_examples
 
 from apollo_ipc.manifest import read_manifest
@@ -37,6 +38,7 @@ class Loop:
     model: RandomModel
     options: argparse.Namespace
     figures: Figures
+    mps: MpsDaemon | None = None
     meter: DeviceMemory | ProcessMemory | None = None
     from_bytes: int = 0
 
@@ -62,6 +64,8 @@ def attach(loop: Loop) -> None:
     before = settled(meter.used) if is_gpu else 0  # on a CPU the worker's processes are not there yet
     figures["attach"] = system.start_worker()
     figures["attach"] |= system.mapped()
+    if loop.mps is not None:
+        figures["mps_clients"] = loop.mps.require_clients(system.worker_pids(), system.server.pid)
     if figures["attach"]["attach_s"] is None:
         loop.not_measured("attach.attach_s", "shorter than two of the worker's heartbeats")
     idle = settled(meter.used)

@@ -52,6 +52,8 @@ def _loop_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
                 f"{_s(attached['attach_s'])} (worker's start to it: {_s(attached['worker_start_s'])})",
             ),
         ]
+    if clients := figures.get("mps_clients"):
+        rows.append(("MPS clients, and the worker's limits", f"{clients}; {_mps_limits(figures['options'])}"))
     if memory := figures.get("memory"):
         rows += [
             ("memory is", memory["source"]),
@@ -76,6 +78,13 @@ def _loop_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
         numbers = f"median {_s(drop['median_s'])}, most {_s(drop['max_s'])}"
         rows.append(("prefix cache dropped under load", f"{numbers} ({drop['num']} times)"))
     return rows
+
+
+def _mps_limits(options: dict[str, Any]) -> str:
+    share, has_low_priority = options["mps_thread_percentage"], options["mps_priority"]
+    limits = [f"{share}% of the threads"] if share is not None else []
+    limits += ["priority below normal"] if has_low_priority else []
+    return ", ".join(limits) or "none"
 
 
 def _step_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:

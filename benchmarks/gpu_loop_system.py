@@ -41,10 +41,18 @@ def wait_for(condition: Callable[[], Any], what: str, timeout_s: float, every_s:
 class System:
     """Started and stopped by the main thread: children end with the thread that made them."""
 
-    def __init__(self, model_dir: Path, base: Path, flags: list[str], env: dict[str, str]):
+    def __init__(
+        self,
+        model_dir: Path,
+        base: Path,
+        flags: list[str],
+        env: dict[str, str],
+        worker_env: dict[str, str] | None = None,
+    ):
+        """env: of both; worker_env: more, of the worker alone."""
         self.base = base
         self.server = VllmServer(model_dir, base, flags, env=env)
-        self.env = worker_environment(self.server.env)
+        self.env = worker_environment(self.server.env) | (worker_env or {})
         self.worker: subprocess.Popen | None = None
         self._key = train_key(load_config(environ=self.env))
 
