@@ -17,6 +17,9 @@ from apollo_ipc.serving import serves_on_cpu
 
 CPU_PROCESSES_BYTES = 5 * 10**9  # assumed: vLLM's and the worker's own memory, vLLM's KV cache of 1 GiB
 SPARE_BYTES = 10**9
+COPY_PROCESS_BYTES = (
+    2 * 10**9
+)  # assumed: the CUDA context of a second copy's process, and what torch rounds up
 
 
 def device_of() -> Literal["cuda", "cpu"]:
@@ -31,13 +34,23 @@ def device_of() -> Literal["cuda", "cpu"]:
 
 
 def plan(
-    model_dir: Path, utilization: float | None, default: float, env: dict[str, str]
+    model_dir: Path, utilization: float | None, default: float, env: dict[str, str], beside_bytes: int = 0
 ) -> tuple[dict[str, Any], float]:
-    """What `apollo-ipc plan` says, and vLLM's share. utilization None: `default`, or less where that fits."""
+    """What `apollo-ipc plan` says, and vLLM's share. utilization None: `default`, or less where that fits.
+
+    beside_bytes: of a second copy that is to fit beside vLLM's share too, when the worker has ended.
+    """
     made = _plan(model_dir, utilization or default, env)
     if utilization is None and not made["fits"] and (largest := made["max_utilization"]):
         made = _plan(model_dir, largest - 0.01, env)
+    if utilization is None and beside_bytes and (lack := _lack_of_bytes(made, beside_bytes)) > 0:
+        made = _plan(model_dir, made["utilization"] - lack / made["device_bytes"] - 0.01, env)
     return made, made["utilization"]
+
+
+def _lack_of_bytes(made: dict[str, Any], beside_bytes: int) -> float:
+    share_bytes = made["utilization"] * made["device_bytes"]
+    return beside_bytes + COPY_PROCESS_BYTES - (made["device_bytes"] - share_bytes)
 
 
 def _plan(model_dir: Path, utilization: float, env: dict[str, str]) -> dict[str, Any]:
@@ -50,9 +63,14 @@ def _plan(model_dir: Path, utilization: float, env: dict[str, str]) -> dict[str,
         raise LoopFailed(f"apollo-ipc plan: {done.stdout} {done.stderr[-1000:]}") from None
 
 
-def check_memory(made: dict[str, Any], is_gpu: bool) -> None:
-    """Raises LoopFailed unless weights, vLLM and training fit together."""
+def check_memory(made: dict[str, Any], is_gpu: bool, beside_bytes: int = 0) -> None:
+    """Raises LoopFailed unless weights, vLLM and training fit together, and vLLM with a second copy."""
     if is_gpu:
+        if beside_bytes and _lack_of_bytes(made, beside_bytes) > 0:
+            raise LoopFailed(
+                f"a second copy of {_gb(beside_bytes)} does not fit on {made['device']} "
+                f"({_gb(made['device_bytes'])}) beside vLLM's share of {made['utilization']:.2f}"
+            )
         if not made["fits"]:
             largest = made["max_utilization"]
             would = f"--gpu-memory-utilization {largest:g} would" if largest else "no share of vLLM's would"

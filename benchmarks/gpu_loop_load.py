@@ -32,13 +32,15 @@ class LoadSettings:
 
 @dataclasses.dataclass
 class Request:
-    """Times of time.perf_counter(). error: why it counts as failed."""
+    """Times of time.perf_counter(). longest_wait_s: for a next token, or for the first one since it was due.
+    error: why it counts as failed."""
 
     due_at: float
     first_at: float | None = None
     last_at: float | None = None
     num_tokens: int = 0
     sent_late_s: float = 0.0
+    longest_wait_s: float = 0.0
     error: str | None = None
 
     @property
@@ -112,8 +114,10 @@ def _read_line(line: str, seen: Request) -> None:
     if "error" in event:
         seen.error = str(event["error"])[:300]
     if event.get("choices"):
-        seen.last_at = time.perf_counter()
-        seen.first_at = seen.first_at or seen.last_at
+        now = time.perf_counter()
+        seen.longest_wait_s = max(seen.longest_wait_s, now - (seen.last_at or seen.due_at))
+        seen.last_at = now
+        seen.first_at = seen.first_at or now
     if usage := event.get("usage"):
         seen.num_tokens = usage["completion_tokens"]
 
@@ -129,6 +133,8 @@ def summary(requests: list[Request]) -> dict[str, Any]:
         "errors": sorted({r.error for r in requests if r.error is not None})[:5],
         "ttft_p50_s": percentile(ttft, 50), "ttft_p99_s": percentile(ttft, 99),
         "tpot_p50_s": percentile(tpot, 50), "tpot_p99_s": percentile(tpot, 99),
+        "wait_p99_s": percentile([r.longest_wait_s for r in good], 99),
+        "wait_max_s": max((r.longest_wait_s for r in good), default=None),
         "sent_late_max_s": max((r.sent_late_s for r in requests), default=None),
     }  # fmt: skip
 

@@ -49,7 +49,7 @@ class Loop:
 def attach(loop: Loop) -> None:
     """Starting the worker, and what memory it takes before its first step."""
     system, model, options, figures = loop.system, loop.model, loop.options, loop.figures
-    settings = _settings(loop)
+    settings = load_settings(loop)
     warm_up = dataclasses.replace(settings, seconds=WARM_UP_S)
     run_phase(system.server.url, system.server.model_name, warm_up, options.seed, -1)
     manifest = read_manifest(system.server.runtime_dir)
@@ -83,19 +83,10 @@ def train_quietly(loop: Loop) -> None:
     """Training beside an idle server: one target, then examples of full length."""
     system, model, options, figures = loop.system, loop.model, loop.options, loop.figures
     assert loop.meter is not None
-    generator = random.Random(options.seed)
-    ids = [generator.randrange(model.vocab_size) for _ in range(2 * TARGET_TOKENS)]
-
-    def target_logprob() -> float:
-        """vLLM's own, in nats a token of the continuation."""
-        found = prompt_logprobs(system.server.url, system.server.model_name, ids)
-        return statistics.mean(found[-TARGET_TOKENS:])
-
-    target = {"context_ids": ids[:TARGET_TOKENS], "continuation_ids": ids[TARGET_TOKENS:]}
     with PeakSampler(loop.meter.used) as sampler:
-        served = {"before": target_logprob()}
-        system.train([target], epochs=TARGET_STEPS, lr=TARGET_LR)
-        served["after"] = target_logprob()
+        served = {"before": target_logprob(loop)}
+        train_target(loop)
+        served["after"] = target_logprob(loop)
         num_steps = QUIET_JOB_FACTOR * options.job_steps
         rows = random_examples(options.seed, num_steps, options.train_tokens, model.vocab_size)
         job = system.train(rows)
@@ -107,10 +98,28 @@ def train_quietly(loop: Loop) -> None:
     }  # fmt: skip
 
 
+def target_ids(loop: Loop) -> list[int]:
+    """A context and, from its middle on, what shall become likely after it."""
+    generator = random.Random(loop.options.seed)
+    return [generator.randrange(loop.model.vocab_size) for _ in range(2 * TARGET_TOKENS)]
+
+
+def target_logprob(loop: Loop) -> float:
+    """vLLM's own, in nats a token of the continuation."""
+    server = loop.system.server
+    return statistics.mean(prompt_logprobs(server.url, server.model_name, target_ids(loop))[-TARGET_TOKENS:])
+
+
+def train_target(loop: Loop) -> None:
+    ids = target_ids(loop)
+    target = {"context_ids": ids[:TARGET_TOKENS], "continuation_ids": ids[TARGET_TOKENS:]}
+    loop.system.train([target], epochs=TARGET_STEPS, lr=TARGET_LR)
+
+
 def load(loop: Loop) -> None:
     """Serving under load, without and with training in turns."""
     system, model, options, figures = loop.system, loop.model, loop.options, loop.figures
-    settings = _settings(loop)
+    settings = load_settings(loop)
     requests: dict[str, list[Request]] = {"without training": [], "with training": []}
     jobs: list[FinishedJob] = []
     figures["load_settings"] = {**dataclasses.asdict(settings), "rounds": options.rounds}
@@ -199,7 +208,7 @@ def split_step(loop: Loop) -> None:
         loop.not_measured("step_alone.step_peak_allocated_bytes", "no CUDA device")
 
 
-def _settings(loop: Loop) -> LoadSettings:
+def load_settings(loop: Loop) -> LoadSettings:
     options = loop.options
     return LoadSettings(
         options.rate, options.seconds, options.prompt_tokens, options.output_tokens, loop.model.vocab_size

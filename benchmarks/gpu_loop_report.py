@@ -9,7 +9,7 @@ from rich.table import Table
 
 LOAD = (
     ("TTFT p50, ms", "ttft_p50_s"), ("TTFT p99, ms", "ttft_p99_s"), ("TPOT p50, ms", "tpot_p50_s"),
-    ("TPOT p99, ms", "tpot_p99_s"),
+    ("TPOT p99, ms", "tpot_p99_s"), ("longest wait for a token, ms", "wait_max_s"),
 )  # fmt: skip
 
 
@@ -39,17 +39,17 @@ def show(figures: dict[str, Any]) -> None:
 
 def _loop_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [
-        ("parameters, weights", f"{figures['parameters']:,}, {_mb(figures['weight_bytes'])}")
+        ("parameters, weights", f"{figures['parameters']:,}, {as_mb(figures['weight_bytes'])}")
     ] if "parameters" in figures else []  # fmt: skip
     if attached := figures.get("attach"):
         mapped = f"{attached['parameters_mapped']} of {attached['parameters']}"
         rows += [
-            ("vLLM's start", _s(figures["vllm_start_s"])),
+            ("vLLM's start", as_s(figures["vllm_start_s"])),
             ("parameters mapped", f"{mapped}, {attached['refused']} refusals"),
             ("segments opened", f"{attached['segments_opened']} ({attached['transport']})"),
             (
                 "attach",
-                f"{_s(attached['attach_s'])} (worker's start to it: {_s(attached['worker_start_s'])})",
+                f"{as_s(attached['attach_s'])} (worker's start to it: {as_s(attached['worker_start_s'])})",
             ),
         ]
     if clients := figures.get("mps_clients"):
@@ -57,25 +57,25 @@ def _loop_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
     if memory := figures.get("memory"):
         rows += [
             ("memory is", memory["source"]),
-            ("a CUDA context alone", _mb(memory["cuda_context_bytes"])),
-            ("the worker adds before the first step", _mb(memory["added_before_first_step_bytes"])),
+            ("a CUDA context alone", as_mb(memory["cuda_context_bytes"])),
+            ("the worker adds before the first step", as_mb(memory["added_before_first_step_bytes"])),
         ]
         if (share := memory.get("beyond_over_weights")) is not None:
             rows.append(("  of it beyond a context, over the weights", f"{share:.2%}"))
         if (peak := memory.get("peak_training_bytes")) is not None:
-            plan = f"{_mb(memory['planned_training_bytes'])} planned: {memory['peak_over_plan']:.2f}"
-            rows.append(("training's peak", f"{_mb(peak)}, {plan} of it"))
+            plan = f"{as_mb(memory['planned_training_bytes'])} planned: {memory['peak_over_plan']:.2f}"
+            rows.append(("training's peak", f"{as_mb(peak)}, {plan} of it"))
     if served := figures.get("served_logprob"):
         rows.append(("target's served logprob a token", f"{served['before']:.3f} -> {served['after']:.3f}"))
     for name, key in (("idle server", "train_beside_idle_server"), ("load", "train_under_load")):
         if jobs := figures.get(key):
-            whole = f"{_s(jobs['step_with_overhead_s'])} with tokenising and publishing"
+            whole = f"{as_s(jobs['step_with_overhead_s'])} with tokenising and publishing"
             rows.append(
-                (f"a step beside {name}", f"{_s(jobs['step_s'])}, {whole}: {jobs['num_steps']} steps")
+                (f"a step beside {name}", f"{as_s(jobs['step_s'])}, {whole}: {jobs['num_steps']} steps")
             )
-            rows.append((f"last step to applied, beside {name}", _s(jobs["applied_after_last_step_s"])))
+            rows.append((f"last step to applied, beside {name}", as_s(jobs["applied_after_last_step_s"])))
     if drop := figures.get("cache_drop_under_load"):
-        numbers = f"median {_s(drop['median_s'])}, most {_s(drop['max_s'])}"
+        numbers = f"median {as_s(drop['median_s'])}, most {as_s(drop['max_s'])}"
         rows.append(("prefix cache dropped under load", f"{numbers} ({drop['num']} times)"))
     return rows
 
@@ -90,15 +90,15 @@ def _mps_limits(options: dict[str, Any]) -> str:
 def _step_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
     if not (step := figures.get("step_alone")):
         return []
-    floor = f"{step['optimizer_over_floor']:.1f} times its floor of {_s(step['optimizer_floor_s'])}"
+    floor = f"{step['optimizer_over_floor']:.1f} times its floor of {as_s(step['optimizer_floor_s'])}"
     return [
-        ("whole", f"{_s(step['step_s'])} for {step['num_tokens']} tokens"),
-        ("forward and loss", _s(step["forward_s"])),
-        ("backward", _s(step["backward_s"])),
-        ("optimizer", f"{_s(step['optimizer_s'])}, {floor}"),
+        ("whole", f"{as_s(step['step_s'])} for {step['num_tokens']} tokens"),
+        ("forward and loss", as_s(step["forward_s"])),
+        ("backward", as_s(step["backward_s"])),
+        ("optimizer", f"{as_s(step['optimizer_s'])}, {floor}"),
         ("bandwidth", f"{step['bandwidth_bytes_per_s'] / 1e9:.1f} GB/s"),
-        ("optimizer's state", _mb(step["optimizer_state_bytes"])),
-        ("peak of torch's tensors", _mb(step["step_peak_allocated_bytes"])),
+        ("optimizer's state", as_mb(step["optimizer_state_bytes"])),
+        ("peak of torch's tensors", as_mb(step["step_peak_allocated_bytes"])),
     ]
 
 
@@ -123,18 +123,18 @@ def _sync_table(rows: list[dict[str, Any]]) -> Table:
         out = row["copied_out_bytes_per_s"]
         table.add_row(
             *(row["name"], f"{row['duration_s']:.2f}", f"{row['training_waited_s']:.2f}"),
-            *(_mb(row["bytes_changed"]), _mb(row["bytes_written"])),
+            *(as_mb(row["bytes_changed"]), as_mb(row["bytes_written"])),
             "-" if out is None else f"{out / 1e9:.2f} GB/s",
             f"{row['written_bytes_per_s'] / 1e9:.2f} GB/s",
         )
     return table
 
 
-def _s(seconds: float | None) -> str:
+def as_s(seconds: float | None) -> str:
     if seconds is None:
         return "-"
     return f"{seconds:.1f} s" if seconds >= 10 else f"{seconds * 1e3:.1f} ms"
 
 
-def _mb(num_bytes: int | None) -> str:
+def as_mb(num_bytes: int | None) -> str:
     return "-" if num_bytes is None else f"{num_bytes / 1e6:,.0f} MB"

@@ -50,7 +50,7 @@ class System:
         worker_env: dict[str, str] | None = None,
     ):
         """env: of both; worker_env: more, of the worker alone."""
-        self.base = base
+        self.base, self.flags = base, flags
         self.server = VllmServer(model_dir, base, flags, env=env)
         self.env = worker_environment(self.server.env) | (worker_env or {})
         self.worker: subprocess.Popen | None = None
@@ -100,6 +100,10 @@ class System:
         return pids
 
     def close(self) -> None:
+        self.stop_worker()
+        self.server.stop()
+
+    def stop_worker(self) -> None:
         if self.worker is not None and self.worker.poll() is None:
             self.worker.terminate()
             try:
@@ -107,7 +111,6 @@ class System:
             except subprocess.TimeoutExpired:
                 self.worker.kill()
                 self.worker.wait()
-        self.server.stop()
 
     # --- asking ---
 
