@@ -41,6 +41,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], epilog=EPILOG)
     add_arguments(parser)
     parser.add_argument("--rounds", type=int, default=3, help="pairs of phases: without and with training")
+    parser.add_argument("--load-only", action="store_true", help="no syncs, and no step taken apart")
     mps = parser.add_argument_group("MPS", "vLLM and the worker as clients of a daemon of their own")
     mps.add_argument("--mps", action="store_true", help="share the GPU by MPS, not by time slices")
     mps.add_argument("--mps-thread-percentage", type=int, metavar="N",
@@ -148,9 +149,11 @@ def run(options: argparse.Namespace, base: Path, figures: dict[str, Any]) -> Non
         worker_env = client_environment(options.mps_thread_percentage, options.mps_priority)
         system = System(model.directory, base, flags, env, worker_env)
         loop = phases.Loop(system, model, options, figures, mps)
-        run_phases(loop, (phases.attach, phases.train_quietly, phases.load, phases.sync))
-    say("taking a step apart, with the device to itself")
-    phases.split_step(loop)
+        last = () if options.load_only else (phases.sync,)
+        run_phases(loop, (phases.attach, phases.train_quietly, phases.load, *last))
+    if not options.load_only:
+        say("taking a step apart, with the device to itself")
+        phases.split_step(loop)
 
 
 def prepare(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PAUSES = ("keep", "wait", "abort")
 EPILOG = (
     "The peer is served with VLLM_SERVER_DEV_MODE and VLLM_ALLOW_INSECURE_SERIALIZATION, which its transfer "
-    "over HTTP needs: loopback only. vLLM 0.26's IPC backend imports ray, which is no dependency of vLLM."
+    "over HTTP needs: loopback only."
 )
 
 
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace, base: Path, figures: dict[str, Any], peer: 
     from gpu_transfer_peer import ipc_peer
     from gpu_transfer_phases import full_copies, serve_alone, steps_in_place
 
-    peer = peer or ipc_peer()
+    peer = peer or ipc_peer(base)
     model, flags, env = prepare(options, base, figures, beside_weights=1.0)
     figures["backend"] = peer.backend
     system = System(model.directory, base, [*flags, *peer.flags], {**env, **peer.env})

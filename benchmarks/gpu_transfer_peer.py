@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import json
+import os
 import queue
 import subprocess
 import sys
@@ -35,21 +36,35 @@ class Peer:
         return ["--weight-transfer-config", json.dumps({"backend": self.backend})]
 
 
-def ipc_peer() -> Peer:
+def ipc_peer(base: Path) -> Peer:
     """vLLM's own. Raises LoopFailed where it cannot work here."""
     if device_of() != "cuda":
         raise LoopFailed(
             "this environment's vLLM computes on the CPU, and no backend of its weight transfer does: the "
             "peer needs a CUDA device"
         )
-    with suppress(importlib.metadata.PackageNotFoundError):
-        version = importlib.metadata.version("vllm")
-        is_older = tuple(int(part) for part in version.split(".")[:2]) < RAY_FREE
-        if is_older and importlib.util.find_spec("ray") is None:
-            raise LoopFailed(f"the IPC backend of vLLM {version} imports ray, which is not installed here")
     # /pause, /update_weights and the like; and handles over HTTP, which vLLM wants as a pickle.
     env = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+    if needs_ray() and importlib.util.find_spec("ray") is None:
+        env["PYTHONPATH"] = os.pathsep.join([str(empty_ray(base)), os.environ.get("PYTHONPATH", "")])
     return Peer("ipc", Path(__file__).with_name("gpu_transfer_sender.py"), env)
+
+
+def needs_ray() -> bool:
+    """0.26's ipc_engine.py imports ray at its head, which is no dependency of vLLM."""
+    with suppress(importlib.metadata.PackageNotFoundError):
+        version = importlib.metadata.version("vllm")
+        return tuple(int(part) for part in version.split(".")[:2]) < RAY_FREE
+    return False
+
+
+def empty_ray(base: Path) -> Path:
+    """A directory with a module `ray` of nothing. That file uses ray only where handles are sent by it, which
+    is not done here; vLLM's other files take a module without `is_initialized` for no ray (vllm/ray)."""
+    directory = base / "empty-ray"
+    directory.mkdir()
+    (directory / "ray.py").touch()
+    return directory
 
 
 class Sender:

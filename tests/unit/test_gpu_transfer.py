@@ -158,12 +158,12 @@ def test_the_body_of_an_update_is_what_the_installed_vllm_reads(benchmark, monke
     assert all(isinstance(getattr(torch, name), torch.dtype) for name in info.dtype_names)
 
 
-def test_the_server_has_to_allow_pickles_and_is_told_to(benchmark, monkeypatch):
+def test_the_server_has_to_allow_pickles_and_is_told_to(benchmark, monkeypatch, tmp_path):
     engine = pytest.importorskip("vllm.distributed.weight_transfer.ipc_engine")
     peers = benchmark("gpu_transfer_peer")
     monkeypatch.setattr(peers, "device_of", lambda: "cuda")
     monkeypatch.setattr(peers.importlib.metadata, "version", lambda _: "0.32.0")
-    peer = peers.ipc_peer()
+    peer = peers.ipc_peer(tmp_path)
     body = ipc_info(benchmark, monkeypatch, TENSORS)
     parse = engine.IPCWeightTransferEngine.parse_update_info
     with pytest.raises(ValueError, match="VLLM_ALLOW_INSECURE_SERIALIZATION"):
@@ -312,10 +312,17 @@ def test_vllms_share_leaves_room_for_the_copy(benchmark, monkeypatch):
         fit.check_memory(made, True, beside_bytes=70 * 10**9)
 
 
-def test_an_older_vllm_without_ray_is_named(benchmark, monkeypatch):
+def test_an_older_vllm_imports_an_empty_ray_where_there_is_none(benchmark, monkeypatch, tmp_path):
     peers = benchmark("gpu_transfer_peer")
     monkeypatch.setattr(peers, "device_of", lambda: "cuda")
+    monkeypatch.setattr(peers.importlib.metadata, "version", lambda _: "0.32.0")
+    assert "PYTHONPATH" not in peers.ipc_peer(tmp_path).env
     monkeypatch.setattr(peers.importlib.metadata, "version", lambda _: "0.26.0")
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(peers.LoopFailed, match=r"IPC backend of vLLM 0\.26\.0 imports ray"):
-        peers.ipc_peer()
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("PYTHONPATH", "/somewhere/else")
+    env = {**os.environ, **peers.ipc_peer(tmp_path).env}
+    assert env["PYTHONPATH"].endswith(f"{os.pathsep}/somewhere/else")
+    code = "import ray; print(hasattr(ray, 'is_initialized'))\nfrom ray.util import placement_group_table"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "False\n"
+    assert "ModuleNotFoundError" in done.stderr, "what asks for more of ray than its name finds none"
