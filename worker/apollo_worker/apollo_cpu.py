@@ -87,9 +87,9 @@ class NumbaBackend:
         if draw.kind == "block_sign":
             bits = np.empty(min_dim, np.int32)
             kernels.hash(key1, key2, bits)
-            order_k = np.argsort(bits >> 1, kind="stable")
-            sign_k = (1 - 2 * (bits & 1)[order_k]).astype(F32)
-            return BlockSign(torch.from_numpy(order_k), torch.from_numpy(sign_k), rank)
+            shift_b = ((bits[::rank] >> 1) & 0x3FFFFFFF).astype(np.int64) % rank
+            sign_k = (1 - 2 * (bits & 1)).astype(F32)
+            return BlockSign(torch.from_numpy(shift_b), torch.from_numpy(sign_k), rank)
         num_pairs = (min_dim * rank + 1) // 2
         P = torch.empty(2 * num_pairs)
         self._threads.share(kernels.normals, num_pairs, 8 * num_pairs, key1, key2, F32(rank**-0.5), P.numpy())
@@ -107,15 +107,15 @@ class NumbaBackend:
         if not isinstance(sketch, BlockSign) or sketch.rank < _LANES:
             return project(grad, sketch, self._scratch)
         rows, cols = grad.shape
-        is_tall = rows >= cols
         R_cr = torch.empty(max(rows, cols), sketch.rank)
-        if is_tall:
+        if rows >= cols:
             num_parts, kernel = rows, kernels.block_sign_tall
         else:
             num_parts, kernel = -(-cols // kernels.TILE_COLUMNS), kernels.block_sign_wide
-        order_k = sketch.order_k.numpy().astype(U32)
-        arguments = (_rows(grad), order_k, sketch.sign_k.numpy())
-        self._threads.share(kernel, num_parts, grad.numel(), *arguments, R_cr.numpy())
+        G, sign_k = _rows(grad), sketch.sign_k.numpy()
+        if G.dtype == np.uint16:
+            sign_k = (sign_k < 0).astype(np.uint16) << 15  # to be flipped
+        self._threads.share(kernel, num_parts, grad.numel(), G, sketch.shift_b.numpy(), sign_k, R_cr.numpy())
         return R_cr
 
     def _scale(

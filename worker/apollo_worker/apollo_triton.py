@@ -10,9 +10,8 @@ makes six launches; those that touch only c r or k r elements are short:
     store_moments   reads R, m, v; writes m, v
     write           reads G, W and the scales; writes W (with Kahan summation its leftovers, too)
 
-"block_sign" has hash_counters, a sort of k numbers and signs in the place of normals. Its P of 0 and +-1 is
-exact in bf16, and on tensor cores the product takes as long as reading G does; sums of picked elements would
-not read G's memory in order where k is its contiguous dim. An exact limiter adds channel_squares, a third
+"block_sign" has hash_counters and signs in the place of normals. Its P of 0 and +-1 is exact in bf16, and on
+tensor cores the product takes as long as reading G does. An exact limiter adds channel_squares, a third
 reading of G. Adam is one launch, above _ADAM_ALONE elements three.
 
 Nothing waits for the device: only kernels look at step, ok and norms, and make the keys of the random bits.
@@ -110,11 +109,10 @@ def _block_sign(draw: Draw, dtype: torch.dtype) -> Tensor:
     bits_k = torch.empty(k, dtype=torch.int32, device=draw.device)
     seed = _halves(draw.derived_seed)
     kernels.hash_counters[(triton.cdiv(k, 512),)](bits_k, draw.refresh_index, *seed, k, BLOCK=512, **_EXACT)
-    order_k = torch.argsort(bits_k >> 1, stable=True)
     block_r = triton.next_power_of_2(rank)
     block_k = max(1, _TILE // block_r)
     kernels.signs[(triton.cdiv(k, block_k),)](
-        P_kr, order_k, bits_k, k, rank, BLOCK_K=block_k, BLOCK_R=block_r, **_EXACT
+        P_kr, bits_k, k, rank, BLOCK_K=block_k, BLOCK_R=block_r, **_EXACT
     )
     return P_kr
 

@@ -5,7 +5,8 @@ Legend: k = smaller dim of a parameter, c = larger dim ("channels"), r = rank; R
 Two kinds, both with E|R_j|^2 = |G_j|^2 for every channel j:
     Gaussian    P ~ N(0, 1/r), the paper's (arXiv:2412.05270); a dense product, 2 k c r operations
     BlockSign   each of the k rows of P has a single +1 or -1: R's columns are signed sums of k/r of G's. A
-                CountSketch (Charikar et al. 2002) with buckets of equal size; k c operations, no product
+                CountSketch (Charikar et al. 2002) with buckets of equal size; k c operations, no product and,
+                because r neighbours are only rotated among themselves, no gathering
 """
 
 from __future__ import annotations
@@ -25,21 +26,22 @@ class Gaussian(NamedTuple):
 
 
 class BlockSign(NamedTuple):
-    """Position p of the permuted order goes to column p % rank: no two columns differ by more than one row.
+    """Row i of block b (of r neighbouring rows) goes to column (i + shift_b) % r, with its own sign.
 
-    A permutation, because neighbouring rows of a gradient are alike: a column of neighbours would add up what
-    they have in common, or cancel it.
+    Two rows of one block never meet; two of different blocks do with probability 1/r, as under a permutation
+    of all rows. Without the shifts rows r apart would meet in every draw: they may be the same feature of two
+    attention heads.
     """
 
-    order_k: Tensor  # int64, a permutation
-    sign_k: Tensor  # fp32, +1 or -1, of order_k's rows
+    shift_b: Tensor  # int64, below r; one for each block, of which the last may be short
+    sign_k: Tensor  # fp32, +1 or -1
     rank: int
 
     def dense(self) -> Tensor:
         """P (k, r) fp32, for the reference."""
-        P_kr = torch.zeros(len(self.order_k), self.rank, device=self.order_k.device)
-        columns = torch.arange(len(self.order_k), device=self.order_k.device) % self.rank
-        P_kr[self.order_k, columns] = self.sign_k
+        row = torch.arange(len(self.sign_k), device=self.sign_k.device)
+        P_kr = torch.zeros(len(row), self.rank, device=row.device)
+        P_kr[row, (row + self.shift_b[row // self.rank]) % self.rank] = self.sign_k
         return P_kr
 
 
@@ -91,11 +93,10 @@ def projection(
 def block_sign(
     seed: int, name: str, refresh_index: int | Tensor, min_dim: int, rank: int, device: torch.device
 ) -> BlockSign:
-    """Order and signs from counter hashes: equal on all devices. Ties of 31-bit hashes keep their order."""
+    """The lowest of a row's hashed bits is its sign; the others of a block's first row are the block's shift."""
     bits = hash_bits(min_dim, derive_seed(seed, name, SEED_OF["block_sign"]), refresh_index, device=device)
-    order_k = torch.argsort(bits >> 1, stable=True)
-    sign_k = 1.0 - 2.0 * (bits & 1).float()
-    return BlockSign(order_k, sign_k[order_k], rank)
+    shift_b = ((bits[::rank] >> 1) & 0x3FFFFFFF) % rank
+    return BlockSign(shift_b.long(), 1.0 - 2.0 * (bits & 1).float(), rank)
 
 
 def make_sketch(draw: Draw) -> Sketch:

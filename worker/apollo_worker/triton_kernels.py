@@ -64,14 +64,15 @@ def hash_counters(bits_k, refresh_index, seed_low, seed_high, size, BLOCK: tl.co
 
 
 @jit
-def signs(P, order, bits, k, RANK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
-    """BlockSign.dense: every row is written once, since `order` is a permutation."""
-    position = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+def signs(P, bits, k, RANK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
+    """BlockSign.dense of hashed bits."""
+    row = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     column = tl.arange(0, BLOCK_R)
-    row = tl.load(order + position, mask=position < k, other=0)
-    sign = 1.0 - 2.0 * (tl.load(bits + row, mask=position < k, other=0) & 1).to(tl.float32)
-    value = tl.where(column[None, :] == (position % RANK)[:, None], sign[:, None], 0.0)
-    inside = (position < k)[:, None] & (column < RANK)[None, :]
+    first = row // RANK * RANK  # whose bits hold the shift of all of its block
+    shift = ((tl.load(bits + first, mask=row < k, other=0) >> 1) & 0x3FFFFFFF) % RANK
+    sign = 1.0 - 2.0 * (tl.load(bits + row, mask=row < k, other=0) & 1).to(tl.float32)
+    value = tl.where(column[None, :] == ((row + shift) % RANK)[:, None], sign[:, None], 0.0)
+    inside = (row < k)[:, None] & (column < RANK)[None, :]
     tl.store(P + row[:, None] * RANK + column[None, :], value.to(P.dtype.element_ty), mask=inside)
 
 
