@@ -94,15 +94,20 @@ class State:
 def read_state(root: Path) -> State:
     """A directory as it is, to be taken as flushed."""
     tree: dict[str, StoredFile | None] = {}
-    for folder, folders, files in os.walk(root):
-        for name in folders:
-            tree[os.path.relpath(os.path.join(folder, name), root)] = None
-        for name in files:
-            path = os.path.join(folder, name)
-            info = os.stat(path)
-            data = Path(path).read_bytes()
-            stored = StoredFile(data, info.st_mtime_ns, info.st_mode & 0o777, info.st_ino)
-            tree[os.path.relpath(path, root)] = stored
+    todo = [("", str(root))]
+    while todo:
+        prefix, folder = todo.pop()
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    tree[prefix + entry.name] = None
+                    todo.append((f"{prefix}{entry.name}/", entry.path))
+                    continue
+                info = entry.stat()
+                with open(entry.path, "rb", buffering=0) as file:
+                    data = file.read()
+                stored = StoredFile(data, info.st_mtime_ns, info.st_mode & 0o777, info.st_ino)
+                tree[prefix + entry.name] = stored
     return State(tree)
 
 

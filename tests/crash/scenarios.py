@@ -46,7 +46,7 @@ class Scenario(NamedTuple):
 
     protocol: str
     name: str
-    prepare: Callable[[Path], object]
+    prepare: Callable[[Path, SimulatedDisk], object]
     run: Callable[[Path, SimulatedDisk], object]
     before: Outcome
     after: Outcome
@@ -71,9 +71,10 @@ def record(scenario: Scenario, work_dir: Path, *, kill_before: int | None = None
     """The log of one run; with `kill_before`, of one that is killed there, and of `then`, done by another
     process afterwards: "recover", "begin", "load". What that has left must not go away again."""
     model_dir = make_model(work_dir / "recorded")
-    scenario.prepare(model_dir)
-    initial = read_state(model_dir)
     disk = SimulatedDisk(model_dir)
+    scenario.prepare(model_dir, disk)
+    initial = read_state(model_dir)
+    disk.log.clear()
     disk.allow(scenario.before, scenario.after)
     if kill_before is None:
         scenario.run(model_dir, disk)
@@ -145,10 +146,10 @@ def moments(
             yield op, platter
 
 
-def _synced(*kinds: str, num_kept: int = 0) -> Callable[[Path], None]:
-    def prepare(model_dir: Path) -> None:
+def _synced(*kinds: str, num_kept: int = 0) -> Callable[[Path, SimulatedDisk], None]:
+    def prepare(model_dir: Path, disk: SimulatedDisk) -> None:
         for version, kind in enumerate(kinds, 1):
-            sync(model_dir, version, kind, num_kept=num_kept)
+            sync(model_dir, version, kind, num_kept=num_kept, disk=disk)
 
     return prepare
 
@@ -157,14 +158,14 @@ def _sync(version: int, kind: str, num_kept: int = 0) -> Callable[[Path, Simulat
     return lambda model_dir, disk: sync(model_dir, version, kind, num_kept=num_kept, disk=disk)
 
 
-def _pinned(*kinds: str) -> Callable[[Path], None]:
+def _pinned(*kinds: str) -> Callable[[Path, SimulatedDisk], None]:
     """Version 1 is pinned, and each sync of `kinds` keeps one version beside it."""
 
-    def prepare(model_dir: Path) -> None:
-        sync(model_dir, 1, "full", num_kept=1)
-        pin_version(model_dir, 1)
+    def prepare(model_dir: Path, disk: SimulatedDisk) -> None:
+        sync(model_dir, 1, "full", num_kept=1, disk=disk)
+        pin_version(model_dir, 1, disk=disk)
         for version, kind in enumerate(kinds, 2):
-            sync(model_dir, version, kind, num_kept=1)
+            sync(model_dir, version, kind, num_kept=1, disk=disk)
 
     return prepare
 

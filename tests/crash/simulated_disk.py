@@ -19,9 +19,8 @@ from typing import NamedTuple
 from apollo_ipc.checkpoint.disk import Disk, OpenFile
 from apollo_ipc.errors import CheckpointError
 
-# Every write has a time of its own, in steps of a second: the kernel's clock stands still for milliseconds.
-_CLOCK = itertools.count(1_800_000_000)
 FLUSHES = ("sync", "sync_dir")
+START_S, PROCESS_S = 1_700_000_000, 10_000_000
 
 
 class Killed(BaseException):
@@ -47,9 +46,14 @@ class Operation(NamedTuple):
 
 
 class SimulatedDisk(Disk):
-    def __init__(self, root: Path):
+    """The disk of process number `process` in `root`. Its clock begins after those of the processes before
+    it and goes on by a second with each write: the kernel's stands still for milliseconds, and what is done
+    in the same way again shall leave the same bytes."""
+
+    def __init__(self, root: Path, process: int = 0):
         self.root = root
         self.log: list[Operation] = []
+        self._clock = itertools.count(START_S + process * PROCESS_S)
         self._kill_before: int | None = None
 
     def allow(self, *outcomes: object, is_finished: bool = False) -> None:
@@ -65,7 +69,7 @@ class SimulatedDisk(Disk):
         self._kill_before = None
 
     def create(self, path: Path, mode: int = 0o644) -> OpenFile:
-        self._log("create", path, mtime_ns=_now(), mode=mode)
+        self._log("create", path, mtime_ns=self._now(), mode=mode)
         file = super().create(path, mode)
         os.utime(file.fd, ns=(self.log[-1].mtime_ns,) * 2)
         return file
@@ -75,7 +79,7 @@ class SimulatedDisk(Disk):
         if is_last:
             self._kill_before += 1
             data = memoryview(data)[: len(data) // 2]
-        self._log("write", file.path, data=bytes(data), mtime_ns=_now())
+        self._log("write", file.path, data=bytes(data), mtime_ns=self._now())
         super().write(file, data)
         os.utime(file.fd, ns=(self.log[-1].mtime_ns,) * 2)
         if is_last:
@@ -114,6 +118,7 @@ class SimulatedDisk(Disk):
         is_new = not path.exists()
         with super().lock(path, wait_s, is_shared=is_shared):
             if is_new:
+                os.utime(path, ns=(0, 0))
                 self._log("create", path, mode=0o644)
             yield
 
@@ -123,9 +128,11 @@ class SimulatedDisk(Disk):
         other = self._relative(source) if source else ""
         self.log.append(Operation(kind, self._relative(path), other, **fields))
 
+    def _now(self) -> int:
+        return next(self._clock) * 1_000_000_000
+
     def _relative(self, path: Path) -> str:
-        relative = os.path.relpath(path, self.root)
-        return "" if relative == "." else relative
+        return str(path)[len(str(self.root)) + 1 :]
 
 
 class ReadOnlyDisk(Disk):
@@ -144,10 +151,6 @@ def _refuse(*_: object) -> None:
 
 for _operation in ("create", "write", "rename", "link", "unlink", "mkdir", "rmdir"):
     setattr(ReadOnlyDisk, _operation, _refuse)
-
-
-def _now() -> int:
-    return next(_CLOCK) * 1_000_000_000
 
 
 def _site(flushed: str) -> str:
