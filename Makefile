@@ -6,6 +6,8 @@ SHELL := /bin/bash
 ARGS ?=
 TEST_TIMEOUT_S ?= 3600
 BIN := .venv/bin
+# Else each process compiles torch, transformers and vLLM from source anew: half of its start.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-night test check lock bench clean
