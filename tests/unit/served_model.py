@@ -111,7 +111,8 @@ def export(model_dir: Path, runtime_dir: Path, device: torch.device) -> ServedMo
 
 
 def digest(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+    elements = tensor.detach().cpu().contiguous().flatten()
+    return hashlib.sha256(elements.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def _serve(connection, model_dir: Path, runtime_dir: Path, device: str) -> None:
