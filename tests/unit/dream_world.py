@@ -16,7 +16,7 @@ from apollo_ipc.curation.dream_judge import Dreamer
 from apollo_ipc.curation.dream_table import Dreams
 from apollo_ipc.curation.moments import Moments
 from apollo_ipc.curation.seeds import Seed, seed_id
-from apollo_ipc.curation.served_model import ServedModel
+from apollo_ipc.curation.served_model import Answer, ServedModel
 from apollo_ipc.curation.store import Store
 from apollo_ipc.demo.scripted_model import ScriptedModel
 from apollo_ipc.messages import JobInfo
@@ -44,19 +44,22 @@ class Clockwork:
 
 
 class Learner:
-    """Answers well once it was trained on `needs` better responses; notes what it was asked and taught."""
+    """Answers well once it was trained on `needs` better responses; notes what it was asked and taught.
+    is_cut_off: whether its answers are."""
 
     def __init__(self, clockwork: Clockwork, needs: int = 0):
         self.needs = needs
+        self.is_cut_off = False
         self.taught: list[str] = []
         self.asked: list[list[Message]] = []
         self._clockwork = clockwork
 
-    def chat(self, messages, *, max_tokens, temperature=0.0) -> Message:
+    def answer(self, messages, *, max_tokens, temperature=0.0) -> Answer:
         self._clockwork.tick()
         self.asked.append(messages)
         has_learned = len(self.taught) >= self.needs or messages[0].role == "system"
-        return Message("assistant", f"{GOOD if has_learned else 'I guess:'} {messages[-1].content[-20:]}")
+        said = f"{GOOD if has_learned else 'I guess:'} {messages[-1].content[-20:]}"
+        return Answer(Message("assistant", said), self.is_cut_off)
 
 
 class FakeTraining:

@@ -23,15 +23,17 @@ vllm:e2e_request_latency_seconds_count{engine="0"} 15.0
 class FakeVllm:
     """`with FakeVllm() as vllm:`. Its chat template is `user:TEXT|` and a newline for each turn.
 
-    logprob: of a token, whatever stands before it. content: what every chat is answered. thinks: the
-    generation prompt opens a thought, a turn without one has none. faults: statuses to answer first, one a
-    request; refuses: a text that no request may hold (400). bodies: (path, body) of all requests with one.
+    logprob: of a token, whatever stands before it. content, finish_reason: what every chat is answered, and
+    why it ends. thinks: the generation prompt opens a thought, a turn without one has none. faults: statuses
+    to answer first, one a request; refuses: a text that no request may hold (400). bodies: (path, body) of
+    all requests with one.
     No training worker stands behind it.
     """
 
     def __init__(self) -> None:
         self.logprob: Callable[[int], float] = lambda token: -token / 100
         self.content = "Hello."
+        self.finish_reason = "stop"
         self.thinks = False
         self.faults: list[int] = []
         self.refuses: str | None = None
@@ -88,7 +90,8 @@ class _Handler(BaseHTTPRequestHandler):
             said = [None, *({str(token): {"logprob": own.logprob(token)}} for token in body["prompt"][1:])]
             self._send(200, {"choices": [{"text": "", "prompt_logprobs": said}]})
         else:
-            self._send(200, {"choices": [{"message": {"content": own.content}}]})
+            choice = {"message": {"content": own.content}, "finish_reason": own.finish_reason}
+            self._send(200, {"choices": [choice]})
 
     def _fail(self, status: int, message: str) -> None:
         self._send(status, {"error": {"message": message, "param": "messages", "code": status}})

@@ -17,7 +17,7 @@ from apollo_ipc.curation import dream_bridge
 from apollo_ipc.curation.batches import StopTraining
 from apollo_ipc.curation.dream import MAX_DROPPED, dream
 from apollo_ipc.curation.dream_judge import MAX_REPEATS, is_novel
-from apollo_ipc.curation.served_model import Refused
+from apollo_ipc.curation.served_model import Answer, Refused
 from apollo_ipc.errors import NotFound, UserError
 from apollo_ipc.requests import Message
 
@@ -251,10 +251,22 @@ def test_a_refused_request_drops_a_dream_and_a_refused_key_ends_the_run(config):
 
 def test_an_empty_response_is_bad_and_needs_no_judge(config):
     with dream_world(config, dream={"num_variations": 1, "max_rounds": 1}) as world:
-        world.learner.chat = lambda messages, **options: Message("assistant", "  \n")
+        world.learner.answer = lambda messages, **options: Answer(Message("assistant", "  \n"))
         night = dream([make_seed()], world.bridge)
         assert (night.num_bad, night.seeds[0].state) == (2, "given_up")
         assert world.learner.taught[0].startswith(GOOD)
+        assert "verdict" not in {asks_for(body) for body in world.server.requests}
+
+
+def test_a_response_that_was_cut_off_is_never_a_good_one(config):
+    with dream_world(config, dream={"num_variations": 1, "max_rounds": 1}) as world:
+        world.learner.is_cut_off = True
+        night = dream([make_seed()], world.bridge)
+        assert (night.num_bad, night.seeds[0].state) == (2, "given_up")
+        assert {one.verdict.reason for one in world.dreams.list()} == {
+            "the response was cut off at dream.max_tokens"
+        }
+        assert len(world.learner.taught) == 1, "a better one, and not what breaks off"
         assert "verdict" not in {asks_for(body) for body in world.server.requests}
 
 

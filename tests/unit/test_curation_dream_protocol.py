@@ -179,6 +179,19 @@ def test_a_bad_verdict_without_a_better_response_gets_one_from_our_dreamer(confi
         assert "it guesses" in world.server.requests[-1]["messages"][-1]["content"]
 
 
+def test_a_program_cannot_call_a_response_good_that_was_cut_off(config):
+    with dream_world(config) as world:
+        world.learner.is_cut_off = True
+        verdict = {"type": "verdict", "id": "a", "good": True}
+        answers, _ = feed(
+            world, HELLO, situation("a"), verdict, {**verdict, "good": False, "better": "No."}
+        )
+        (error,) = (one for one in answers if one["type"] == "error")
+        assert (error["line"], error["field"]) == (3, "good")
+        assert "cut off at dream.max_tokens" in error["message"]
+        assert world.jobs() == [["No."]]
+
+
 def test_without_a_judge_the_program_must_judge(config):
     with dream_world(config, needs=99, judge={"enabled": False}) as world:
         bad = {"type": "verdict", "id": "a", "good": False}

@@ -36,6 +36,13 @@ def test_a_thought_before_the_answer_is_left_out(vllm):
     assert ServedModel(vllm.url).chat(QUESTION, max_tokens=5).content == "Hello."
 
 
+@pytest.mark.parametrize(("finish_reason", "is_cut_off"), [("stop", False), ("length", True)])
+def test_an_answer_that_reached_max_tokens_is_told_from_a_whole_one(vllm, finish_reason, is_cut_off):
+    vllm.finish_reason = finish_reason
+    answer = ServedModel(vllm.url).answer(QUESTION, max_tokens=5)
+    assert (answer.message.content, answer.is_cut_off) == ("Hello.", is_cut_off)
+
+
 def test_only_the_answer_up_to_its_end_of_turn_is_measured(vllm):
     found = ServedModel(vllm.url).answer_logprobs(QUESTION, Message("assistant", "Yes"))
     assert found == [-token / 100 for token in b"Yes|"]  # not the newline behind it

@@ -45,14 +45,14 @@ class Bridge:
         """
         own = self.config.dream
         try:
-            response = self.learner.chat(
+            answer = self.learner.answer(
                 asked or dream.situation, max_tokens=own.max_tokens, temperature=own.temperature
             )
         except Refused as error:
             if error.status not in OF_THIS_REQUEST:
                 raise
             raise NoAnswer(f"the server refused the situation: {error.said}") from None
-        return self.dreams.change(dream, response=response)
+        return self.dreams.change(dream, response=answer.message, is_cut_off=answer.is_cut_off)
 
     def judge(self, dream: Dream) -> Dream:
         """Raises as Dreamer does."""

@@ -145,6 +145,9 @@ class Feed:
             raise UserError("goes with a response that is not good", field="better")
         if message.good and not dream.response.content.strip():
             raise UserError("the response is empty: nothing to learn; send a better one", field="good")
+        if message.good and dream.is_cut_off:
+            reason = "the response was cut off at dream.max_tokens: not to be learned; send a better one"
+            raise UserError(reason, field="good")
         if not message.good and message.better is None and not self._bridge.config.judge.enabled:
             raise UserError("is needed: no judge is there to write it (judge.enabled)", field="better")
         self._unjudged.pop(message.id, None)

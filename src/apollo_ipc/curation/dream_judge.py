@@ -83,6 +83,8 @@ class Dreamer:
         assert dream.response is not None
         if not dream.response.content.strip():
             return Judged(False, "the response is empty", 1.0)
+        if dream.is_cut_off:  # however good it is so far, learned it would be a sentence that breaks off
+            return Judged(False, "the response was cut off at dream.max_tokens", 1.0)
         asked = prompts.judge(dream.lesson, dream.good, dream.situation, dream.response.content)
         verdict = self._ask(prompts.Verdict, asked)
         return Judged(verdict.good, verdict.reason, min(max(verdict.confidence, 0.0), 1.0))

@@ -32,7 +32,8 @@ class Judged(msgspec.Struct, frozen=True):
 
 class Dream(msgspec.Struct, frozen=True):
     """situation: without instructions, ends with the person; good: what a good response to it does; response:
-    the learner's; better: what is trained instead of a bad one; round: trainings on the seed before it.
+    the learner's; is_cut_off: it reached dream.max_tokens; better: what is trained instead of a bad one;
+    round: trainings on the seed before it.
 
     ancestors: dream ids, the oldest first; the last one is what this is a variation of. name: what the
     program that fed it calls it, None for our own.
@@ -49,6 +50,7 @@ class Dream(msgspec.Struct, frozen=True):
     name: str | None = None
     stripped: list[str] = []  # hashes of instructions that were taken out of the situation
     response: Message | None = None
+    is_cut_off: bool = False
     verdict: Judged | None = None
     better: Message | None = None
     moment_id: str | None = None

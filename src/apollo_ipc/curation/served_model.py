@@ -45,6 +45,13 @@ class Load(msgspec.Struct, frozen=True):
     num_ended: int
 
 
+class Answer(msgspec.Struct, frozen=True):
+    """is_cut_off: max_tokens came before its end."""
+
+    message: Message
+    is_cut_off: bool = False
+
+
 class ServedModel:
     """url: of an OpenAI-compatible server; model: empty for the first one that it lists.
 
@@ -92,6 +99,21 @@ class ServedModel:
         tools: list[dict[str, Any]] | None = None,
         seed: int | None = None,
     ) -> Message:
+        """The message of `answer`."""
+        return self.answer(
+            messages, max_tokens=max_tokens, temperature=temperature, schema=schema, tools=tools, seed=seed
+        ).message
+
+    def answer(
+        self,
+        messages: list[Message],
+        *,
+        max_tokens: int,
+        temperature: float = 0.0,
+        schema: dict[str, Any] | None = None,
+        tools: list[dict[str, Any]] | None = None,
+        seed: int | None = None,
+    ) -> Answer:
         """The model's next turn, without its thoughts. schema: JSON Schema that the answer must follow, by
         guided decoding."""
         body: dict[str, Any] = {
@@ -107,13 +129,15 @@ class ServedModel:
             body["tools"] = tools
         if seed is not None:
             body["seed"] = seed
-        message = self._generate("/v1/chat/completions", body)["message"]
+        choice = self._generate("/v1/chat/completions", body)
+        message = choice["message"]
         # Without a reasoning parser in the server, a thought stands before the answer.
-        return Message(
+        said = Message(
             role="assistant",
             content=(message.get("content") or "").rpartition(THOUGHT_END)[2].lstrip("\n"),
             tool_calls=message.get("tool_calls") or None,
         )
+        return Answer(said, is_cut_off=choice.get("finish_reason") == "length")
 
     def answer_logprobs(
         self, context: list[Message], answer: Message, tools: list[dict[str, Any]] | None = None
