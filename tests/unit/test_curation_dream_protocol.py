@@ -183,9 +183,7 @@ def test_a_program_cannot_call_a_response_good_that_was_cut_off(config):
     with dream_world(config) as world:
         world.learner.is_cut_off = True
         verdict = {"type": "verdict", "id": "a", "good": True}
-        answers, _ = feed(
-            world, HELLO, situation("a"), verdict, {**verdict, "good": False, "better": "No."}
-        )
+        answers, _ = feed(world, HELLO, situation("a"), verdict, {**verdict, "good": False, "better": "No."})
         (error,) = (one for one in answers if one["type"] == "error")
         assert (error["line"], error["field"]) == (3, "good")
         assert "cut off at dream.max_tokens" in error["message"]
