@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,12 +43,10 @@ NIGHT_TIMEOUT_S = 400
 class Place:
     """A model, a server, and the directory in which all of it lies."""
 
-    def __init__(self, directory: Path):
-        from apollo_ipc.demo.night_model import make_able_model
-
+    def __init__(self, directory: Path, model: Path):
         self.directory = directory
         self.port = free_port()
-        self.model_dir = make_able_model(directory / "model")
+        self.model_dir = Path(shutil.copytree(model, directory / "model"))
         corpus.write_day(directory / "day")
         self.served: Served | None = None
 
@@ -110,8 +109,8 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(short_dir):
-    place = Place(short_dir)
+def place(short_dir, able_model):
+    place = Place(short_dir, able_model)
     place.start()
     yield place
     place.stop()
@@ -133,7 +132,7 @@ def syncing_often(place: Place) -> Iterator[set[int]]:
     is_over = threading.Event()
 
     def sync() -> None:
-        while not is_over.wait(0.3):
+        while not is_over.wait(0.05):
             synced.add(place.served.post("/checkpoint", {"kind": "delta"})["weight_version"])
 
     thread = threading.Thread(target=sync)
