@@ -92,7 +92,8 @@ class NumbaBackend:
             return BlockSign(torch.from_numpy(shift_b), torch.from_numpy(sign_k), rank)
         num_pairs = (min_dim * rank + 1) // 2
         P = torch.empty(2 * num_pairs)
-        self._threads.share(kernels.normals, num_pairs, 32 * num_pairs, key1, key2, F32(rank**-0.5), P.numpy())
+        arguments = key1, key2, F32(rank**-0.5), P.numpy()
+        self._threads.share(kernels.normals, num_pairs, 32 * num_pairs, *arguments)
         return Gaussian(P[: min_dim * rank].view(min_dim, rank))
 
     def adam(self, weight: Tensor, grad: Tensor, state: State, hyper: Hyper) -> Tensor:

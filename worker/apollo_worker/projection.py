@@ -93,7 +93,7 @@ def projection(
 def block_sign(
     seed: int, name: str, refresh_index: int | Tensor, min_dim: int, rank: int, device: torch.device
 ) -> BlockSign:
-    """The lowest of a row's hashed bits is its sign; the others of a block's first row are the block's shift."""
+    """The lowest of a row's hashed bits is its sign; the others of a block's first row are its shift."""
     bits = hash_bits(min_dim, derive_seed(seed, name, SEED_OF["block_sign"]), refresh_index, device=device)
     shift_b = ((bits[::rank] >> 1) & 0x3FFFFFFF) % rank
     return BlockSign(shift_b.long(), 1.0 - 2.0 * (bits & 1).float(), rank)
