@@ -28,6 +28,7 @@ POLL_S = 0.5
 REQUEST_TIMEOUT_S = 60.0
 SYNC_TIMEOUT_S = 3600.0
 RESTORE_TIMEOUT_S = 3600.0
+PIN_WAIT_S = 900.0  # a sync of the worker's may hold the checkpoint meanwhile: minutes, for a large model
 
 
 class Training:
@@ -109,7 +110,7 @@ class Training:
         manifest = read_manifest(self._config.runtime_dir)
         if manifest is None:
             raise NotReady("no model is being served here, so its checkpoint cannot be found")
-        pin_version(Path(manifest.model_path), weight_version)
+        pin_version(Path(manifest.model_path), weight_version, lock_wait_s=PIN_WAIT_S)
 
     def close(self) -> None:
         self._http.close()
