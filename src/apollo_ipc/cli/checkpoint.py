@@ -20,7 +20,7 @@ SYNC_TIMEOUT_S = 3600.0
 app = typer.Typer(help="The model directory, which is the checkpoint.", no_args_is_help=True)
 
 ModelDir = Annotated[
-    Path | None, typer.Argument(metavar="[MODEL_DIR]", help="Default: the model that is served now.")
+    Path | None, typer.Argument(metavar="MODEL_DIR", help="Default: the model that is served now.")
 ]
 
 

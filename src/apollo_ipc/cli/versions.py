@@ -151,7 +151,7 @@ def restore(
 
 def pin(
     version: Annotated[
-        int | None, typer.Argument(metavar="[VERSION]", help="A weight version of the history.")
+        int | None, typer.Argument(metavar="VERSION", help="A weight version of the history.")
     ] = None,
     is_none: Annotated[bool, typer.Option("--none", help="Take the pin away.")] = False,
     model_dir: Directory = None,
