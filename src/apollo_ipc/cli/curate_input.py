@@ -15,7 +15,7 @@ from apollo_ipc.errors import UserError
 
 Paths = Annotated[
     list[Path] | None,
-    typer.Argument(metavar="PATH...", help="Files and directories. Default: curation.sources."),
+    typer.Argument(metavar="PATH", help="Files and directories. Default: curation.sources."),
 ]
 
 
