@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from test_history import Live, assert_same, make_model, stored
+from synced_weights import Live, assert_same, make_model, stored
 
 from apollo_ipc.checkpoint import verify
 from apollo_ipc.manifest import Manifest, start_ticks, write_manifest

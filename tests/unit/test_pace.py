@@ -17,8 +17,8 @@ from apollo_worker.pace import MAX_REST_S, MIN_REST_S, Pace
 from apollo_worker.tokenise import TokenisedExample
 from apollo_worker.trainer import Trainer
 from served_model import Exporter, make_config, make_tiny_model
-from test_recovery import Trainer as TurnedByHand
 from torch import nn
+from trainer_by_hand import Trainer as TurnedByHand
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from apollo_ipc.config import Train, load_config

@@ -9,7 +9,7 @@ import time
 
 import pytest
 from apollo_worker.post_sync import PostSyncRunner
-from test_history import Live, assert_same, make_model, state_files, stored
+from synced_weights import Live, assert_same, make_model, state_files, stored
 
 from apollo_ipc.checkpoint import read_commit, recover, verify
 from apollo_ipc.config import Checkpoint

@@ -89,20 +89,9 @@ class ServedModel:
                 self._model = models[0]["id"]
             return self._model
 
-    def chat(
-        self,
-        messages: list[Message],
-        *,
-        max_tokens: int,
-        temperature: float = 0.0,
-        schema: dict[str, Any] | None = None,
-        tools: list[dict[str, Any]] | None = None,
-        seed: int | None = None,
-    ) -> Message:
-        """The message of `answer`."""
-        return self.answer(
-            messages, max_tokens=max_tokens, temperature=temperature, schema=schema, tools=tools, seed=seed
-        ).message
+    def chat(self, messages: list[Message], *, max_tokens: int, **options: Any) -> Message:
+        """The message of `answer`, whose options these are."""
+        return self.answer(messages, max_tokens=max_tokens, **options).message
 
     def answer(
         self,

@@ -2,34 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 import time
-from pathlib import Path
 
-import pytest
 from safetensors.torch import load_file
-from served_model import Exporter, make_config
 from trainer_by_hand import Trainer, assert_same, make_versions, restore
 
 from apollo_ipc.checkpoint import read_commit, recover, verify
-from apollo_ipc.config import Config
 from apollo_ipc.messages import SyncCheckpoint
-
-
-@pytest.fixture
-def model_dir(tiny_model, tmp_path) -> Path:
-    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
-
-
-@pytest.fixture
-def config(tmp_path) -> Config:
-    return make_config(tmp_path)
-
-
-@pytest.fixture
-def served(model_dir, config):
-    with Exporter(model_dir, config.runtime_dir) as exporter:
-        yield exporter
 
 
 def test_syncs_are_deltas_until_a_full_one_is_due(served, config, monkeypatch):

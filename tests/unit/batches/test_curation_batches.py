@@ -4,37 +4,13 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from batch_fixtures import config_in, moment
-from batch_parts import opened
-from training_server import TrainingServer
+from batch_fixtures import moment
 
-from apollo_ipc.curation import lock, served_model, submission, training
 from apollo_ipc.curation.batches import Batches, NothingToTrain, StopTraining
 from apollo_ipc.curation.served_model import Refused
 from apollo_ipc.curation.training import Training
 from apollo_ipc.errors import NotFound, UserError
 from apollo_ipc.requests import Message
-
-
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch):
-    monkeypatch.setattr(training, "POLL_S", 0.005)
-    monkeypatch.setattr(served_model, "RETRY_S", 0.005)
-    monkeypatch.setattr(submission, "RETRY_S", 0.005)
-    monkeypatch.setattr(lock, "POLL_S", 0.005)
-
-
-@pytest.fixture
-def server():
-    with TrainingServer() as server:
-        yield server
-
-
-@pytest.fixture
-def parts(server, tmp_path):
-    with opened(config_in(tmp_path, server.url)) as parts:
-        yield parts
-
 
 # --- what is sent ---
 

@@ -3,37 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from apollo_worker import worker as worker_module
 from safetensors.torch import load_file
-from served_model import Exporter, make_config
 from trainer_by_hand import Killed, Trainer, assert_same, make_versions, restore, with_train
 
 from apollo_ipc.checkpoint import verify
-from apollo_ipc.config import Config
 from apollo_ipc.errors import CheckpointError, Conflict, UserError
 from apollo_ipc.messages import RestoreVersion
-
-
-@pytest.fixture
-def model_dir(tiny_model, tmp_path) -> Path:
-    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
-
-
-@pytest.fixture
-def config(tmp_path) -> Config:
-    return make_config(tmp_path)
-
-
-@pytest.fixture
-def served(model_dir, config):
-    with Exporter(model_dir, config.runtime_dir) as exporter:
-        yield exporter
-
 
 # --- older versions ---
 

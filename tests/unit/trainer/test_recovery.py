@@ -7,36 +7,16 @@ A crash is an exception that nothing handles: the process would be gone, the fil
 from __future__ import annotations
 
 import os
-import shutil
-from pathlib import Path
 
 import pytest
 from apollo_worker.marks import StepMarks
 from apollo_worker.queue import JobQueue
 from safetensors.torch import load_file
-from served_model import Exporter, make_config
+from served_model import Exporter
 from trainer_by_hand import Killed, Trainer, assert_same, kill_in_backward, with_train
 
 from apollo_ipc.checkpoint import read_commit, recover
-from apollo_ipc.config import Config
 from apollo_ipc.requests import Example, TrainRequest
-
-
-@pytest.fixture
-def model_dir(tiny_model, tmp_path) -> Path:
-    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
-
-
-@pytest.fixture
-def config(tmp_path) -> Config:
-    return make_config(tmp_path)
-
-
-@pytest.fixture
-def served(model_dir, config):
-    with Exporter(model_dir, config.runtime_dir) as exporter:
-        yield exporter
-
 
 # --- the worker is killed, vLLM serves on ---
 

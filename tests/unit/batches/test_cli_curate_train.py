@@ -11,30 +11,11 @@ import time
 import pytest
 import typer
 from batch_fixtures import add, config_in
-from training_server import TrainingServer
 
 from apollo_ipc.cli import curate_train
-from apollo_ipc.curation import lock, schedule, served_model, training
 from apollo_ipc.curation.batch_table import BatchTable
 from apollo_ipc.curation.moments import Moments
 from apollo_ipc.curation.store import Store, store_path
-
-
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch):
-    for module, name in (
-        (training, "POLL_S"),
-        (served_model, "RETRY_S"),
-        (schedule, "POLL_S"),
-        (lock, "POLL_S"),
-    ):
-        monkeypatch.setattr(module, name, 0.005)
-
-
-@pytest.fixture
-def server():
-    with TrainingServer() as server:
-        yield server
 
 
 @pytest.fixture

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -20,37 +20,11 @@ from router_harness import (
     FakeWorker,
     Server,
     error_of,
-    make_config,
     share_weights,
     wait_until,
 )
 
 from apollo_ipc.messages import SyncResult
-
-
-@pytest.fixture
-def config(monkeypatch):
-    for name in ("RUNTIME_DIR", "STATE_DIR"):
-        monkeypatch.setenv(f"APOLLO_PATHS__{name}", "")
-    for name in ("TRAIN_KEY", "MAX_BODY_BYTES", "WAIT_TIMEOUT_S"):
-        monkeypatch.setenv(f"APOLLO_HTTP__{name}", "1024")
-    monkeypatch.delenv("APOLLO_HTTP__WAIT_TIMEOUT_S")
-    config = make_config()
-    yield config
-    shutil.rmtree(config.runtime_dir.parent)
-
-
-@pytest.fixture
-def server(config):
-    with Server() as server:
-        yield server
-
-
-@pytest.fixture
-def worker(config):
-    with FakeWorker(config) as worker:
-        yield worker
-
 
 # --- the worker ---
 
@@ -227,7 +201,7 @@ def test_several_api_servers_share_one_worker(config, worker):
         "import sys; sys.path.insert(0, sys.argv[1]); import router_harness as h\n"
         "with h.Server() as server:\n  print(server.port, flush=True); sys.stdin.read()"
     )
-    command = [sys.executable, "-c", code, os.path.dirname(__file__)]
+    command = [sys.executable, "-c", code, str(Path(__file__).parent.parent)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     servers = [
         subprocess.Popen(command, **pipes, env=os.environ | {"PYTHONUNBUFFERED": "1"}) for _ in range(2)

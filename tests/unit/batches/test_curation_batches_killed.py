@@ -10,33 +10,10 @@ from pathlib import Path
 import pytest
 from batch_fixtures import NUM_MOMENTS, config_in
 from batch_parts import opened
-from training_server import TrainingServer
 
-from apollo_ipc.curation import lock, served_model, submission, training
 from apollo_ipc.curation.served_model import ModelAway
 from apollo_ipc.curation.training import Training
 from apollo_ipc.errors import NotReady
-
-
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch):
-    monkeypatch.setattr(training, "POLL_S", 0.005)
-    monkeypatch.setattr(served_model, "RETRY_S", 0.005)
-    monkeypatch.setattr(submission, "RETRY_S", 0.005)
-    monkeypatch.setattr(lock, "POLL_S", 0.005)
-
-
-@pytest.fixture
-def server():
-    with TrainingServer() as server:
-        yield server
-
-
-@pytest.fixture
-def parts(server, tmp_path):
-    with opened(config_in(tmp_path, server.url)) as parts:
-        yield parts
-
 
 # --- killed ---
 
@@ -46,7 +23,7 @@ def test_whatever_point_a_process_is_killed_at_each_moment_is_trained_once(serve
     if scenario == "refusal":
         server.refuse = "answer 1 of"
     child = subprocess.run(
-        [sys.executable, Path(__file__).with_name("batch_child.py"), tmp_path, server.url, scenario],
+        [sys.executable, Path(__file__).parent.with_name("batch_child.py"), tmp_path, server.url, scenario],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert child.returncode == 0, child.stderr

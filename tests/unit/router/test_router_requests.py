@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 import socket
 
 import pytest
@@ -13,38 +12,11 @@ from router_harness import (
     MAX_BODY_BYTES,
     ONE,
     TRAIN_KEY,
-    FakeWorker,
     Server,
     error_of,
-    make_config,
 )
 
 from apollo_ipc.errors import ConfigError
-
-
-@pytest.fixture
-def config(monkeypatch):
-    for name in ("RUNTIME_DIR", "STATE_DIR"):
-        monkeypatch.setenv(f"APOLLO_PATHS__{name}", "")
-    for name in ("TRAIN_KEY", "MAX_BODY_BYTES", "WAIT_TIMEOUT_S"):
-        monkeypatch.setenv(f"APOLLO_HTTP__{name}", "1024")
-    monkeypatch.delenv("APOLLO_HTTP__WAIT_TIMEOUT_S")
-    config = make_config()
-    yield config
-    shutil.rmtree(config.runtime_dir.parent)
-
-
-@pytest.fixture
-def server(config):
-    with Server() as server:
-        yield server
-
-
-@pytest.fixture
-def worker(config):
-    with FakeWorker(config) as worker:
-        yield worker
-
 
 ROUTES = [
     ("POST", "/train"),

@@ -9,11 +9,10 @@ from collections.abc import Callable
 import msgspec
 import pytest
 from batch_fixtures import add, config_in
-from training_server import TrainingServer
 
 from apollo_ipc.cli import curate_train
 from apollo_ipc.config import Config
-from apollo_ipc.curation import lock, schedule, served_model, training
+from apollo_ipc.curation import schedule
 from apollo_ipc.curation.idle import Idleness
 from apollo_ipc.curation.moments import Moments
 from apollo_ipc.curation.served_model import Refused, ServedModel
@@ -22,23 +21,6 @@ from apollo_ipc.curation.store import Store, store_path
 from apollo_ipc.demo.scripted_model import ScriptedModel
 from apollo_ipc.errors import UserError
 from apollo_ipc.requests import Message
-
-
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch):
-    for module, name in (
-        (training, "POLL_S"),
-        (served_model, "RETRY_S"),
-        (schedule, "POLL_S"),
-        (lock, "POLL_S"),
-    ):
-        monkeypatch.setattr(module, name, 0.005)
-
-
-@pytest.fixture
-def server():
-    with TrainingServer() as server:
-        yield server
 
 
 @pytest.fixture

@@ -14,29 +14,11 @@ import time
 import msgspec
 import pytest
 from apollo_worker.endpoint import Endpoint
-from fake_worker import end, request_of, serving, short_dir, start_service, start_worker
+from fake_worker import end, request_of, serving, start_service, start_worker
 from raw_peer import Peer
 
 from apollo_ipc import messages as m
 from apollo_ipc.errors import AlreadyRunning, ConfigError
-
-
-@pytest.fixture
-def directory():
-    with short_dir() as directory:
-        yield directory
-
-
-@pytest.fixture
-def served(directory):
-    with serving(directory) as parts:
-        yield parts
-
-
-@pytest.fixture
-def peer(served, directory):
-    with Peer(directory) as peer:
-        yield peer
 
 
 def test_a_submitted_job_is_in_the_queue_when_the_reply_comes_and_wakes_the_trainer(served, peer):

@@ -7,28 +7,10 @@ import time
 
 import pytest
 from apollo_worker.peers import MAX_WATCHES_PER_PEER
-from fake_worker import request_of, serving, short_dir
+from fake_worker import request_of
 from raw_peer import Peer
 
 from apollo_ipc import messages as m
-
-
-@pytest.fixture
-def directory():
-    with short_dir() as directory:
-        yield directory
-
-
-@pytest.fixture
-def served(directory):
-    with serving(directory) as parts:
-        yield parts
-
-
-@pytest.fixture
-def peer(served, directory):
-    with Peer(directory) as peer:
-        yield peer
 
 
 def test_a_watcher_sees_the_job_at_once_then_its_changes_then_its_end_with_the_history(served, peer):

@@ -1,0 +1,32 @@
+"""A vLLM server's routes before a worker, each of them real but for model and trainer."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from router_harness import FakeWorker, Server, make_config
+
+
+@pytest.fixture
+def config(monkeypatch):
+    for name in ("RUNTIME_DIR", "STATE_DIR"):
+        monkeypatch.setenv(f"APOLLO_PATHS__{name}", "")
+    for name in ("TRAIN_KEY", "MAX_BODY_BYTES", "WAIT_TIMEOUT_S"):
+        monkeypatch.setenv(f"APOLLO_HTTP__{name}", "1024")
+    monkeypatch.delenv("APOLLO_HTTP__WAIT_TIMEOUT_S")
+    config = make_config()
+    yield config
+    shutil.rmtree(config.runtime_dir.parent)
+
+
+@pytest.fixture
+def server(config):
+    with Server() as server:
+        yield server
+
+
+@pytest.fixture
+def worker(config):
+    with FakeWorker(config) as worker:
+        yield worker
