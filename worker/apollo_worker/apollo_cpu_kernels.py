@@ -156,7 +156,7 @@ def normals(first, end, key1, key2, sigma, P):
 
 @intrinsic
 def _signed(typing_context, x, sign):  # pyright: ignore[reportUnusedParameter]
-    """x * sign for fp32; for bf16's bits `sign` is 0x8000 or 0. Four instructions less than a product."""
+    """x * sign for fp32; for bf16's bits `sign` is 0x8000 or 0, and nothing is converted."""
 
     def generate(context, builder, signature, arguments):  # pyright: ignore[reportUnusedParameter]
         return builder.fmul(*arguments) if x == types.float32 else builder.xor(*arguments)

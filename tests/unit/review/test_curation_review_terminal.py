@@ -9,26 +9,9 @@ import sys
 import termios
 import time
 
-import pytest
-from review_moments import editor, moment, states
+from review_moments import editor, states
 
-from apollo_ipc.curation.moments import Moments
-from apollo_ipc.curation.store import Store, store_path
 from apollo_ipc.requests import Message
-
-
-@pytest.fixture
-def store(config):
-    with Store(store_path(config)) as store:
-        yield store
-
-
-@pytest.fixture
-def moments(store):
-    table = Moments(store)
-    table.add(moment(i) for i in (1, 2, 3, 4))
-    return table
-
 
 SCREEN = "import typer; from apollo_ipc.cli.curate_review import review; typer.run(review)"
 

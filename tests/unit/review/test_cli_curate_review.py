@@ -8,27 +8,12 @@ import sys
 
 import pytest
 import typer
-from review_moments import moment, states
+from review_moments import states
 from typer.testing import CliRunner
 
 from apollo_ipc.cli import curate_flag, curate_review
-from apollo_ipc.curation.moments import Moments
-from apollo_ipc.curation.store import Store, store_path
 from apollo_ipc.demo import planted
 from apollo_ipc.demo.scripted_model import ScriptedModel
-
-
-@pytest.fixture
-def store(config):
-    with Store(store_path(config)) as store:
-        yield store
-
-
-@pytest.fixture
-def moments(store):
-    table = Moments(store)
-    table.add(moment(i) for i in (1, 2, 3, 4))
-    return table
 
 
 @pytest.fixture

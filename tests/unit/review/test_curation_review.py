@@ -13,22 +13,8 @@ from apollo_ipc.curation.moments import Moments
 from apollo_ipc.curation.review import Review, approve, edited, reject
 from apollo_ipc.curation.review_screen import Keys, run
 from apollo_ipc.curation.review_view import diff, printable, view
-from apollo_ipc.curation.store import Store, store_path
 from apollo_ipc.errors import UserError
 from apollo_ipc.requests import Message
-
-
-@pytest.fixture
-def store(config):
-    with Store(store_path(config)) as store:
-        yield store
-
-
-@pytest.fixture
-def moments(store):
-    table = Moments(store)
-    table.add(moment(i) for i in (1, 2, 3, 4))
-    return table
 
 
 def test_every_key_does_what_it_says_and_at_once(store, moments, tmp_path):
