@@ -22,7 +22,7 @@ demo: setup  ## serve a small model, teach it something while it answers, show t
 	@$(BIN)/apollo-ipc demo $(ARGS)
 
 demo-night: setup  ## a whole night: a day's logs flagged, stripped, dreamt of, trained, watched, reported
-	@$(BIN)/python -m apollo_ipc.demo.night $(ARGS)
+	@$(BIN)/python -m apollo_curation.demo.night $(ARGS)
 
 test: setup  ## run the tests
 	@timeout --foreground --kill-after=60 $(TEST_TIMEOUT_S) $(BIN)/python -m pytest $(ARGS)

@@ -107,7 +107,7 @@ def default_directory() -> Path:
 class Bench:
     def __init__(self, base: Path, num_bytes: int, settle_s: float):
         import checkpoint_peers as peers
-        from apollo_worker.sync import CheckpointWriter
+        from apollo_worker.sync.writer import CheckpointWriter
         from checkpoint_model import BenchModel
 
         self.model = BenchModel(base / "model", num_bytes)
@@ -145,7 +145,7 @@ class Bench:
 
     def measure_compaction(self) -> dict[str, float]:
         """A full sync that keeps the older version, and the making of differences from whole shards."""
-        from apollo_worker.sync import CheckpointWriter
+        from apollo_worker.sync.writer import CheckpointWriter
 
         writer = CheckpointWriter(self.model.model_dir, self.model.live, num_kept=2)
         self.model.turn(self.model.names)

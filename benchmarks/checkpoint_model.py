@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from apollo_worker.apollo import Apollo
+from apollo_worker.optimizer.apollo import Apollo
 from safetensors.torch import save_file
 
 NUM_TENSORS, NUM_SHARDS = 64, 8

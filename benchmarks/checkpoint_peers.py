@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
-from apollo_worker.hostcopy import one_thread
+from apollo_worker.model.host_buffer import one_thread
 from checkpoint_model import BenchModel
 from safetensors.torch import save_file
 

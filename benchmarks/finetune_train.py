@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from apollo_torch import APOLLOAdamW
-from apollo_worker.apollo import Apollo
+from apollo_worker.optimizer.apollo import Apollo
 from small_lm import (
     StoredModel,
     cosine,

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from gpu_loop_model import RandomModel
 from gpu_loop_system import LoopFailed
 
-from apollo_ipc.serving import serves_on_cpu
+from apollo_ipc.process.serving import serves_on_cpu
 
 CPU_PROCESSES_BYTES = 5 * 10**9  # assumed: vLLM's and the worker's own memory, vLLM's KV cache of 1 GiB
 SPARE_BYTES = 10**9

@@ -21,7 +21,7 @@ from gpu_loop_mps import MpsDaemon
 from gpu_loop_system import FinishedJob, System, Training, of_jobs, random_examples
 
 from apollo_ipc.manifest import read_manifest
-from apollo_ipc.serving import prompt_logprobs, worker_environment
+from apollo_ipc.process.serving import prompt_logprobs, worker_environment
 
 TARGET_TOKENS, TARGET_STEPS, TARGET_LR = 16, 10, 1e-4
 WARM_UP_S = 5.0

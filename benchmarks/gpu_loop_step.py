@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from apollo_worker.hf_model import vocab_size_of
-from apollo_worker.live_model import load_offline
-from apollo_worker.tokenise import TokenisedExample
-from apollo_worker.trainer import Trainer
+from apollo_worker.jobs.tokenise import TokenisedExample
+from apollo_worker.model.hf_model import vocab_size_of
+from apollo_worker.model.live_model import load_offline
+from apollo_worker.step.step import Trainer
 from optimizer import Clock, bandwidth
 from torch import Tensor
 

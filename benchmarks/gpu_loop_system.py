@@ -19,7 +19,7 @@ import httpx
 from apollo_ipc.config import load_config
 from apollo_ipc.keys import train_key
 from apollo_ipc.manifest import read_manifest
-from apollo_ipc.serving import VllmServer, worker_command, worker_environment
+from apollo_ipc.process.serving import VllmServer, worker_command, worker_environment
 
 START_S = 1800.0
 _DROP = re.compile(r"weights (\d+): prefix cache dropped in ([0-9.]+) ms")  # apollo_router/cache.py

@@ -14,7 +14,7 @@ from gpu_loop_system import LoopFailed, Training, of_jobs, random_examples
 from gpu_transfer_peer import Peer, Sender, Updates
 
 from apollo_ipc.manifest import read_manifest
-from apollo_ipc.serving import worker_environment
+from apollo_ipc.process.serving import worker_environment
 
 RESTORED = 0.1  # of what training has changed the target's logprob by, so much may be left: kernels round
 

@@ -145,7 +145,7 @@ def learn(
 ) -> list[dict]:
     """A record for each phase and each kind of example in it."""
     import torch
-    from apollo_worker.apollo import Apollo
+    from apollo_worker.optimizer.apollo import Apollo
     from small_lm import StoredModel, held_out_loss, lm_loss, norm
 
     stored = StoredModel(model, start, torch.float32 if setting.storage == "fp32" else torch.bfloat16)
@@ -216,7 +216,7 @@ def facts_loss(model: torch.nn.Module, facts: list[tuple[bytes, bytes]]) -> floa
 
 def run(args: argparse.Namespace) -> dict:
     import torch
-    from apollo_worker.apollo import Apollo
+    from apollo_worker.optimizer.apollo import Apollo
     from small_lm import (
         ModelSettings,
         default_cache,

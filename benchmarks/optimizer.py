@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from apollo_ipc.serving import worker_environment
+from apollo_ipc.process.serving import worker_environment
 
 SHAPES = ("2048x2048", "1024x4096", "4096x1024", "5120x17408")
 RANKS = (1, 16, 64, 256)
@@ -128,7 +128,7 @@ def measure(shape_name: str, dtype: Any, options: argparse.Namespace) -> list[di
 def make_contestants(shape: tuple[int, ...], dtype: Any, options: argparse.Namespace) -> list[Contestant]:
     import torch
     from apollo_torch import APOLLOAdamW
-    from apollo_worker.apollo import Apollo
+    from apollo_worker.optimizer.apollo import Apollo
 
     def weight() -> Any:
         generator = torch.Generator().manual_seed(1)

@@ -22,14 +22,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from apollo_worker.queue import JobQueue
+from apollo_worker.jobs.queue import JobQueue
 from fastapi import FastAPI
 from rich.console import Console
 from rich.table import Table
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from apollo_ipc.requests import parse_train_body
+from apollo_ipc.wire.requests import parse_train_body
 
 KEY = "benchmark"
 BODY = json.dumps({"examples": [{"prompt": "What is 2 + 2?", "completion": "2 + 2 is 4."}]}).encode()
@@ -76,8 +76,8 @@ def serve() -> None:
 
 def work() -> None:
     """Prints a line when it serves; ends when stdin closes."""
-    from apollo_worker.service import Service
-    from apollo_worker.shared import Admission, Shared
+    from apollo_worker.front.server import Service
+    from apollo_worker.link.status_board import Admission, Shared
 
     from apollo_ipc.config import load_config
 

@@ -2,7 +2,7 @@
 
     python benchmarks/signals.py [--part all|first|second] [--seeds 5] [--json FILE]
 
-Each seed is a stream of 400 turns with 40 planted moments among hard negatives (apollo_ipc/demo/planted.py).
+Each seed is a stream of 400 turns with 40 planted moments among hard negatives (benchmarks/planted.py).
 A moment counts as found where kind and decision are the planted ones. `answer`: of the found ones, how many
 came with the answer that should be learned, were left to the judge though the conversation holds one, and
 came with a wrong one. Needs no model.
@@ -36,9 +36,10 @@ def main() -> None:
 
 def measure(part: str, num_seeds: int) -> dict:
     """Sums over the seeds, and precision and recall of them, by kind and of all."""
-    from apollo_ipc.curation.settings import StripRule
-    from apollo_ipc.curation.signals import flag
-    from apollo_ipc.demo import planted
+    import planted
+
+    from apollo_curation.moments.signals import flag
+    from apollo_curation.settings import StripRule
 
     rules = [StripRule(role="system"), StripRule(role="developer")]
     counts = {kind: Counter() for kind in KINDS}

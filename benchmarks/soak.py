@@ -101,8 +101,8 @@ def has_ended(jobs: list[Any], ids: set[str]) -> bool:
 def final_state(system: Any, jobs: Any, problems: list[str]) -> dict[str, Any]:
     """Syncs, stops the worker, and compares everything with everything. vLLM still runs."""
     import httpx
-    from apollo_worker.compare import compare
-    from apollo_worker.mapping import map_views, open_transport
+    from apollo_worker.model.compare import compare
+    from apollo_worker.model.mapping import map_views, open_transport
     from soak_disk import optimizer_steps
 
     from apollo_ipc.checkpoint import verify

@@ -6,12 +6,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from apollo_worker.marks import StepMarks
+from apollo_worker.trainer.step_marks import StepMarks
 from safetensors import safe_open
 
 from apollo_ipc.checkpoint import Commit, read_commit, recover, verify
 from apollo_ipc.errors import CheckpointError
-from apollo_ipc.messages import JobInfo
+from apollo_ipc.wire.messages import JobInfo
 
 
 def copy_problems(model_dir: Path) -> list[str]:

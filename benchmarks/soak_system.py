@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from apollo_worker.queue_reader import QueueReader
+from apollo_worker.jobs.queue_reader import QueueReader
 
-from apollo_ipc.client import call
 from apollo_ipc.config import load_config
 from apollo_ipc.errors import ApolloError
 from apollo_ipc.keys import train_key
-from apollo_ipc.messages import JobInfo, SyncCheckpoint, SyncKind
-from apollo_ipc.serving import VllmServer, worker_command, worker_environment
+from apollo_ipc.process.serving import VllmServer, worker_command, worker_environment
+from apollo_ipc.wire.client import call
+from apollo_ipc.wire.messages import JobInfo, SyncCheckpoint, SyncKind
 
 START_S = 300.0
 # Syncs so often that a kill meets one now and then even unasked; both kinds; older versions beside them.

@@ -6,7 +6,7 @@ import asyncio
 
 from starlette.requests import Request
 
-from apollo_ipc.requests import TrainRequest, parse_train_body
+from apollo_ipc.wire.requests import TrainRequest, parse_train_body
 from apollo_router.errors import HttpError
 
 BODY_TIMEOUT_S = 120.0  # 32 MiB at 2.3 Mbit/s

@@ -10,10 +10,10 @@ from typing import TypeVar
 from fastapi import FastAPI
 from starlette.requests import ClientDisconnect, Request
 
-from apollo_ipc.client import WorkerClient
 from apollo_ipc.config import Config
 from apollo_ipc.errors import NotReady
 from apollo_ipc.keys import train_key
+from apollo_ipc.wire.client import WorkerClient
 from apollo_router import metrics
 from apollo_router.cache import CacheDropper
 from apollo_router.log import logger

@@ -9,8 +9,8 @@ from msgspec import Meta
 from starlette.requests import Request
 
 from apollo_ipc.errors import UserError
-from apollo_ipc.messages import JobState
-from apollo_ipc.requests import explain
+from apollo_ipc.wire.messages import JobState
+from apollo_ipc.wire.requests import explain
 
 MAX_KEY_CHARS = 255
 

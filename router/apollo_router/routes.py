@@ -16,9 +16,9 @@ from fastapi import APIRouter, FastAPI
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from apollo_ipc import messages
 from apollo_ipc.errors import NotReady
-from apollo_ipc.requests import SyncBody, convert, parse_json
+from apollo_ipc.wire import messages
+from apollo_ipc.wire.requests import SyncBody, convert, parse_json
 from apollo_router.auth import KeyedRoute
 from apollo_router.body import read_body, read_train_request
 from apollo_router.errors import ErrorRoute, HttpError, error_response, json_response

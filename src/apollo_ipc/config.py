@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from apollo_ipc.curation.settings import (
+from apollo_curation.settings import (
     Curation,
     DirectTier,
     Dream,
@@ -25,7 +25,7 @@ from apollo_ipc.curation.settings import (
     check_strip_rules,
 )
 from apollo_ipc.errors import ConfigError, UserError
-from apollo_ipc.requests import convert
+from apollo_ipc.wire.requests import convert
 
 DEFAULT_RANK = 64  # APOLLO's projection rank: the one place where it is written
 ENV_PREFIX = "APOLLO_"
@@ -89,7 +89,7 @@ class Worker(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     num_threads: Annotated[int, Meta(ge=0)] = 0  # 0: as many as cores
     idle_priority: bool = True  # CPU: training threads run only when serving leaves time (SCHED_IDLE)
-    # Seconds of rest between decoder layers for each second of computing (apollo_worker.pace); 0: none.
+    # Seconds of rest between decoder layers for each second of computing (apollo_worker.step.pace); 0: none.
     pace: Annotated[float, Meta(ge=0, le=100)] = 0.0
     max_queued_jobs: Annotated[int, Meta(ge=1)] = 10_000
     verify_checkpoint: bool = True  # compare views with the checkpoint at the first attach to a vLLM

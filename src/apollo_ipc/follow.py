@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from apollo_ipc.messages import CacheDropped, Heartbeat
+from apollo_ipc.wire.messages import CacheDropped, Heartbeat
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""What `apollo-ipc plan` says: made by apollo_worker.plan, shown by the command line."""
+"""What `apollo-ipc plan` says: made by apollo_worker.commands.memory_plan, shown by the command line."""
 
 from __future__ import annotations
 

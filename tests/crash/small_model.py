@@ -102,7 +102,7 @@ def make_model(model_dir: Path) -> Path:
 
 
 def sync(model_dir: Path, version: int, kind: str, *, num_kept: int = 0, disk: Disk) -> Commit:
-    """As the worker does it (apollo_worker.sync_thread), with whole tensors in memory."""
+    """As the worker does it (apollo_worker.sync.sync_task), with whole tensors in memory."""
     new = known(version).tensors()
     with begin(model_dir, disk=disk, lock_wait_s=0.0) as transaction:
         shards = read_shards(model_dir)

@@ -25,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 from served_model import digest
 from apollo_ipc.manifest import read_manifest
-from apollo_worker.live_model import attach
+from apollo_worker.model.live_model import attach
 live = attach(read_manifest(Path(sys.argv[1])), verify=sys.argv[2] == "verify")
 found = {name: digest(tensor) for name, tensor in live.trained_tensors().items()}
 with torch.no_grad():
@@ -92,9 +92,9 @@ sys.path.insert(0, sys.argv[2])
 from served_model import digest
 from apollo_ipc.config import Train
 from apollo_ipc.manifest import read_manifest
-from apollo_worker.live_model import attach
-from apollo_worker.tokenise import TokenisedExample
-from apollo_worker.trainer import Trainer, VllmDied
+from apollo_worker.model.live_model import attach
+from apollo_worker.jobs.tokenise import TokenisedExample
+from apollo_worker.step.step import Trainer, VllmDied
 live = attach(read_manifest(Path(sys.argv[1])), verify=True)
 trainer = Trainer(live, Train())
 example = TokenisedExample([256, 72, 105, 33, 258], [False, False, True, True, True])

@@ -37,7 +37,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from served_model import digest
 from apollo_ipc.manifest import read_manifest
-from apollo_worker.live_model import attach
+from apollo_worker.model.live_model import attach
 
 def attached():
     return attach(read_manifest(Path(sys.argv[1])), verify=False)
@@ -177,7 +177,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from served_model import digest
 from apollo_ipc.manifest import read_manifest
-from apollo_worker.mapping import map_views, open_transport
+from apollo_worker.model.mapping import map_views, open_transport
 manifest = read_manifest(Path(sys.argv[1]))
 transport = open_transport(manifest)
 views = map_views(manifest, transport)

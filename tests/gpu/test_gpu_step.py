@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from apollo_worker.apollo import Apollo
-from apollo_worker.rounding import hash_bits, stochastic_round
+from apollo_worker.optimizer.apollo import Apollo
+from apollo_worker.optimizer.rounding import hash_bits, stochastic_round
 
 SHAPES = {"wide": (128, 512), "tall": (512, 128), "norm": (256,), "small": (8, 64)}
 

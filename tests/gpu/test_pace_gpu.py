@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from apollo_worker.live_model import load_offline
-from apollo_worker.pace import Pace
-from apollo_worker.tokenise import TokenisedExample
-from apollo_worker.trainer import Trainer
+from apollo_worker.jobs.tokenise import TokenisedExample
+from apollo_worker.model.live_model import load_offline
+from apollo_worker.step.pace import Pace
+from apollo_worker.step.step import Trainer
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 

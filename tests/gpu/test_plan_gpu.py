@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from apollo_worker.live_model import load_offline
-from apollo_worker.plan import Request, plan
-from apollo_worker.tokenise import TokenisedExample
-from apollo_worker.trainer import Trainer
+from apollo_worker.commands.memory_plan import Request, plan
+from apollo_worker.jobs.tokenise import TokenisedExample
+from apollo_worker.model.live_model import load_offline
+from apollo_worker.step.step import Trainer
 
 from apollo_ipc.config import Train
 from apollo_ipc.demo.models import make_model

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from apollo_worker.apollo_backend import choose_backend
-from apollo_worker.apollo_update import TorchBackend
-from apollo_worker.projection import Draw, block_sign, projection
-from apollo_worker.rounding import hash_bits
+from apollo_worker.optimizer.backend import choose_backend
+from apollo_worker.optimizer.projection import Draw, block_sign, projection
+from apollo_worker.optimizer.rounding import hash_bits
+from apollo_worker.optimizer.update import TorchBackend
 from triton_twins import (
     BIG_SEED,
     ROUNDINGS,
@@ -100,8 +100,8 @@ def test_a_step_is_repeated_bit_for_bit() -> None:
 
 @pytest.mark.parametrize("k", [33, 5120])
 def test_projections_and_random_bits_are_those_of_the_cpu(k: int) -> None:
-    from apollo_worker import triton_kernels
-    from apollo_worker.apollo_triton import _halves
+    from apollo_worker.optimizer import gpu_kernels as triton_kernels
+    from apollo_worker.optimizer.gpu import _halves
 
     seed, arguments = BIG_SEED, (BIG_SEED, "w", torch.tensor(3), k, 64, torch.device("cpu"))
     bits = torch.empty(5000, dtype=torch.int32, device=CUDA)

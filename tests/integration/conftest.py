@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from apollo_ipc.serving import die_with_parent
+from apollo_ipc.process.serving import die_with_parent
 
 MAKE_ABLE_MODEL = """
 import sys
 from pathlib import Path
-from apollo_ipc.demo.night_model import make_able_model
+from apollo_curation.demo.night_model import make_able_model
 make_able_model(Path(sys.argv[1]))
 """
 being_made: dict[Path, subprocess.Popen[bytes]] = {}

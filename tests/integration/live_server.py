@@ -18,7 +18,7 @@ import pytest
 from apollo_ipc.config import load_config
 from apollo_ipc.keys import train_key
 from apollo_ipc.manifest import Manifest, read_manifest
-from apollo_ipc.serving import VllmServer, prompt_logprobs, worker_command, worker_environment
+from apollo_ipc.process.serving import VllmServer, prompt_logprobs, worker_command, worker_environment
 
 WAIT_S = 120.0
 

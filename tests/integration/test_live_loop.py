@@ -38,7 +38,7 @@ def read_live_weights(runtime_dir: Path) -> dict[str, torch.Tensor]:
         "import sys, torch\n"
         "from pathlib import Path\n"
         "from apollo_ipc.manifest import read_manifest\n"
-        "from apollo_worker.mapping import map_views, open_transport\n"
+        "from apollo_worker.model.mapping import map_views, open_transport\n"
         "from safetensors.torch import save_file\n"
         "manifest = read_manifest(Path(sys.argv[1]))\n"
         "views = map_views(manifest, open_transport(manifest))\n"
@@ -354,7 +354,7 @@ def test_weights_that_were_made_nan_by_hand_fail_the_job_and_refuse_the_sync(liv
     wait_for(lambda: live.status()["progress"]["activity"] == "idle", "the end of what the tests before sent")
     live.post("/checkpoint", {})
     version = live.status()["durable_version"]
-    from apollo_worker.mapping import map_views, open_transport
+    from apollo_worker.model.mapping import map_views, open_transport
 
     views = map_views(live.manifest, open_transport(live.manifest))
     name = "model.layers.0.mlp.down_proj.weight"

@@ -19,21 +19,21 @@ import httpx
 import pytest
 from live_server import wait_for
 
+from apollo_curation.chat_client import ServedModel
+from apollo_curation.demo import night as demo
+from apollo_curation.demo import night_corpus as corpus
+from apollo_curation.demo.scripted_model import ScriptedModel
+from apollo_curation.moments.judge import judge, unjudged
+from apollo_curation.moments.moments import Moment, Moments
+from apollo_curation.settings import Judge
+from apollo_curation.store import Store
+from apollo_curation.training.batches import BatchTable
 from apollo_ipc import checkpoint
 from apollo_ipc.checkpoint import history as versions
 from apollo_ipc.config import Checkpoint
-from apollo_ipc.curation.batches import BatchTable
-from apollo_ipc.curation.judge import judge, unjudged
-from apollo_ipc.curation.moments import Moment, Moments
-from apollo_ipc.curation.served_model import ServedModel
-from apollo_ipc.curation.settings import Judge
-from apollo_ipc.curation.store import Store
-from apollo_ipc.demo import night as demo
-from apollo_ipc.demo import night_corpus as corpus
 from apollo_ipc.demo.__main__ import Served
-from apollo_ipc.demo.scripted_model import ScriptedModel
-from apollo_ipc.requests import Message
-from apollo_ipc.serving import free_port
+from apollo_ipc.process.serving import free_port
+from apollo_ipc.wire.requests import Message
 
 pytestmark = pytest.mark.vllm
 
@@ -185,7 +185,7 @@ def test_a_second_night_reads_and_trains_nothing_again(place):
 
 def test_the_tiny_model_as_its_own_judge_answers_json_or_is_dropped_and_counted(place, tmp_path):
     """What a capable judge adds cannot be shown with it; that guided decoding works can."""
-    from apollo_ipc.curation.conversation import Source
+    from apollo_curation.logs.conversation import Source
 
     with Store(tmp_path / "curation.sqlite") as store:
         moments = Moments(store)

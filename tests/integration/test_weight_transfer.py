@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from apollo_ipc.serving import serves_on_cpu
+from apollo_ipc.process.serving import serves_on_cpu
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 HERE = Path(__file__).parent

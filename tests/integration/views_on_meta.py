@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from apollo_router.views import derive_views, record_loading
-from apollo_worker.hf_model import build_model, checkpoint_names, parameter_names
+from apollo_worker.model.hf_model import build_model, checkpoint_names, parameter_names
 from vllm.config import set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
 from vllm.engine.arg_utils import EngineArgs

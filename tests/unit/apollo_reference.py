@@ -3,8 +3,8 @@
 import math
 
 import torch
-from apollo_worker.apollo import LIMITER_FLOOR
-from apollo_worker.projection import projection
+from apollo_worker.optimizer.apollo import LIMITER_FLOOR
+from apollo_worker.optimizer.projection import projection
 
 torch.set_num_threads(2)
 CPU = torch.device("cpu")

@@ -18,11 +18,12 @@ from pathlib import Path
 
 import batch_fixtures as fixtures
 
-from apollo_ipc.curation import served_model, training
-from apollo_ipc.curation.batches import Batches, StopTraining
-from apollo_ipc.curation.moments import Moments
-from apollo_ipc.curation.store import Store, store_path
-from apollo_ipc.curation.training import Training
+from apollo_curation import chat_client as served_model
+from apollo_curation import train_client as training
+from apollo_curation.moments.moments import Moments
+from apollo_curation.store import Store, store_path
+from apollo_curation.train_client import Training
+from apollo_curation.training.batches import Batches, StopTraining
 
 FIRST_KILL = 25  # the request has been sent
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from apollo_curation.logs.conversation import Source
+from apollo_curation.moments.moments import Moment, Moments
+from apollo_curation.settings import Curation
+from apollo_curation.store import Store, store_path
 from apollo_ipc.config import Config, Http, Paths
-from apollo_ipc.curation.conversation import Source
-from apollo_ipc.curation.moments import Moment, Moments
-from apollo_ipc.curation.settings import Curation
-from apollo_ipc.curation.store import Store, store_path
-from apollo_ipc.requests import Message
+from apollo_ipc.wire.requests import Message
 
 NUM_MOMENTS = 3
 

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 from batch_fixtures import moment
 
+from apollo_curation.moments.moments import Moment, Moments
+from apollo_curation.store import Store, store_path
+from apollo_curation.train_client import Training
+from apollo_curation.training.batches import Batches
 from apollo_ipc.config import Config
-from apollo_ipc.curation.batches import Batches
-from apollo_ipc.curation.moments import Moment, Moments
-from apollo_ipc.curation.store import Store, store_path
-from apollo_ipc.curation.training import Training
 
 
 class Parts(NamedTuple):

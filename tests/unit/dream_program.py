@@ -1,4 +1,4 @@
-"""An example of a dream program of one's own: it talks the protocol of apollo_ipc/curation/dream_protocol.py
+"""An example of a dream program of one's own: it talks the protocol of apollo_curation/dreams/protocol.py
 on standard input and output, and needs nothing of this project.
 
 It has one lesson ("look things up"), its own judge (a word), and goes on until two new situations in a row

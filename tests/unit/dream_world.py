@@ -9,18 +9,18 @@ from contextlib import contextmanager
 
 import msgspec
 
-from apollo_ipc.curation.batches import Batches
-from apollo_ipc.curation.conversation import Source
-from apollo_ipc.curation.dream_bridge import Bridge
-from apollo_ipc.curation.dream_judge import Dreamer
-from apollo_ipc.curation.dream_table import Dreams
-from apollo_ipc.curation.moments import Moments
-from apollo_ipc.curation.seeds import Seed, seed_id
-from apollo_ipc.curation.served_model import Answer, ServedModel
-from apollo_ipc.curation.store import Store
-from apollo_ipc.demo.scripted_model import ScriptedModel
-from apollo_ipc.messages import JobInfo
-from apollo_ipc.requests import Message
+from apollo_curation.chat_client import Answer, ServedModel
+from apollo_curation.demo.scripted_model import ScriptedModel
+from apollo_curation.dreams.bridge import Bridge
+from apollo_curation.dreams.judge import Dreamer
+from apollo_curation.dreams.seeds import Seed, seed_id
+from apollo_curation.dreams.table import Dreams
+from apollo_curation.logs.conversation import Source
+from apollo_curation.moments.moments import Moments
+from apollo_curation.store import Store
+from apollo_curation.training.batches import Batches
+from apollo_ipc.wire.messages import JobInfo
+from apollo_ipc.wire.requests import Message
 
 GOOD = "I looked it up first:"
 LESSON = "Look things up before you answer."

@@ -9,8 +9,8 @@ from pathlib import Path
 
 sys.modules["torch"] = None
 
-from apollo_worker import trainer_child
-from apollo_worker.front import Front
+from apollo_worker.front import trainer_process as trainer_child
+from apollo_worker.front.front import Front
 from apollo_worker.roles import log_as
 
 from apollo_ipc.config import load_config

@@ -15,11 +15,11 @@ import sys
 import time
 from pathlib import Path
 
-from apollo_worker import training_process
-from apollo_worker.link import ModelFacts
-from apollo_worker.queue import JobQueue
+from apollo_worker.jobs.queue import JobQueue
+from apollo_worker.link.link import ModelFacts
+from apollo_worker.trainer import __main__ as training_process
 
-from apollo_ipc.messages import SyncResult
+from apollo_ipc.wire.messages import SyncResult
 
 CRASH, HANG, NORMAL = 66, 77, 1  # the first context id says what the job does
 

@@ -18,13 +18,13 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from apollo_worker.queue import JobQueue
-from apollo_worker.service import Service
-from apollo_worker.shared import Admission, Shared
+from apollo_worker.front.server import Service
+from apollo_worker.jobs.queue import JobQueue
+from apollo_worker.link.status_board import Admission, Shared
 
 from apollo_ipc.config import load_config
 from apollo_ipc.errors import UserError
-from apollo_ipc.requests import Example, TrainRequest
+from apollo_ipc.wire.requests import Example, TrainRequest
 
 
 def request_of(text="hello", num=1):
@@ -103,7 +103,7 @@ def main(directory, step_s):
     while not shared.stopping.is_set():
         if (job := queue.take()) is None:
             shared.show("idle")
-            shared.wake.wait(0.1)  # a signal wakes nobody: `wake` has a lock (see apollo_ipc.flag)
+            shared.wake.wait(0.1)  # a signal wakes nobody: `wake` has a lock (see apollo_ipc.process.flag)
             shared.wake.clear()
             continue
         train(job.info, step_s, shared, queue, service)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from apollo_ipc.curation.conversation import Broken, Conversation, find_problem
-from apollo_ipc.curation.readers import read
-from apollo_ipc.curation.settings import StripRule
-from apollo_ipc.curation.strip import pruner
-from apollo_ipc.requests import Message
+from apollo_curation.logs.conversation import Broken, Conversation, find_problem
+from apollo_curation.logs.readers import read
+from apollo_curation.logs.strip import pruner
+from apollo_curation.settings import StripRule
+from apollo_ipc.wire.requests import Message
 
 LIMIT = 1 << 20
 CHAT = {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}

@@ -7,16 +7,16 @@ from contextlib import contextmanager
 
 import msgspec
 
+from apollo_curation.chat_client import ModelAway
+from apollo_curation.logs.conversation import Source
+from apollo_curation.moments.moments import Moment, Moments
+from apollo_curation.quality.history import History
+from apollo_curation.quality.monitor import Monitor
+from apollo_curation.store import Store
+from apollo_curation.training.batches import Batches
 from apollo_ipc.config import Config, Curation, Paths, Quality
-from apollo_ipc.curation.batches import Batches
-from apollo_ipc.curation.conversation import Source
-from apollo_ipc.curation.moments import Moment, Moments
-from apollo_ipc.curation.quality.history import History
-from apollo_ipc.curation.quality.monitor import Monitor
-from apollo_ipc.curation.served_model import ModelAway
-from apollo_ipc.curation.store import Store
-from apollo_ipc.messages import ENDED_STATES, JobInfo, RestoreResult, SyncResult
-from apollo_ipc.requests import Message
+from apollo_ipc.wire.messages import ENDED_STATES, JobInfo, RestoreResult, SyncResult
+from apollo_ipc.wire.requests import Message
 
 CANARIES = """
 [[canary]]

@@ -7,7 +7,7 @@ import time
 
 import zmq
 
-from apollo_ipc import messages as m
+from apollo_ipc.wire import messages as m
 
 
 class Peer:

@@ -7,10 +7,10 @@ import sys
 
 from rich.console import Console
 
-from apollo_ipc.curation.conversation import Source
-from apollo_ipc.curation.moments import Moment
-from apollo_ipc.curation.review_screen import Keys, run
-from apollo_ipc.requests import Message
+from apollo_curation.logs.conversation import Source
+from apollo_curation.moments.moments import Moment
+from apollo_curation.moments.review_screen import Keys, run
+from apollo_ipc.wire.requests import Message
 
 WRONG, RIGHT = Message("assistant", "It is 41."), Message("assistant", "It is 42.")
 FUNCTION = {"name": "ls", "arguments": '{"p": 1}'}

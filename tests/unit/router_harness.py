@@ -14,14 +14,14 @@ from types import SimpleNamespace
 import httpx
 import uvicorn
 from apollo_router.plugin import ApolloEndpoints
-from apollo_worker.queue import JobQueue
-from apollo_worker.service import Service
-from apollo_worker.shared import Admission, Shared
+from apollo_worker.front.server import Service
+from apollo_worker.jobs.queue import JobQueue
+from apollo_worker.link.status_board import Admission, Shared
 from fastapi import FastAPI
 
 from apollo_ipc.config import Config, load_config
 from apollo_ipc.manifest import MANIFEST_FORMAT, Manifest, start_ticks, write_manifest
-from apollo_ipc.messages import SyncResult
+from apollo_ipc.wire.messages import SyncResult
 
 TRAIN_KEY = "train-key-of-the-tests"
 INFERENCE_KEY = "inference-key-of-the-tests"

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import zmq
 import zmq.asyncio
 
-from apollo_ipc import messages as m
+from apollo_ipc.wire import messages as m
 
 
 async def until(condition, timeout_s=5.0):

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import torch
-from apollo_worker.optimizer_file import read_optimizer
-from apollo_worker.sync import CheckpointWriter
+from apollo_worker.sync.optimizer_file import read_optimizer
+from apollo_worker.sync.writer import CheckpointWriter
 from safetensors.torch import load_file, save_file
 
 from apollo_ipc.checkpoint import history as versions

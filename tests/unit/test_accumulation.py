@@ -8,16 +8,16 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from apollo_worker.job_run import Plan, plan
-from apollo_worker.live_model import load_offline
-from apollo_worker.queue import JobQueue
-from apollo_worker.tokenise import TokenisedExample
-from apollo_worker.trainer import StepResult, Trainer
+from apollo_worker.jobs.job_plan import Plan, plan
+from apollo_worker.jobs.queue import JobQueue
+from apollo_worker.jobs.tokenise import TokenisedExample
+from apollo_worker.model.live_model import load_offline
+from apollo_worker.step.step import StepResult, Trainer
 
 from apollo_ipc.config import Train
 from apollo_ipc.demo.models import make_model
 from apollo_ipc.errors import UserError
-from apollo_ipc.requests import Example, TrainOptions, TrainRequest, parse_train_body
+from apollo_ipc.wire.requests import Example, TrainOptions, TrainRequest, parse_train_body
 
 # fp32 and nearest: what is compared is the gradient, not the noise of rounding.
 OPTIONS = Train(rank=8, rounding="nearest", lr=1e-3)
@@ -139,7 +139,7 @@ def test_the_cost_is_told_and_refused_where_a_gpu_has_no_room(model_dir, monkeyp
     in_gb = f"{sum(p.nbytes for p in trainer.live.model.parameters()) / 1e9:.3g} GB more"
     assert note == f"gradient accumulation over 4 examples keeps all gradients: {in_gb}"
     monkeypatch.setattr(type(trainer.live), "device", torch.device("cuda"))
-    monkeypatch.setattr("apollo_worker.trainer.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("apollo_worker.step.step.free_bytes", lambda device: 1000)
     with pytest.raises(UserError, match="leave accumulate_steps at 1") as refused:
         trainer.prepare_accumulation(4)
     assert refused.value.code == "not_enough_memory"

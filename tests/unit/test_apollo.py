@@ -21,9 +21,9 @@ from apollo_reference import (
 )
 from apollo_torch import APOLLOAdamW
 from apollo_torch.random_projector import GradientProjector
-from apollo_worker import apollo_cpu
-from apollo_worker.apollo import LIMITER_FLOOR, Apollo
-from apollo_worker.projection import projection
+from apollo_worker.optimizer import cpu as apollo_cpu
+from apollo_worker.optimizer.apollo import LIMITER_FLOOR, Apollo
+from apollo_worker.optimizer.projection import projection
 
 from apollo_ipc.config import DEFAULT_RANK
 from apollo_ipc.errors import UserError
@@ -47,7 +47,7 @@ def test_the_optimizer_is_the_design_formula_in_both_orientations(shape, rank, w
 
 
 def test_a_large_parameter_is_the_formula_too_when_it_is_worked_on_in_blocks(monkeypatch):
-    monkeypatch.setattr("apollo_worker.apollo_update._BLOCK_ELEMENTS", {"cpu": 100})
+    monkeypatch.setattr("apollo_worker.optimizer.update._BLOCK_ELEMENTS", {"cpu": 100})
     for shape in [(24, 48), (48, 24)]:
         grads = [randn(*shape, seed=i) for i in range(3)]
         start, param = parameter(*shape).data.clone(), parameter(*shape)
@@ -58,7 +58,7 @@ def test_a_large_parameter_is_the_formula_too_when_it_is_worked_on_in_blocks(mon
 def test_blocks_do_not_change_what_stochastic_rounding_draws(monkeypatch):
     results = []
     for elements in (100, 2**18):
-        monkeypatch.setattr("apollo_worker.apollo_update._BLOCK_ELEMENTS", {"cpu": elements})
+        monkeypatch.setattr("apollo_worker.optimizer.update._BLOCK_ELEMENTS", {"cpu": elements})
         param = parameter(7, 33, dtype=torch.bfloat16)  # 231 elements in rows of 33: odd offsets
         optimizer = Apollo([("w", param)], lr=1e-3, rank=100, backend="torch")
         run(optimizer, param, [randn(7, 33, seed=i) for i in range(3)])

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import torch
-from apollo_worker import apollo_cpu
-from apollo_worker.apollo import Apollo
-from apollo_worker.apollo_backend import choose_backend
-from apollo_worker.apollo_update import TorchBackend
-from apollo_worker.projection import Draw, block_sign, dense
+from apollo_worker.optimizer import cpu as apollo_cpu
+from apollo_worker.optimizer.apollo import Apollo
+from apollo_worker.optimizer.backend import choose_backend
+from apollo_worker.optimizer.projection import Draw, block_sign, dense
+from apollo_worker.optimizer.update import TorchBackend
 
 from apollo_ipc.errors import UserError
 
@@ -97,7 +97,7 @@ def test_what_is_written_is_bit_identical_given_the_same_scales(rounding, shape,
     backend = numba_backend.__class__
     ones = lambda self, norm_R2, *_, **__: (np.ones(len(norm_R2), np.float32), 1.0)  # noqa: E731
     monkeypatch.setattr(backend, "_scale", ones)
-    monkeypatch.setattr("apollo_worker.apollo_update.channel_scales", lambda R, *_: torch.ones(len(R), 1))
+    monkeypatch.setattr("apollo_worker.optimizer.update.channel_scales", lambda R, *_: torch.ones(len(R), 1))
     for i in range(3):
         grad = randn(*shape, seed=i)
         step(a, plain, grad)
@@ -136,7 +136,7 @@ def test_what_is_not_finite_changes_nothing(bad, projection_kind, shape):
 def test_threads_share_a_large_parameter_and_change_nothing(monkeypatch):
     results = []
     for least in (2**30, 1000):
-        monkeypatch.setattr("apollo_worker.apollo_cpu._MIN_PART_ELEMENTS", least)
+        monkeypatch.setattr("apollo_worker.optimizer.cpu._MIN_PART_ELEMENTS", least)
         for kind in ("gaussian", "block_sign"):
             param = torch.nn.Parameter(randn(300, 700).bfloat16())
             optimizer = Apollo([("w", param)], lr=1e-3, rank=16, projection=kind, backend="numba")
@@ -256,8 +256,8 @@ def test_the_guard_keeps_the_step_of_a_vanished_gradient_small(backend):
 WARM_UP = """
 import itertools
 import torch
-from apollo_worker import apollo_cpu_kernels as kernels
-from apollo_worker.apollo import Apollo
+from apollo_worker.optimizer import cpu_kernels as kernels
+from apollo_worker.optimizer.apollo import Apollo
 
 dispatchers = {**vars(kernels), **{f"write_{n}": kernel for n, kernel in kernels.WRITE_BF16.items()}}
 dispatchers = {name: d for name, d in dispatchers.items() if hasattr(d, "signatures")}
@@ -295,7 +295,7 @@ def test_a_warm_up_compiles_every_kernel_of_a_step_and_changes_nothing():
 
 
 def test_without_numba_the_plain_update_runs_and_says_so(monkeypatch, caplog):
-    monkeypatch.setitem(__import__("sys").modules, "apollo_worker.apollo_cpu", None)
+    monkeypatch.setitem(__import__("sys").modules, "apollo_worker.optimizer.cpu", None)
     assert isinstance(choose_backend("cpu"), TorchBackend)
     assert "slow" in caplog.text
     with pytest.raises(ImportError):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from apollo_reference import identical, parameter, randn, run, snapshot
-from apollo_worker.apollo import Apollo
+from apollo_worker.optimizer.apollo import Apollo
 
 from apollo_ipc.errors import CheckpointError, UserError
 
@@ -101,7 +101,7 @@ def test_another_refresh_interval_or_projection_keeps_the_moments_and_goes_on():
 def test_another_rank_is_refused_by_name_and_a_trainer_starts_anew_with_a_warning(caplog):
     from types import SimpleNamespace
 
-    from apollo_worker import attachment
+    from apollo_worker.trainer import attachment
 
     param = parameter(32, 48)
     saved = Apollo([("w", param)], lr=1e-3, rank=8)

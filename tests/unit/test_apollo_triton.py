@@ -17,11 +17,11 @@ import sys
 
 import pytest
 import torch
-from apollo_worker import apollo_update
-from apollo_worker.apollo_backend import choose_backend, why_nothing_compiles
-from apollo_worker.apollo_update import TorchBackend
-from apollo_worker.projection import Draw, block_sign, projection
-from apollo_worker.rounding import hash_bits
+from apollo_worker.optimizer import update as apollo_update
+from apollo_worker.optimizer.backend import choose_backend, why_nothing_compiles
+from apollo_worker.optimizer.projection import Draw, block_sign, projection
+from apollo_worker.optimizer.rounding import hash_bits
+from apollo_worker.optimizer.update import TorchBackend
 from triton_twins import (
     BIG_SEED,
     ROUNDINGS,
@@ -142,7 +142,7 @@ def check_that_the_sample_of_cases_has_every_choice():
 @pytest.mark.parametrize("shape", [(24, 48), (70, 33)])
 def check_what_is_written_is_the_references_bit_for_bit(shape, dtype, rounding):
     """With a given scale and without weight decay no sum is involved. fp32 weights here have bf16's grid."""
-    from apollo_worker.apollo_triton import _write_weight
+    from apollo_worker.optimizer.gpu import _write_weight
 
     weight = randn(*shape, scale=0.02).bfloat16().to(dtype)
     grad, scale_c = randn(*shape, seed=1).to(dtype), randn(max(shape), seed=2).abs() + 0.5
@@ -171,8 +171,8 @@ def check_what_is_written_is_the_references_bit_for_bit(shape, dtype, rounding):
 
 @pytest.mark.parametrize("step_", [0, 1, 199, 2**31 + 5])
 def check_the_random_bits_are_those_of_rounding(step_):
-    from apollo_worker import triton_kernels
-    from apollo_worker.apollo_triton import _halves
+    from apollo_worker.optimizer import gpu_kernels as triton_kernels
+    from apollo_worker.optimizer.gpu import _halves
 
     for seed in (0, 1, BIG_SEED, 2**32 - 1):
         bits = torch.empty(1000, dtype=torch.int32)

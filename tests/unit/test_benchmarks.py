@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from apollo_ipc.checkpoint import Commit
-from apollo_ipc.messages import JobInfo
+from apollo_ipc.wire.messages import JobInfo
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TOY = ["--layers", "2", "--pretrain-steps", "2", "--eval-windows", "2", "--seeds", "1"]

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from apollo_worker.optimizer_file import read_optimizer
+from apollo_worker.sync.optimizer_file import read_optimizer
 from synced_weights import SHARDS, Live, assert_same, make_model, state_files, stored
 
 from apollo_ipc.checkpoint import (

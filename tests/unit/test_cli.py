@@ -13,13 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
-from apollo_worker.queue import JobQueue
-from apollo_worker.service import Service
-from apollo_worker.shared import Admission, Shared
+from apollo_worker.front.server import Service
+from apollo_worker.jobs.queue import JobQueue
+from apollo_worker.link.status_board import Admission, Shared
 
 from apollo_ipc.keys import key_path
 from apollo_ipc.manifest import Manifest, start_ticks, write_manifest
-from apollo_ipc.messages import Progress, SyncResult
+from apollo_ipc.wire.messages import Progress, SyncResult
 
 COMMAND = Path(sys.executable).with_name("apollo-ipc")
 EXAMPLE = {"prompt": "2 + 2 =", "completion": " 4"}
@@ -288,7 +288,7 @@ def test_a_directory_that_was_never_synced_is_told_so(apollo, model_dir):
 
 
 def test_offline_training_hands_the_request_to_a_process_of_its_own(apollo, model_dir, tmp_path, monkeypatch):
-    """Stands in for apollo_worker.offline: says what it was given, as the real one would say what it did."""
+    """Stands in for commands.offline: says what it was given, as the real one would say what it did."""
     package = tmp_path / "stand_in" / "apollo_worker"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()

@@ -11,7 +11,7 @@ import typer
 from log_records import CHAT, write
 from typer.testing import CliRunner
 
-from apollo_ipc.cli import curate_input
+from apollo_curation.cli import curate_input
 from apollo_ipc.errors import UserError
 
 app = typer.Typer()
@@ -69,6 +69,6 @@ def test_the_strip_command_does_not_write_over_what_it_reads(logs):
 
 
 def test_reading_imports_nothing_heavy():
-    code = "import sys, apollo_ipc.curation.readers, apollo_ipc.cli.curate_input; print(*sys.modules)"
+    code = "import sys, apollo_curation.logs.readers, apollo_curation.cli.curate_input; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert not {"torch", "transformers", "vllm"} & set(loaded.split())

@@ -14,10 +14,10 @@ import pytest
 from fake_worker import end, request_of, serving, short_dir, start_worker
 from scripted_worker import scripted, until
 
-from apollo_ipc import messages as m
-from apollo_ipc.client import WorkerClient, call
 from apollo_ipc.errors import ApolloError, ConfigError, Conflict, NotFound, NotReady, UserError
-from apollo_ipc.remote import RemoteError
+from apollo_ipc.wire import messages as m
+from apollo_ipc.wire.client import WorkerClient, call
+from apollo_ipc.wire.remote import RemoteError
 
 
 @pytest.fixture
@@ -283,13 +283,13 @@ def test_two_clients_of_one_process_and_repeated_opening_leave_nothing_behind(se
 
 
 def test_importing_the_client_imports_no_torch():
-    code = "import sys, apollo_ipc.client; sys.exit('torch' in sys.modules)"
+    code = "import sys, apollo_ipc.wire.client; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_an_error_keeps_its_class_code_field_and_status_across_the_wire():
     from apollo_ipc.errors import AttachError
-    from apollo_ipc.remote import error_from, error_info
+    from apollo_ipc.wire.remote import error_from, error_info
 
     sent = AttachError("no", refused=["a"], field="f")
     back = error_from(error_info(sent))

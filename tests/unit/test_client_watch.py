@@ -10,9 +10,9 @@ import pytest
 from fake_worker import end, request_of, short_dir, start_worker
 from scripted_worker import scripted, until
 
-from apollo_ipc import messages as m
-from apollo_ipc.client import WorkerClient
 from apollo_ipc.errors import NotFound, NotReady
+from apollo_ipc.wire import messages as m
+from apollo_ipc.wire.client import WorkerClient
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from apollo_worker import hostcopy
-from apollo_worker.compare import compare
-from apollo_worker.optimizer_file import read_optimizer
-from apollo_worker.sync import CheckpointWriter
+from apollo_worker.model import host_buffer as hostcopy
+from apollo_worker.model.compare import compare
+from apollo_worker.sync.optimizer_file import read_optimizer
+from apollo_worker.sync.writer import CheckpointWriter
 from safetensors.torch import load_file, save_file
 from saved_model import EMBED, LAST_MLP, NORM, bits, state_files, stored
 

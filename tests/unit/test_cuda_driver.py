@@ -15,8 +15,8 @@ import msgspec
 import pytest
 import torch
 from apollo_router.memory import share_cuda
-from apollo_worker import mapping
-from apollo_worker.mapping import CudaIpcTransport, map_views
+from apollo_worker.model import mapping
+from apollo_worker.model.mapping import CudaIpcTransport, map_views
 from served_model import SLEEPLESS, make_manifest
 from torch import nn
 

@@ -10,15 +10,15 @@ import msgspec
 import pytest
 from batch_fixtures import moment
 
+from apollo_curation.logs.conversation import Source
+from apollo_curation.moments.moments import Moment, Moments
+from apollo_curation.settings import Curation, DirectTier
+from apollo_curation.store import Store
+from apollo_curation.training.batch_table import BatchTable, example_hash
+from apollo_curation.training.choose import Choice, by_value, choose
+from apollo_curation.training.near_duplicates import NearDuplicates, shingles, similarity
 from apollo_ipc.config import Config, Http
-from apollo_ipc.curation.batch_table import BatchTable, example_hash
-from apollo_ipc.curation.choose import Choice, by_value, choose
-from apollo_ipc.curation.conversation import Source
-from apollo_ipc.curation.moments import Moment, Moments
-from apollo_ipc.curation.near_duplicates import NearDuplicates, shingles, similarity
-from apollo_ipc.curation.settings import Curation, DirectTier
-from apollo_ipc.curation.store import Store
-from apollo_ipc.requests import Message, TrainRequest
+from apollo_ipc.wire.requests import Message, TrainRequest
 
 NOW = 1_000_000.0
 WORDS = [f"word{i}" for i in range(400)]

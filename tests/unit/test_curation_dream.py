@@ -12,14 +12,14 @@ from dream_world import GOOD, LESSON, Crash, asks_for, dream_world, make_seed, n
 from training_server import TrainingServer
 from typer.testing import CliRunner
 
-from apollo_ipc.cli import curate_dream
-from apollo_ipc.curation import dream_bridge
-from apollo_ipc.curation.batches import StopTraining
-from apollo_ipc.curation.dream import MAX_DROPPED, dream
-from apollo_ipc.curation.dream_judge import MAX_REPEATS, is_novel
-from apollo_ipc.curation.served_model import Answer, Refused
+from apollo_curation.chat_client import Answer, Refused
+from apollo_curation.cli import curate_dream
+from apollo_curation.dreams import bridge as dream_bridge
+from apollo_curation.dreams.dream import MAX_DROPPED, dream
+from apollo_curation.dreams.judge import MAX_REPEATS, is_novel
+from apollo_curation.training.batches import StopTraining
 from apollo_ipc.errors import NotFound, UserError
-from apollo_ipc.requests import Message
+from apollo_ipc.wire.requests import Message
 
 THREE = {"num_variations": 3}
 

@@ -12,10 +12,10 @@ import pytest
 from dream_world import GOOD, Crash, dream_world, make_seed
 from test_curation_dream import at, curate  # noqa: F401 (a fixture)
 
-from apollo_ipc.curation.dream import dream
-from apollo_ipc.curation.dream_feed import Feed
-from apollo_ipc.curation.dream_protocol import encode
-from apollo_ipc.curation.strip import strip
+from apollo_curation.dreams.dream import dream
+from apollo_curation.dreams.feed import Feed
+from apollo_curation.dreams.protocol import encode
+from apollo_curation.logs.strip import strip
 from apollo_ipc.errors import UserError
 
 HELLO = {"protocol": 1}

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from apollo_ipc.curation.conversation import Broken, Conversation
-from apollo_ipc.curation.follow import Follower
-from apollo_ipc.curation.store import Store
+from apollo_curation.logs.conversation import Broken, Conversation
+from apollo_curation.logs.follow import Follower
+from apollo_curation.store import Store
 from apollo_ipc.errors import Conflict
 
 LIMIT = 1 << 20
@@ -346,8 +346,8 @@ def test_a_batch_holds_no_more_than_a_records_worth_of_bytes_and_one(store, logs
 
 
 def test_a_following_reader_prunes_like_any_other(store, logs):
-    from apollo_ipc.curation.settings import StripRule
-    from apollo_ipc.curation.strip import pruner
+    from apollo_curation.logs.strip import pruner
+    from apollo_curation.settings import StripRule
 
     record = json.loads(chat("1")) | {"memory": "m"}
     (logs / "a.jsonl").write_text(json.dumps(record) + "\n")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from log_records import CALL, CHAT, assistant, prune_by, read_all, read_one, user, write
 
-from apollo_ipc.curation.conversation import Broken
-from apollo_ipc.curation.settings import StripRule
-from apollo_ipc.curation.strip import pruner
+from apollo_curation.logs.conversation import Broken
+from apollo_curation.logs.strip import pruner
+from apollo_curation.settings import StripRule
 from apollo_ipc.errors import UserError
-from apollo_ipc.requests import Message
+from apollo_ipc.wire.requests import Message
 
 
 def test_a_json_path_takes_parts_of_the_record_and_what_depended_on_them(tmp_path):

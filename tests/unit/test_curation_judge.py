@@ -7,15 +7,15 @@ import threading
 
 import pytest
 
-from apollo_ipc.curation.conversation import Source
-from apollo_ipc.curation.judge import MAX_ANSWER_CHARS, approve_confident, judge
-from apollo_ipc.curation.judge_question import MAX_MESSAGE_CHARS, question
-from apollo_ipc.curation.moments import Moment, Moments
-from apollo_ipc.curation.served_model import Refused, ServedModel
-from apollo_ipc.curation.settings import Judge
-from apollo_ipc.curation.store import Store
-from apollo_ipc.demo.scripted_model import ScriptedModel
-from apollo_ipc.requests import Message
+from apollo_curation.chat_client import Refused, ServedModel
+from apollo_curation.demo.scripted_model import ScriptedModel
+from apollo_curation.logs.conversation import Source
+from apollo_curation.moments.judge import MAX_ANSWER_CHARS, approve_confident, judge
+from apollo_curation.moments.judge_question import MAX_MESSAGE_CHARS, question
+from apollo_curation.moments.moments import Moment, Moments
+from apollo_curation.settings import Judge
+from apollo_curation.store import Store
+from apollo_ipc.wire.requests import Message
 
 WRONG, RIGHT = Message("assistant", "It is 41."), Message("assistant", "It is 42.")
 LEARN = {"reason": "It is right.", "verdict": "learn", "confidence": 0.9, "better_answer": ""}

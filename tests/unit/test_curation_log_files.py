@@ -13,9 +13,9 @@ import pytest
 import zstandard
 from log_records import CHAT, LIMIT, prune_by, read_all, read_broken, user, write
 
-from apollo_ipc.curation.conversation import Broken, Conversation
-from apollo_ipc.curation.readers import read
-from apollo_ipc.curation.readers.documents import elements
+from apollo_curation.logs.conversation import Broken, Conversation
+from apollo_curation.logs.readers import read
+from apollo_curation.logs.readers.documents import elements
 from apollo_ipc.errors import UserError
 
 
@@ -101,9 +101,9 @@ def test_elements_of_an_array_are_cut_alike_however_the_stream_comes(monkeypatch
     path.write_text(json.dumps(values) + "  tail")
     whole = path.read_bytes()
     for chunk_bytes in (1, 2, 3, 7, 64, 10_000):
-        monkeypatch.setattr("apollo_ipc.curation.readers.documents.CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr("apollo_curation.logs.readers.documents.CHUNK_BYTES", chunk_bytes)
         if chunk_bytes == 1:
-            monkeypatch.setattr("apollo_ipc.curation.readers.documents.CHUNK_BYTES", 1)
+            monkeypatch.setattr("apollo_curation.logs.readers.documents.CHUNK_BYTES", 1)
         with path.open("rb") as stream:
             found = list(elements(stream, 100))
         assert [one.data and json.loads(one.data) for one in found[:-1]] == [

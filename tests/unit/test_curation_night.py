@@ -10,15 +10,15 @@ import pytest
 from batch_fixtures import config_in
 from training_server import TrainingServer
 
-from apollo_ipc.curation import night as nights
-from apollo_ipc.curation.batches import BatchTable
-from apollo_ipc.curation.lock import alone
-from apollo_ipc.curation.moments import Moments
-from apollo_ipc.curation.night import run_night
-from apollo_ipc.curation.settings import Judge, Quality
-from apollo_ipc.curation.store import Store, store_path
-from apollo_ipc.curation.surprise import ScoreCounts
-from apollo_ipc.demo import night as demo
+from apollo_curation import night as nights
+from apollo_curation.demo import night as demo
+from apollo_curation.lock import alone
+from apollo_curation.moments.moments import Moments
+from apollo_curation.moments.surprise import ScoreCounts
+from apollo_curation.night import run_night
+from apollo_curation.settings import Judge, Quality
+from apollo_curation.store import Store, store_path
+from apollo_curation.training.batches import BatchTable
 from apollo_ipc.errors import AlreadyRunning, ConfigError
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from log_records import CALL, CHAT, TURNS, assistant, read_all, read_one, user, write
 
-from apollo_ipc.curation.conversation import Broken, Conversation
-from apollo_ipc.requests import Message
+from apollo_curation.logs.conversation import Broken, Conversation
+from apollo_ipc.wire.requests import Message
 
 
 def test_openai_messages_are_read_with_tools_parts_and_thoughts(tmp_path):

@@ -7,8 +7,7 @@ import os
 
 import pytest
 
-from apollo_ipc.curation.conversation import Broken
-from apollo_ipc.curation.seeds import (
+from apollo_curation.dreams.seeds import (
     MAX_SEED_CHARS,
     WHOLE_FILE_CHARS,
     Seed,
@@ -17,6 +16,7 @@ from apollo_ipc.curation.seeds import (
     read_seeds,
     seed_id,
 )
+from apollo_curation.logs.conversation import Broken
 from apollo_ipc.errors import UserError
 
 LONG = "This paragraph is long enough that its file is not taken as a whole. " * 6

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from fake_vllm import FakeVllm
 
-from apollo_ipc.curation import served_model
-from apollo_ipc.curation.served_model import ModelAway, Refused, ServedModel
+from apollo_curation import chat_client as served_model
+from apollo_curation.chat_client import ModelAway, Refused, ServedModel
 from apollo_ipc.errors import UserError
-from apollo_ipc.requests import Message
+from apollo_ipc.wire.requests import Message
 
 
 @pytest.fixture

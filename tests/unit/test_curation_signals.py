@@ -9,20 +9,20 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import planted
 import pytest
 
-from apollo_ipc.curation.conversation import Conversation, Source, find_problem
-from apollo_ipc.curation.follow import Follower
-from apollo_ipc.curation.moments import Moments
-from apollo_ipc.curation.settings import Curation, StripRule
-from apollo_ipc.curation.signals import flag
-from apollo_ipc.curation.signals.cut import standing_alone
-from apollo_ipc.curation.signals.evidence import MAX_CONFIDENCE, MIN_CONFIDENCE
-from apollo_ipc.curation.signals.intake import Taken, take, take_new
-from apollo_ipc.curation.signals.tool_results import has_failed
-from apollo_ipc.curation.store import Store
-from apollo_ipc.demo import planted
-from apollo_ipc.requests import Message
+from apollo_curation.logs.conversation import Conversation, Source, find_problem
+from apollo_curation.logs.follow import Follower
+from apollo_curation.moments.moments import Moments
+from apollo_curation.moments.signals import flag
+from apollo_curation.moments.signals.cut import standing_alone
+from apollo_curation.moments.signals.evidence import MAX_CONFIDENCE, MIN_CONFIDENCE
+from apollo_curation.moments.signals.intake import Taken, take, take_new
+from apollo_curation.moments.signals.tool_results import has_failed
+from apollo_curation.settings import Curation, StripRule
+from apollo_curation.store import Store
+from apollo_ipc.wire.requests import Message
 
 RULES = [StripRule(role="system")]
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "signals.py"

@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from apollo_ipc.curation import store as stores
-from apollo_ipc.curation.moments import Moments
-from apollo_ipc.curation.store import Store, StoreDamaged
+from apollo_curation import store as stores
+from apollo_curation.moments.moments import Moments
+from apollo_curation.store import Store, StoreDamaged
 
 
 def test_many_may_open_a_new_file_at_once(tmp_path):

@@ -9,14 +9,14 @@ import re
 import pytest
 from rich.console import Console
 
-from apollo_ipc.curation.conversation import Conversation, Source, find_problem, text_hash
-from apollo_ipc.curation.mend import mend
-from apollo_ipc.curation.preview import diff_lines, print_diff
-from apollo_ipc.curation.segments import segment
-from apollo_ipc.curation.settings import StripRule
-from apollo_ipc.curation.strip import NESTED, STRAY, UNCLOSED, Removed, describe, strip
-from apollo_ipc.curation.strip_report import Tally, estimate_tokens
-from apollo_ipc.requests import Message
+from apollo_curation.logs.conversation import Conversation, Source, find_problem, text_hash
+from apollo_curation.logs.mend import mend
+from apollo_curation.logs.preview import diff_lines, print_diff
+from apollo_curation.logs.strip import NESTED, STRAY, UNCLOSED, Removed, describe, strip
+from apollo_curation.logs.strip_report import Tally, estimate_tokens
+from apollo_curation.moments.segments import segment
+from apollo_curation.settings import StripRule
+from apollo_ipc.wire.requests import Message
 
 MARKS = StripRule(begin="<m>", end="</m>")
 SYSTEM = StripRule(role="system")

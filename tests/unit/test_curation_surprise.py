@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 from fake_vllm import FakeVllm
 
-from apollo_ipc.curation.conversation import Source
-from apollo_ipc.curation.moments import Moment, Moments
-from apollo_ipc.curation.served_model import ServedModel
-from apollo_ipc.curation.store import Store
-from apollo_ipc.curation.surprise import score, unscored
-from apollo_ipc.requests import Message
+from apollo_curation.chat_client import ServedModel
+from apollo_curation.logs.conversation import Source
+from apollo_curation.moments.moments import Moment, Moments
+from apollo_curation.moments.surprise import score, unscored
+from apollo_curation.store import Store
+from apollo_ipc.wire.requests import Message
 
 
 @pytest.fixture

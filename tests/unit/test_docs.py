@@ -11,23 +11,23 @@ import msgspec
 import pytest
 import typer
 from apollo_router.routes import router
-from apollo_worker.endpoint import Endpoint
-from apollo_worker.marks import StepMarks
-from apollo_worker.queue import JobQueue
-from apollo_worker.shared import Shared
-from apollo_worker.state import LiveState, write_state
-from apollo_worker.trainer_end import trainer_lock
+from apollo_worker.front.endpoint import Endpoint
+from apollo_worker.jobs.queue import JobQueue
+from apollo_worker.link.status_board import Shared
+from apollo_worker.trainer.front_end import trainer_lock
+from apollo_worker.trainer.state import LiveState, write_state
+from apollo_worker.trainer.step_marks import StepMarks
 
+from apollo_curation.lock import alone
+from apollo_curation.store import Store, store_path
 from apollo_ipc.checkpoint import STATE_DIR
 from apollo_ipc.checkpoint.record import pending_dir
 from apollo_ipc.cli.main import PASS_ON, app
 from apollo_ipc.config import Config, Paths, load_config
-from apollo_ipc.curation.lock import alone
-from apollo_ipc.curation.store import Store, store_path
 from apollo_ipc.keys import key_path, train_key
 from apollo_ipc.manifest import manifest_path
-from apollo_ipc.messages import ENDED_STATES, JobInfo, Status, SyncResult
-from apollo_ipc.requests import Example, Message, TrainOptions
+from apollo_ipc.wire.messages import ENDED_STATES, JobInfo, Status, SyncResult
+from apollo_ipc.wire.requests import Example, Message, TrainOptions
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -279,7 +279,7 @@ def test_every_file_of_the_state_page_is_one_that_the_code_makes(tmp_path):
     assert named == made | {config.socket_path.name, manifest_path(tmp_path).name, key_path(config).name}
     assert {"queue.sqlite", "step.marks", "queue.sqlite-wal", "queue.sqlite-shm"} <= made
     assert {'"queue.sqlite"', '"step.marks"'} <= {
-        f'"{text}"' for text in strings("worker/apollo_worker/worker.py")
+        f'"{text}"' for text in strings("worker/apollo_worker/trainer/loop.py")
     }
 
 
@@ -288,7 +288,11 @@ def test_the_files_of_the_model_directory_are_those_of_the_commit_protocol():
     of_ours = {name for name in named if name.startswith(STATE_DIR)}
     assert f"{pending_dir(Path(), 8)}/".replace("8", "N") in of_ours
     sources = [str(path.relative_to(ROOT)) for path in (ROOT / "src/apollo_ipc/checkpoint").glob("*.py")]
-    files = [*sources, "worker/apollo_worker/sync_thread.py", "worker/apollo_worker/optimizer_file.py"]
+    files = [
+        *sources,
+        "worker/apollo_worker/sync/sync_task.py",
+        "worker/apollo_worker/sync/optimizer_file.py",
+    ]
     literals = "\n".join(strings(*files))
     for name in of_ours:
         stem = name.removeprefix(f"{STATE_DIR}/").partition("N")[0]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from apollo_ipc.flag import Flag
+from apollo_ipc.process.flag import Flag
 
 # An alarm each 0.1 ms, whose handler sets what the interrupted code is setting. With threading.Event for Flag
 # this never ends well.
 STORM = """
 import signal, time
-from apollo_ipc.flag import Flag
+from apollo_ipc.process.flag import Flag
 flag = Flag()
 signal.signal(signal.SIGALRM, lambda *_: flag.set())
 signal.setitimer(signal.ITIMER_REAL, 1e-4, 1e-4)

@@ -14,10 +14,10 @@ import pytest
 from fake_trainer import CRASH, HANG, NORMAL
 from fake_worker import short_dir
 
-from apollo_ipc.client import call
 from apollo_ipc.errors import NotReady, UserError
-from apollo_ipc.messages import ACK_TIMEOUT_S, CancelJob, GetJob, GetStatus, Submit, SyncCheckpoint
-from apollo_ipc.requests import Example, TrainOptions, TrainRequest
+from apollo_ipc.wire.client import call
+from apollo_ipc.wire.messages import ACK_TIMEOUT_S, CancelJob, GetJob, GetStatus, Submit, SyncCheckpoint
+from apollo_ipc.wire.requests import Example, TrainOptions, TrainRequest
 
 FAKE_FRONT = Path(__file__).with_name("fake_front.py")
 
@@ -224,6 +224,8 @@ def is_waiting(worker):
 
 
 def test_a_front_imports_no_torch():
-    code = "import sys, apollo_worker.front; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    code = (
+        "import sys, apollo_worker.front.front\nprint('torch' in sys.modules, 'transformers' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout == "False False\n", done.stderr

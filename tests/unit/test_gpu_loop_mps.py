@@ -209,7 +209,7 @@ def test_flags_that_cannot_be_meant_are_refused(mps, flags, words, capsys):
 
 
 def test_where_there_is_no_gpu_the_benchmark_says_so_before_anything_is_made(mps, tmp_path):
-    from apollo_ipc.serving import serves_on_cpu
+    from apollo_ipc.process.serving import serves_on_cpu
 
     if not serves_on_cpu():
         pytest.skip("this environment's vLLM is not the CPU build")

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from served_model import make_tiny_model
 
-from apollo_ipc.serving import serves_on_cpu
+from apollo_ipc.process.serving import serves_on_cpu
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 ORDER = ["/pause?mode=keep", "/start_weight_update", "/update_weights", "/finish_weight_update", "/resume"]

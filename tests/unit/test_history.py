@@ -10,8 +10,8 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from apollo_worker.optimizer_file import read_optimizer
-from apollo_worker.sync import CheckpointWriter
+from apollo_worker.sync.optimizer_file import read_optimizer
+from apollo_worker.sync.writer import CheckpointWriter
 from safetensors.torch import load_file, save_file
 from synced_weights import SHARDS, Live, assert_same, make_model, state_files, stored
 
@@ -95,7 +95,7 @@ def test_without_history_nothing_is_kept(model_dir):
 
 
 def test_older_shards_are_kept_whole_until_they_are_compacted(model_dir, monkeypatch):
-    monkeypatch.setattr("apollo_worker.sync_thread.compact", lambda *args, **kwargs: 0)
+    monkeypatch.setattr("apollo_worker.sync.sync_task.compact", lambda *args, **kwargs: 0)
     live = Live(model_dir)
     for _ in range(3):
         live.train()
@@ -110,7 +110,7 @@ def test_older_shards_are_kept_whole_until_they_are_compacted(model_dir, monkeyp
 
 
 def test_a_compaction_that_is_overtaken_changes_nothing(model_dir, monkeypatch):
-    monkeypatch.setattr("apollo_worker.sync_thread.compact", lambda *args, **kwargs: 0)
+    monkeypatch.setattr("apollo_worker.sync.sync_task.compact", lambda *args, **kwargs: 0)
     live = Live(model_dir)
     live.train()
     live.sync()
@@ -129,7 +129,7 @@ def test_a_compaction_that_is_overtaken_changes_nothing(model_dir, monkeypatch):
 
 
 def test_a_compaction_can_be_cancelled(model_dir, monkeypatch):
-    monkeypatch.setattr("apollo_worker.sync_thread.compact", lambda *args, **kwargs: 0)
+    monkeypatch.setattr("apollo_worker.sync.sync_task.compact", lambda *args, **kwargs: 0)
     live = Live(model_dir)
     live.train()
     live.sync()
@@ -275,7 +275,7 @@ def test_an_error_of_the_writing_thread_reaches_who_waits(model_dir):
 
 
 def test_copying_out_waits_for_the_writer_beyond_one_shard(model_dir):
-    from apollo_worker.copy_out import SLOT_BYTES, CopyOut
+    from apollo_worker.sync.copy_out import SLOT_BYTES, CopyOut
 
     copies, seen = CopyOut(budget_bytes=2 * SLOT_BYTES), []
 

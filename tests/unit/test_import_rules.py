@@ -51,7 +51,11 @@ def loaded_modules(*modules: str) -> set[str]:
 
 
 def test_the_configuration_imports_no_torch():
-    assert not loaded_modules("apollo_ipc.config", "apollo_ipc.client") & {"torch", "transformers", "vllm"}
+    assert not loaded_modules("apollo_ipc.config", "apollo_ipc.wire.client") & {
+        "torch",
+        "transformers",
+        "vllm",
+    }
 
 
 def test_the_command_line_imports_no_torch():

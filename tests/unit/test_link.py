@@ -8,8 +8,8 @@ import time
 
 import msgspec
 import pytest
-from apollo_worker import link as link_module
-from apollo_worker.link import (
+from apollo_worker.link import link as link_module
+from apollo_worker.link.link import (
     MAX_LINK_BYTES,
     MAX_WAITING,
     Ask,
@@ -29,7 +29,7 @@ from apollo_worker.link import (
 )
 
 from apollo_ipc.config import Config, Worker
-from apollo_ipc.messages import ErrorInfo, Progress, SyncCheckpoint
+from apollo_ipc.wire.messages import ErrorInfo, Progress, SyncCheckpoint
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from apollo_worker.loss import IGNORED, gather_targets, target_loss, token_logprobs
+from apollo_worker.step.loss import IGNORED, gather_targets, target_loss, token_logprobs
 
 torch.set_num_threads(2)
 T, H, V = 37, 24, 211  # 37 is no multiple of the chunk sizes below

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from apollo_worker.loss_guard import OPENING_STEPS, LossGuard
+from apollo_worker.step.loss_guard import OPENING_STEPS, LossGuard
 
 from apollo_ipc.errors import UserError
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from apollo_worker.live_model import attach
-from apollo_worker.mapping import SharedMemoryTransport, map_views, open_transport
+from apollo_worker.model.live_model import attach
+from apollo_worker.model.mapping import SharedMemoryTransport, map_views, open_transport
 from served_model import Exporter, make_tiny_model, mapped_weights
 
 from apollo_ipc.errors import AttachError

@@ -13,16 +13,16 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from apollo_worker.attachment import Attachment
-from apollo_worker.live_model import attach, load_offline
-from apollo_worker.mapping import Exporter as HeldExporter
-from apollo_worker.mapping import SharedMemoryTransport, map_views
-from apollo_worker.marks import StepMarks
-from apollo_worker.queue import JobQueue
-from apollo_worker.shared import Admission, Shared
-from apollo_worker.sync import CheckpointWriter
-from apollo_worker.tokenise import TokenisedExample
-from apollo_worker.trainer import Trainer, VllmDied
+from apollo_worker.jobs.queue import JobQueue
+from apollo_worker.jobs.tokenise import TokenisedExample
+from apollo_worker.link.status_board import Admission, Shared
+from apollo_worker.model.live_model import attach, load_offline
+from apollo_worker.model.mapping import Exporter as HeldExporter
+from apollo_worker.model.mapping import SharedMemoryTransport, map_views
+from apollo_worker.step.step import Trainer, VllmDied
+from apollo_worker.sync.writer import CheckpointWriter
+from apollo_worker.trainer.attachment import Attachment
+from apollo_worker.trainer.step_marks import StepMarks
 from safetensors.torch import load_file, save_file
 from served_model import Exporter, digest, make_config, make_tiny_model, mapped_weights
 from transformers import AutoModelForCausalLM
@@ -95,7 +95,7 @@ def test_the_weights_can_be_mapped_again_after_a_worker_was_killed(served, check
     code = (
         "import os, signal, sys; from pathlib import Path\n"
         "from apollo_ipc.manifest import read_manifest\n"
-        "from apollo_worker.mapping import map_views, open_transport\n"
+        "from apollo_worker.model.mapping import map_views, open_transport\n"
         "manifest = read_manifest(Path(sys.argv[1]))\n"
         f"map_views(manifest, open_transport(manifest))[{K!r}].fill_(3.0)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"

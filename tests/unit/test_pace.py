@@ -12,10 +12,10 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from apollo_worker.live_model import load_offline
-from apollo_worker.pace import MAX_REST_S, MIN_REST_S, Pace
-from apollo_worker.tokenise import TokenisedExample
-from apollo_worker.trainer import Trainer
+from apollo_worker.jobs.tokenise import TokenisedExample
+from apollo_worker.model.live_model import load_offline
+from apollo_worker.step.pace import MAX_REST_S, MIN_REST_S, Pace
+from apollo_worker.step.step import Trainer
 from served_model import Exporter, make_config, make_tiny_model
 from torch import nn
 from trainer_by_hand import Trainer as TurnedByHand

@@ -15,6 +15,7 @@ from served_model import make_config, make_manifest
 from synced_weights import SHARDS, Live, assert_same, make_model, state_files, stored
 from typer.testing import CliRunner
 
+from apollo_curation.train_client import Training
 from apollo_ipc.checkpoint import (
     begin,
     compact,
@@ -27,7 +28,6 @@ from apollo_ipc.checkpoint import (
 )
 from apollo_ipc.checkpoint import history as versions
 from apollo_ipc.cli.main import app
-from apollo_ipc.curation.training import Training
 from apollo_ipc.errors import CheckpointError, NotReady, UserError
 from apollo_ipc.manifest import write_manifest
 
@@ -156,7 +156,7 @@ def test_a_merging_that_is_overtaken_changes_nothing(model_dir, monkeypatch):
     live = Live(model_dir, num_kept=1)
     train_and_sync(live, ("full",))
     pin_version(model_dir, 1)
-    monkeypatch.setattr("apollo_worker.sync_thread.compact", lambda *args, **kwargs: 0)
+    monkeypatch.setattr("apollo_worker.sync.sync_task.compact", lambda *args, **kwargs: 0)
     train_and_sync(live, ("full", "full", "full"))
     seen = []
 

@@ -8,12 +8,12 @@ import sys
 import time
 
 import pytest
-from apollo_worker.post_sync import PostSyncRunner
+from apollo_worker.front.post_sync import PostSyncRunner
 from synced_weights import Live, assert_same, make_model, state_files, stored
 
 from apollo_ipc.checkpoint import read_commit, recover, verify
 from apollo_ipc.config import Checkpoint
-from apollo_ipc.messages import SyncResult
+from apollo_ipc.wire.messages import SyncResult
 
 
 def result_of(live: Live, version: int) -> SyncResult:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from apollo_ipc.curation.quality.canaries import ask_all, load_canaries
-from apollo_ipc.curation.served_model import ModelAway, ServedModel
-from apollo_ipc.demo.scripted_model import ScriptedModel
+from apollo_curation.chat_client import ModelAway, ServedModel
+from apollo_curation.demo.scripted_model import ScriptedModel
+from apollo_curation.quality.canaries import ask_all, load_canaries
 from apollo_ipc.errors import ConfigError, UserError
 
 GOOD = """

@@ -7,11 +7,11 @@ import math
 
 import pytest
 
-from apollo_ipc.curation.quality.heldout import load_heldout
-from apollo_ipc.curation.quality.measure import measure_losses, overall_loss
-from apollo_ipc.curation.served_model import ModelAway, Refused
+from apollo_curation.chat_client import ModelAway, Refused
+from apollo_curation.quality.heldout import load_heldout
+from apollo_curation.quality.measure import measure_losses, overall_loss
 from apollo_ipc.errors import ConfigError, UserError
-from apollo_ipc.requests import Example, Message
+from apollo_ipc.wire.requests import Example, Message
 
 CHAT = [{"role": "user", "content": "Where is the  key?"}, {"role": "assistant", "content": "Under the mat."}]
 

@@ -9,9 +9,9 @@ import msgspec
 import pytest
 from quality_night import night_in
 
-from apollo_ipc.curation.quality.history import History
+from apollo_curation.quality.history import History
 from apollo_ipc.errors import ConfigError, UserError
-from apollo_ipc.requests import Message
+from apollo_ipc.wire.requests import Message
 
 
 @pytest.fixture

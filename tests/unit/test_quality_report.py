@@ -17,16 +17,16 @@ from xml.etree import ElementTree
 import msgspec
 import pytest
 
-from apollo_ipc.curation.batch_table import BatchTable, new_batch_id
-from apollo_ipc.curation.conversation import Source
-from apollo_ipc.curation.moments import Moment, Moments
-from apollo_ipc.curation.quality.canaries import CanaryResult
-from apollo_ipc.curation.quality.charts import Series, Tick, limits, line_chart, nice_ticks, thin
-from apollo_ipc.curation.quality.history import Breach, History, Measurement
-from apollo_ipc.curation.quality.measure import CategoryLoss
-from apollo_ipc.curation.quality.report import clean, write_html
-from apollo_ipc.curation.store import Store, store_path
-from apollo_ipc.requests import Message, TrainRequest
+from apollo_curation.logs.conversation import Source
+from apollo_curation.moments.moments import Moment, Moments
+from apollo_curation.quality.canaries import CanaryResult
+from apollo_curation.quality.charts import Series, Tick, limits, line_chart, nice_ticks, thin
+from apollo_curation.quality.history import Breach, History, Measurement
+from apollo_curation.quality.measure import CategoryLoss
+from apollo_curation.quality.report import clean, write_html
+from apollo_curation.store import Store, store_path
+from apollo_curation.training.batch_table import BatchTable, new_batch_id
+from apollo_ipc.wire.requests import Message, TrainRequest
 
 BROWSERS = ("chromium", "chromium-headless-shell", "chrome-headless-shell", "google-chrome", "chrome")
 HOSTILE = (

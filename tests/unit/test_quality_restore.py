@@ -9,11 +9,11 @@ import msgspec
 import pytest
 from quality_night import night_in
 
-from apollo_ipc.curation.quality.history import History
-from apollo_ipc.curation.served_model import ModelAway
-from apollo_ipc.curation.training import Training
+from apollo_curation.chat_client import ModelAway
+from apollo_curation.quality.history import History
+from apollo_curation.train_client import Training
 from apollo_ipc.errors import ConfigError, Conflict, NotReady, UserError
-from apollo_ipc.messages import Reply, RestoreResult
+from apollo_ipc.wire.messages import Reply, RestoreResult
 
 
 @pytest.fixture
@@ -112,8 +112,8 @@ def test_the_training_interface_waits_for_a_job_before_it_restores(night, monkey
             raise answer
         return Reply("", restore=answer)
 
-    monkeypatch.setattr("apollo_ipc.client.call", call)
-    monkeypatch.setattr("apollo_ipc.curation.training.RETRY_S", 0.0)
+    monkeypatch.setattr("apollo_ipc.wire.client.call", call)
+    monkeypatch.setattr("apollo_curation.train_client.RETRY_S", 0.0)
     patient = msgspec.structs.replace(night.config.curation, patience_s=60)
     training = Training(msgspec.structs.replace(night.config, curation=patient))
     assert training.restore(3).weight_version == 9

@@ -8,8 +8,8 @@ import pytest
 from fake_vllm import FakeVllm
 from quality_night import night_in
 
-from apollo_ipc.curation.quality import watch
-from apollo_ipc.curation.quality.watch import QualityBroken, watched
+from apollo_curation.quality import watch
+from apollo_curation.quality.watch import QualityBroken, watched
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def served(monkeypatch):
     with FakeVllm() as vllm:
         vllm.content = "Paris"
         monkeypatch.setenv("APOLLO_CURATION__URL", vllm.url)
-        monkeypatch.setattr("apollo_ipc.cli.quality.WORKER_PATIENCE_S", 0.0)
+        monkeypatch.setattr("apollo_curation.cli.quality.WORKER_PATIENCE_S", 0.0)
         yield vllm
 
 

@@ -11,11 +11,11 @@ import sys
 import threading
 
 import pytest
-from apollo_worker.queue import JobQueue
-from apollo_worker.queue_file import SCHEMA_VERSION, QueueDamaged
+from apollo_worker.jobs.queue import JobQueue
+from apollo_worker.jobs.queue_file import SCHEMA_VERSION, QueueDamaged
 
 from apollo_ipc.errors import Conflict, NotFound, NotReady
-from apollo_ipc.requests import Example, TrainOptions, TrainRequest
+from apollo_ipc.wire.requests import Example, TrainOptions, TrainRequest
 
 
 def request_of(text="hello", **options):
@@ -67,8 +67,8 @@ def test_the_file_and_its_companions_are_private(queue, path):
 CHILD = """
 import sys
 from pathlib import Path
-from apollo_ipc.requests import Example, TrainRequest
-from apollo_worker.queue import JobQueue
+from apollo_ipc.wire.requests import Example, TrainRequest
+from apollo_worker.jobs.queue import JobQueue
 queue = JobQueue(Path(sys.argv[1]), 10)
 if sys.argv[2] == "submit":
     job = queue.submit(TrainRequest([Example(prompt="a", completion="b")]), num_steps=3, idempotency_key="k")

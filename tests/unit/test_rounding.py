@@ -4,7 +4,13 @@ import math
 
 import pytest
 import torch
-from apollo_worker.rounding import grid_within, hash_bits, kahan_add, nearest_round, stochastic_round
+from apollo_worker.optimizer.rounding import (
+    grid_within,
+    hash_bits,
+    kahan_add,
+    nearest_round,
+    stochastic_round,
+)
 
 torch.set_num_threads(2)
 CPU = torch.device("cpu")

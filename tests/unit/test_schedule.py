@@ -4,7 +4,7 @@ import itertools
 import math
 
 import pytest
-from apollo_worker.schedule import learning_rate, resolve_schedule
+from apollo_worker.jobs.schedule import learning_rate, resolve_schedule
 
 
 def rates(num_steps, schedule="cosine", peak=2.0, warmup_fraction=0.1):

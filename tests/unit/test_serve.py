@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from apollo_ipc.cli import serve, supervise
+from apollo_ipc.cli import serve
 from apollo_ipc.cli.processes import vllm_environment, worker_command, worker_environment
 from apollo_ipc.config import Config, Paths, load_config
-from apollo_ipc.serving import vllm_command
+from apollo_ipc.process import supervise
+from apollo_ipc.process.serving import vllm_command
 
 # Notes its pid, its own child's pid and its end. argv: directory, name, exit status or "-" for "goes on".
 CHILD = """
@@ -40,8 +41,8 @@ time.sleep(120)
 
 SUPERVISE = """
 import sys
-from apollo_ipc.cli import supervise
-from apollo_ipc.cli.supervise import Child, Supervisor
+from apollo_ipc.process import supervise
+from apollo_ipc.process.supervise import Child, Supervisor
 import os
 supervise.RESTART_AFTER_S = (0.1,)
 def child(name, status):
@@ -188,7 +189,7 @@ def test_what_the_user_set_in_the_environment_stays(config, monkeypatch):
 
 @pytest.mark.parametrize("set_by_user", [None, "1"])
 def test_vllm_on_a_cpu_gets_no_second_process_to_spin_for(config, monkeypatch, set_by_user):
-    monkeypatch.setattr("apollo_ipc.serving.serves_on_cpu", lambda: True)
+    monkeypatch.setattr("apollo_ipc.process.serving.serves_on_cpu", lambda: True)
     monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
     if set_by_user:
         monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", set_by_user)
@@ -198,7 +199,7 @@ def test_vllm_on_a_cpu_gets_no_second_process_to_spin_for(config, monkeypatch, s
 
 
 def test_vllm_on_a_gpu_keeps_its_own_processes(config, monkeypatch):
-    monkeypatch.setattr("apollo_ipc.serving.serves_on_cpu", lambda: False)
+    monkeypatch.setattr("apollo_ipc.process.serving.serves_on_cpu", lambda: False)
     monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
     assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in vllm_environment(config, None)
 

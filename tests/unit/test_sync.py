@@ -7,12 +7,12 @@ import shutil
 
 import pytest
 import torch
-from apollo_worker import hostcopy
-from apollo_worker import sync_thread as sync_module
-from apollo_worker.compare import compare
-from apollo_worker.hostcopy import HostBuffer, flat_pieces
-from apollo_worker.optimizer_file import read_optimizer
-from apollo_worker.sync import CheckpointWriter
+from apollo_worker.model import host_buffer as hostcopy
+from apollo_worker.model.compare import compare
+from apollo_worker.model.host_buffer import HostBuffer, flat_pieces
+from apollo_worker.sync import sync_task as sync_module
+from apollo_worker.sync.optimizer_file import read_optimizer
+from apollo_worker.sync.writer import CheckpointWriter
 from safetensors.torch import load_file, save_file
 from saved_model import (
     EMBED,

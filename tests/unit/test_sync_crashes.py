@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from apollo_worker.optimizer_file import read_optimizer
-from apollo_worker.sync import CheckpointWriter
+from apollo_worker.sync.optimizer_file import read_optimizer
+from apollo_worker.sync.writer import CheckpointWriter
 from safetensors import safe_open
 from safetensors.torch import save_file
 from saved_model import (
@@ -142,7 +142,7 @@ SYNC_FOREVER = """
 import sys
 from pathlib import Path
 import torch
-from apollo_worker.sync import CheckpointWriter
+from apollo_worker.sync.writer import CheckpointWriter
 from safetensors.torch import load_file
 model_dir = Path(sys.argv[1])
 live = {n: t for p in model_dir.glob("*.safetensors") for n, t in load_file(p).items()}

@@ -4,12 +4,12 @@ import threading
 
 import msgspec
 import pytest
-from apollo_worker.tokenise import Tokeniser, content_hash, load_tokeniser
+from apollo_worker.jobs.tokenise import Tokeniser, content_hash, load_tokeniser
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from apollo_ipc.errors import UserError
-from apollo_ipc.requests import Example, Message, parse_train_data
+from apollo_ipc.wire.requests import Example, Message, parse_train_data
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 VOCAB_SIZE = 256 + len(SPECIAL)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import msgspec
 import torch
-from apollo_worker.shared import Shared
-from apollo_worker.worker import TrainingWorker
+from apollo_worker.link.status_board import Shared
+from apollo_worker.trainer.loop import TrainingWorker
 
 from apollo_ipc.config import Config
-from apollo_ipc.messages import RestoreVersion
-from apollo_ipc.requests import Example, TrainOptions, TrainRequest
+from apollo_ipc.wire.messages import RestoreVersion
+from apollo_ipc.wire.requests import Example, TrainOptions, TrainRequest
 
 
 class Killed(BaseException):

@@ -9,9 +9,9 @@ from functools import cache
 from typing import Any
 
 import torch
-from apollo_worker.apollo import Apollo
-from apollo_worker.apollo_update import Backend, TorchBackend
-from apollo_worker.projection import Draw, Gaussian
+from apollo_worker.optimizer.apollo import Apollo
+from apollo_worker.optimizer.projection import Draw, Gaussian
+from apollo_worker.optimizer.update import Backend, TorchBackend
 
 ROUNDINGS = ["stochastic", "nearest", "kahan"]
 BIG_SEED = 0xFEDCBA9876543210  # neither half fits into int32
@@ -20,7 +20,7 @@ Made = tuple[torch.nn.Parameter, Apollo]
 
 @cache
 def triton_backend() -> Any:
-    from apollo_worker.apollo_triton import TritonBackend
+    from apollo_worker.optimizer.gpu import TritonBackend
 
     return TritonBackend()
 

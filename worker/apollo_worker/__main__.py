@@ -1,6 +1,6 @@
 """`python -m apollo_worker --config FILE`: the worker under systemd or `apollo-ipc serve`.
 
-This process is the front (apollo_worker.front); it starts the trainer (apollo_worker.training_process).
+This process is the front (apollo_worker.front.front); it starts the trainer (apollo_worker.trainer).
 """
 
 # ruff: noqa: E402
@@ -17,7 +17,7 @@ sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
 
 from apollo_ipc.config import load_config
 from apollo_ipc.errors import ApolloError
-from apollo_worker.front import Front
+from apollo_worker.front.front import Front
 from apollo_worker.roles import log_as
 
 

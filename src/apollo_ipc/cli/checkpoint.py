@@ -12,8 +12,8 @@ from apollo_ipc.cli.output import describe_ago, describe_sync, print_json
 from apollo_ipc.config import load_config
 from apollo_ipc.errors import UserError
 from apollo_ipc.manifest import read_manifest
-from apollo_ipc.messages import SyncCheckpoint
 from apollo_ipc.model_dir import check_is_dir
+from apollo_ipc.wire.messages import SyncCheckpoint
 
 SYNC_TIMEOUT_S = 3600.0
 
@@ -42,7 +42,7 @@ def sync(
     as_json: AsJson = False,
 ) -> None:
     """Write the live weights into the model directory now."""
-    from apollo_ipc.client import call
+    from apollo_ipc.wire.client import call
 
     socket_path = load_config(config_file).socket_path
     request = SyncCheckpoint("", "delta" if is_delta else "full")

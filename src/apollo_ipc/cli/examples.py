@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from apollo_ipc.errors import UserError
-from apollo_ipc.requests import FORMS, MAX_EXAMPLES, Example, check_form, convert
+from apollo_ipc.wire.requests import FORMS, MAX_EXAMPLES, Example, check_form, convert
 
 
 def read_examples(file: Path) -> list[Example]:

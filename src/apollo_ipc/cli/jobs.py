@@ -19,7 +19,7 @@ from apollo_ipc.cli.output import (
 )
 from apollo_ipc.config import Config, load_config
 from apollo_ipc.errors import NotReady
-from apollo_ipc.messages import CancelJob, GetStatus, JobState, ListJobs
+from apollo_ipc.wire.messages import CancelJob, GetStatus, JobState, ListJobs
 
 WATCH_INTERVAL_S = 1.0
 
@@ -30,7 +30,7 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """What the training worker is doing."""
-    from apollo_ipc.client import call
+    from apollo_ipc.wire.client import call
 
     config = load_config(config_file)
     if watch:
@@ -45,7 +45,7 @@ def status(
 
 
 async def _watch(config: Config, as_json: bool) -> None:
-    from apollo_ipc.client import WorkerClient
+    from apollo_ipc.wire.client import WorkerClient
 
     async with WorkerClient(config.socket_path, "cli") as client:
         with Live(console=console(stderr=as_json), auto_refresh=False) as live:
@@ -69,7 +69,7 @@ def list_jobs(
     as_json: AsJson = False,
 ) -> None:
     """The newest training jobs."""
-    from apollo_ipc.client import call
+    from apollo_ipc.wire.client import call
 
     jobs = call(load_config(config_file).socket_path, ListJobs("", limit, state)).jobs
     assert jobs is not None
@@ -85,7 +85,7 @@ def cancel(
     as_json: AsJson = False,
 ) -> None:
     """Cancel a queued job, or a running one after its present step."""
-    from apollo_ipc.client import call
+    from apollo_ipc.wire.client import call
 
     job = call(load_config(config_file).socket_path, CancelJob("", job_id)).job
     assert job is not None

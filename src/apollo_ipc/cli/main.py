@@ -7,7 +7,8 @@ import sys
 
 import typer
 
-from apollo_ipc.cli import checkpoint, curate, jobs, plan, processes, quality, serve, train, versions
+from apollo_curation.cli import curate, quality
+from apollo_ipc.cli import checkpoint, jobs, plan, processes, serve, train, versions
 from apollo_ipc.cli.output import print_error
 from apollo_ipc.errors import ApolloError
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from apollo_ipc.errors import ApolloError
-from apollo_ipc.messages import JobInfo, PostSync, Status, SyncResult
+from apollo_ipc.wire.messages import JobInfo, PostSync, Status, SyncResult
 
 FAILED_STATES = ("failed", "cancelled", "quarantined")
 
@@ -39,7 +39,7 @@ def print_error(error: ApolloError) -> None:
     say(f"{error.field}: {error.message}" if error.field else error.message)
     for name in getattr(error, "refused", []):
         say(f"  {name}")
-    # Only for what the worker did not foresee (apollo_ipc/remote.py); never for a user's mistake.
+    # Only for what the worker did not foresee (apollo_ipc/wire/remote.py); never for a user's mistake.
     if remote := getattr(error, "traceback", None):
         say(f"the worker's traceback:\n{remote.rstrip()}")
 

@@ -102,8 +102,13 @@ def _train_options(config_file: Path | None, flags: dict[str, tuple[str, Any]]) 
 
 
 def _run(request: dict[str, Any]) -> MemoryPlan:
-    """Runs apollo_worker.plan. Raises ApolloError with what it said and its exit status."""
-    command = [sys.executable, "-m", "apollo_worker.plan", msgspec.json.encode(request).decode()]
+    """Runs apollo_worker.commands.memory_plan. Raises ApolloError with what it said and its exit status."""
+    command = [
+        sys.executable,
+        "-m",
+        "apollo_worker.commands.memory_plan",
+        msgspec.json.encode(request).decode(),
+    ]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
     answer = msgspec.json.decode(done.stdout) if done.stdout else {}
     if done.returncode == 0:

@@ -10,12 +10,12 @@ from typing import Annotated, Literal
 
 import typer
 
-from apollo_ipc import serving
 from apollo_ipc.cli.options import AsJson, ConfigFile
 from apollo_ipc.cli.output import print_json
 from apollo_ipc.config import Config, load_config
 from apollo_ipc.keys import key_path, train_key
 from apollo_ipc.model_dir import check_model_dir
+from apollo_ipc.process import serving
 
 
 def has_vllm() -> bool:
@@ -70,7 +70,7 @@ def check(
     Further flags are vLLM's own and go to it unchanged.
     """
     path = check_model_dir(model_dir)
-    run_module("apollo_worker.check", [str(path), *(["--json"] if as_json else []), *context.args])
+    run_module("apollo_worker.commands.check", [str(path), *(["--json"] if as_json else []), *context.args])
 
 
 def demo(

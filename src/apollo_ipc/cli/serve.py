@@ -12,14 +12,14 @@ import typer
 from apollo_ipc.cli.options import ConfigFile
 from apollo_ipc.cli.output import say
 from apollo_ipc.cli.processes import has_vllm, vllm_environment, worker_command, worker_environment
-from apollo_ipc.cli.supervise import Child, Supervisor
 from apollo_ipc.config import Config, load_config, make_private_dir
 from apollo_ipc.errors import AlreadyRunning, ConfigError, UserError
 from apollo_ipc.keys import train_key
 from apollo_ipc.manifest import read_manifest, start_ticks
 from apollo_ipc.model_dir import check_model_dir
-from apollo_ipc.notify import notify
-from apollo_ipc.serving import vllm_command
+from apollo_ipc.process.notify import notify
+from apollo_ipc.process.serving import vllm_command
+from apollo_ipc.process.supervise import Child, Supervisor
 
 PROBE_INTERVAL_S = 0.5
 PROBE_TIMEOUT_S = 1.0

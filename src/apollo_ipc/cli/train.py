@@ -19,9 +19,9 @@ from apollo_ipc.cli.output import FAILED_STATES, console, describe_job, print_js
 from apollo_ipc.cli.processes import worker_environment
 from apollo_ipc.config import Config, load_config
 from apollo_ipc.errors import ApolloError, UserError
-from apollo_ipc.messages import ENDED_STATES, JobInfo, Submit
 from apollo_ipc.model_dir import check_model_dir
-from apollo_ipc.requests import TrainOptions, TrainRequest, convert
+from apollo_ipc.wire.messages import ENDED_STATES, JobInfo, Submit
+from apollo_ipc.wire.requests import TrainOptions, TrainRequest, convert
 
 WORKER_AWAY_S = 60.0  # --wait outlasts a worker that restarts
 
@@ -93,7 +93,7 @@ def _options(**given: Any) -> TrainOptions:
 
 
 async def _submit(request: TrainRequest, idempotency_key: str | None, wait: bool, config: Config) -> JobInfo:
-    from apollo_ipc.client import WorkerClient
+    from apollo_ipc.wire.client import WorkerClient
 
     async with WorkerClient(config.socket_path, "cli") as client:
         job = (await client.request(Submit("", request, idempotency_key))).job
@@ -115,10 +115,11 @@ async def _submit(request: TrainRequest, idempotency_key: str | None, wait: bool
 def _train_offline(
     model_dir: Path, request: TrainRequest, config: Config, config_file: Path | None
 ) -> JobInfo:
-    """Runs apollo_worker.offline, which writes JSON lines: {"note"}, {"step", "num_steps", "loss"} for each
-    step, then {"job": ...} or {"error": ...}. Raises ApolloError with what it said and its exit status."""
+    """Runs apollo_worker.commands.offline, which writes JSON lines: {"note"}, for each step
+    {"step", "num_steps", "loss"}, then {"job": ...} or {"error": ...}. Raises ApolloError with what it
+    said and its exit status."""
     # The request may be larger than a command line, and no copy of it shall stay on the disk.
-    command = [sys.executable, "-m", "apollo_worker.offline", str(model_dir), "/dev/stdin"]
+    command = [sys.executable, "-m", "apollo_worker.commands.offline", str(model_dir), "/dev/stdin"]
     environment = worker_environment(config, config_file)
     job = error = None
     with (

@@ -15,7 +15,7 @@ from apollo_ipc.cli.output import describe_ago, describe_bytes, print_json
 from apollo_ipc.config import load_config
 from apollo_ipc.errors import UserError
 from apollo_ipc.manifest import is_served
-from apollo_ipc.messages import RestoreVersion
+from apollo_ipc.wire.messages import RestoreVersion
 
 RESTORE_TIMEOUT_S = 3600.0
 MAX_TENSORS_SHOWN = 20
@@ -129,7 +129,7 @@ def restore(
     if not is_sure:
         typer.confirm(f"Restore version {version} of {path}? Jobs trained since are undone", abort=True)
     if is_live:
-        from apollo_ipc.client import call
+        from apollo_ipc.wire.client import call
 
         result = call(config.socket_path, RestoreVersion("", version), timeout_s=RESTORE_TIMEOUT_S).restore
         assert result is not None

@@ -23,7 +23,13 @@ from apollo_ipc.config import load_config
 from apollo_ipc.demo.report import Answer, Report
 from apollo_ipc.demo.stream import CompletionStream
 from apollo_ipc.keys import train_key
-from apollo_ipc.serving import ServerFailed, die_with_parent, free_port, serves_on_cpu, worker_environment
+from apollo_ipc.process.serving import (
+    ServerFailed,
+    die_with_parent,
+    free_port,
+    serves_on_cpu,
+    worker_environment,
+)
 
 FACTS = [
     ("What is the harbour called?", "Port Ember."),

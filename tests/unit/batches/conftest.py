@@ -7,7 +7,10 @@ from batch_fixtures import config_in
 from batch_parts import opened
 from training_server import TrainingServer
 
-from apollo_ipc.curation import lock, schedule, served_model, submission, training
+from apollo_curation import chat_client as served_model
+from apollo_curation import lock
+from apollo_curation import train_client as training
+from apollo_curation.training import schedule, submission
 
 
 @pytest.fixture(autouse=True)

@@ -12,10 +12,10 @@ import pytest
 import typer
 from batch_fixtures import add, config_in
 
-from apollo_ipc.cli import curate_train
-from apollo_ipc.curation.batch_table import BatchTable
-from apollo_ipc.curation.moments import Moments
-from apollo_ipc.curation.store import Store, store_path
+from apollo_curation.cli import curate_train
+from apollo_curation.moments.moments import Moments
+from apollo_curation.store import Store, store_path
+from apollo_curation.training.batch_table import BatchTable
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ import msgspec
 import pytest
 from batch_fixtures import moment
 
-from apollo_ipc.curation.batches import Batches, NothingToTrain, StopTraining
-from apollo_ipc.curation.served_model import Refused
-from apollo_ipc.curation.training import Training
+from apollo_curation.chat_client import Refused
+from apollo_curation.train_client import Training
+from apollo_curation.training.batches import Batches, NothingToTrain, StopTraining
 from apollo_ipc.errors import NotFound, UserError
-from apollo_ipc.requests import Message
+from apollo_ipc.wire.requests import Message
 
 # --- what is sent ---
 

@@ -11,8 +11,8 @@ import pytest
 from batch_fixtures import NUM_MOMENTS, config_in
 from batch_parts import opened
 
-from apollo_ipc.curation.served_model import ModelAway
-from apollo_ipc.curation.training import Training
+from apollo_curation.chat_client import ModelAway
+from apollo_curation.train_client import Training
 from apollo_ipc.errors import NotReady
 
 # --- killed ---

@@ -10,17 +10,17 @@ import msgspec
 import pytest
 from batch_fixtures import add, config_in
 
-from apollo_ipc.cli import curate_train
+from apollo_curation.chat_client import Refused, ServedModel
+from apollo_curation.cli import curate_train
+from apollo_curation.demo.scripted_model import ScriptedModel
+from apollo_curation.moments.moments import Moments
+from apollo_curation.settings import DirectTier, DreamTier, Tier
+from apollo_curation.store import Store, store_path
+from apollo_curation.training import schedule
+from apollo_curation.training.idle import Idleness
 from apollo_ipc.config import Config
-from apollo_ipc.curation import schedule
-from apollo_ipc.curation.idle import Idleness
-from apollo_ipc.curation.moments import Moments
-from apollo_ipc.curation.served_model import Refused, ServedModel
-from apollo_ipc.curation.settings import DirectTier, DreamTier, Tier
-from apollo_ipc.curation.store import Store, store_path
-from apollo_ipc.demo.scripted_model import ScriptedModel
 from apollo_ipc.errors import UserError
-from apollo_ipc.requests import Message
+from apollo_ipc.wire.requests import Message
 
 
 @pytest.fixture

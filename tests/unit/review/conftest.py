@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from review_moments import moment
 
-from apollo_ipc.curation.moments import Moments
-from apollo_ipc.curation.store import Store, store_path
+from apollo_curation.moments.moments import Moments
+from apollo_curation.store import Store, store_path
 
 
 @pytest.fixture

@@ -6,14 +6,14 @@ import json
 import subprocess
 import sys
 
+import planted
 import pytest
 import typer
 from review_moments import states
 from typer.testing import CliRunner
 
-from apollo_ipc.cli import curate_flag, curate_review
-from apollo_ipc.demo import planted
-from apollo_ipc.demo.scripted_model import ScriptedModel
+from apollo_curation.cli import curate_flag, curate_review
+from apollo_curation.demo.scripted_model import ScriptedModel
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_a_judge_that_is_switched_off_is_not_asked(curate, moments, monkeypatch)
 def test_logs_that_are_followed_bring_moments_as_they_come(environment, config, tmp_path):
     log = tmp_path / "log.jsonl"
     planted.write(planted.stream(0)[:60], log)
-    code = "import typer; from apollo_ipc.cli.curate_flag import flag; typer.run(flag)"
+    code = "import typer; from apollo_curation.cli.curate_flag import flag; typer.run(flag)"
     command = [sys.executable, "-c", code, str(log), "--follow", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

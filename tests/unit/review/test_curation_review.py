@@ -9,12 +9,12 @@ import pytest
 from review_moments import CALL, RIGHT, WRONG, editor, moment, screen, states
 from rich.console import Console
 
-from apollo_ipc.curation.moments import Moments
-from apollo_ipc.curation.review import Review, approve, edited, reject
-from apollo_ipc.curation.review_screen import Keys, run
-from apollo_ipc.curation.review_view import diff, printable, view
+from apollo_curation.moments.moments import Moments
+from apollo_curation.moments.review import Review, approve, edited, reject
+from apollo_curation.moments.review_screen import Keys, run
+from apollo_curation.moments.review_view import diff, printable, view
 from apollo_ipc.errors import UserError
-from apollo_ipc.requests import Message
+from apollo_ipc.wire.requests import Message
 
 
 def test_every_key_does_what_it_says_and_at_once(store, moments, tmp_path):

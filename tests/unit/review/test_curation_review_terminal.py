@@ -11,9 +11,9 @@ import time
 
 from review_moments import editor, states
 
-from apollo_ipc.requests import Message
+from apollo_ipc.wire.requests import Message
 
-SCREEN = "import typer; from apollo_ipc.cli.curate_review import review; typer.run(review)"
+SCREEN = "import typer; from apollo_curation.cli.curate_review import review; typer.run(review)"
 
 
 class Terminal:

@@ -24,7 +24,7 @@ from router_harness import (
     wait_until,
 )
 
-from apollo_ipc.messages import SyncResult
+from apollo_ipc.wire.messages import SyncResult
 
 # --- the worker ---
 

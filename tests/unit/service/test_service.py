@@ -13,12 +13,12 @@ import time
 
 import msgspec
 import pytest
-from apollo_worker.endpoint import Endpoint
+from apollo_worker.front.endpoint import Endpoint
 from fake_worker import end, request_of, serving, start_service, start_worker
 from raw_peer import Peer
 
-from apollo_ipc import messages as m
 from apollo_ipc.errors import AlreadyRunning, ConfigError
+from apollo_ipc.wire import messages as m
 
 
 def test_a_submitted_job_is_in_the_queue_when_the_reply_comes_and_wakes_the_trainer(served, peer):
@@ -151,7 +151,7 @@ def test_a_client_of_another_protocol_version_is_told_both_versions_and_gets_no_
 
 
 def test_a_silent_client_is_forgotten_and_a_new_hello_brings_it_back(served, peer, monkeypatch):
-    monkeypatch.setattr("apollo_worker.peers.PEER_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("apollo_worker.front.peers.PEER_TIMEOUT_S", 0.5)
     peer.hello()
     time.sleep(1.0)
     while peer.receive(m.Heartbeat, timeout_s=0.1):

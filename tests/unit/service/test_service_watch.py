@@ -6,11 +6,11 @@ import threading
 import time
 
 import pytest
-from apollo_worker.peers import MAX_WATCHES_PER_PEER
+from apollo_worker.front.peers import MAX_WATCHES_PER_PEER
 from fake_worker import request_of
 from raw_peer import Peer
 
-from apollo_ipc import messages as m
+from apollo_ipc.wire import messages as m
 
 
 def test_a_watcher_sees_the_job_at_once_then_its_changes_then_its_end_with_the_history(served, peer):

@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 
 import pytest
-from apollo_worker.marks import StepMarks
-from apollo_worker.queue import JobQueue
+from apollo_worker.jobs.queue import JobQueue
+from apollo_worker.trainer.step_marks import StepMarks
 from safetensors.torch import load_file
 from served_model import Exporter
 from trainer_by_hand import Killed, Trainer, assert_same, kill_in_backward, with_train
 
 from apollo_ipc.checkpoint import read_commit, recover
-from apollo_ipc.requests import Example, TrainRequest
+from apollo_ipc.wire.requests import Example, TrainRequest
 
 # --- the worker is killed, vLLM serves on ---
 
@@ -100,7 +100,9 @@ def test_killed_while_the_checkpoint_is_written_back_it_is_written_back_again(se
         with pytest.raises(Killed):
             first.train()
     second = Trainer(config)
-    monkeypatch.setattr("apollo_worker.attachment.restore", lambda live: (_ for _ in ()).throw(Killed))
+    monkeypatch.setattr(
+        "apollo_worker.trainer.attachment.restore", lambda live: (_ for _ in ()).throw(Killed)
+    )
     with pytest.raises(Killed):
         second.worker.attachment.ensure()
     second.kill()

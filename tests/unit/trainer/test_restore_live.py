@@ -6,13 +6,13 @@ import dataclasses
 
 import pytest
 import torch
-from apollo_worker import worker as worker_module
+from apollo_worker.trainer import loop as worker_module
 from safetensors.torch import load_file
 from trainer_by_hand import Killed, Trainer, assert_same, make_versions, restore, with_train
 
 from apollo_ipc.checkpoint import verify
 from apollo_ipc.errors import CheckpointError, Conflict, UserError
-from apollo_ipc.messages import RestoreVersion
+from apollo_ipc.wire.messages import RestoreVersion
 
 # --- older versions ---
 

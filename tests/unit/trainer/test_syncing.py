@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from trainer_by_hand import Trainer, assert_same, make_versions, restore
 
 from apollo_ipc.checkpoint import read_commit, recover, verify
-from apollo_ipc.messages import SyncCheckpoint
+from apollo_ipc.wire.messages import SyncCheckpoint
 
 
 def test_syncs_are_deltas_until_a_full_one_is_due(served, config, monkeypatch):

@@ -1,0 +1,1 @@
+"""Curation's commands."""

@@ -1,0 +1,1 @@
+"""Dreams: scenarios from recent memory, answered, judged, trained."""

@@ -1,0 +1,207 @@
+"""Seeds of dreams: reflections, lessons and memories, from text files, JSONL, and directories of both.
+
+Text (.md, .markdown, .txt): one seed a paragraph, or a list item; a file of at most WHOLE_FILE_CHARS without
+headings and lists is one seed as a whole. A Markdown heading is the topic of what follows it.
+JSONL (.jsonl, .ndjson): {"text" or "lesson" or "memory": "...", "topic"?: "..."}; other fields do not count.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgspec
+
+from apollo_curation.logs.conversation import Broken, Source, text_hash
+from apollo_ipc.errors import UserError
+
+WHOLE_FILE_CHARS = 400
+MAX_SEED_CHARS = 4000  # a dreamer is told one thing at a time
+TEXT_SUFFIXES = (".md", ".markdown", ".txt")
+JSONL_SUFFIXES = (".jsonl", ".ndjson")
+TEXT_FIELDS = ("text", "lesson", "memory")
+
+_HEADING = re.compile(r" {0,3}#{1,6}\s+(.+?)\s*#*\s*$")
+_ITEM = re.compile(r"([-*+]|\d{1,4}[.)])\s+(?=\S)")
+_WORD = re.compile(r"\w")
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+class Seed(msgspec.Struct, frozen=True):
+    """seed_id: equal for equal texts, whatever their white space, so that what changes is a new seed.
+    at: when its file was changed last, in seconds since the epoch."""
+
+    seed_id: str
+    text: str
+    topic: str
+    source: Source
+    at: float
+
+
+def seed_id(text: str) -> str:
+    return "s-" + text_hash(" ".join(text.split()))
+
+
+def read_seeds(paths: Iterable[Path], *, max_record_bytes: int) -> Iterator[Seed | Broken]:
+    """What the files hold, in their order; a text that stands twice is given once.
+
+    max_record_bytes: of a line of JSONL, and of a text file as a whole. Raises UserError where a path that
+    was named does not exist; whatever else is wrong is a Broken.
+    """
+    known = set()
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path}: there is no such file or directory to take seeds from", field="--seeds")
+        for file in _files(path):
+            for found in _read_file(file, max_record_bytes):
+                if isinstance(found, Seed):
+                    if found.seed_id in known:
+                        continue
+                    known.add(found.seed_id)
+                yield found
+
+
+def newest_first(seeds: Iterable[Seed]) -> list[Seed]:
+    """By the time of their files; within a file what stands further down was written later."""
+    return sorted(seeds, key=lambda seed: (-seed.at, seed.source.path, -seed.source.offset))
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    inside = (file.relative_to(path) for file in path.rglob("*"))
+    known = TEXT_SUFFIXES + JSONL_SUFFIXES
+    shown = (name for name in inside if not any(part.startswith(".") for part in name.parts))
+    return sorted(path / name for name in shown if name.suffix.lower() in known and (path / name).is_file())
+
+
+def _read_file(path: Path, max_record_bytes: int) -> Iterator[Seed | Broken]:
+    try:
+        with path.open("rb") as file:
+            at = path.stat().st_mtime
+            if path.suffix.lower() in JSONL_SUFFIXES:
+                yield from _read_jsonl(file, path, at, max_record_bytes)
+            else:
+                yield from _read_text(file, path, at, max_record_bytes)
+    except OSError as error:
+        yield Broken(Source(_shown(path), 1, 0), "unreadable", f"cannot be read: {error.strerror}")
+
+
+def _shown(path: Path) -> str:
+    """As text that can be stored: a file's name may be any bytes."""
+    return os.fsencode(path).decode(errors="replace")
+
+
+def _read_text(file: BinaryIO, path: Path, at: float, max_bytes: int) -> Iterator[Seed | Broken]:
+    data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        yield Broken(
+            Source(_shown(path), 1, 0), "too_long", f"more than {max_bytes} bytes in one file of seeds"
+        )
+        return
+    offset = len(_BYTE_ORDER_MARK) if data.startswith(_BYTE_ORDER_MARK) else 0
+    blocks = list(_blocks(data[offset:], path.stem, offset))
+    if not any(block.is_part for block in blocks) and len(data) <= WHOLE_FILE_CHARS and blocks:
+        blocks = [_Block(blocks[0].offset, path.stem, data[offset:].splitlines(keepends=True), False)]
+    number = 0
+    for block in blocks:
+        number += 1
+        source = Source(_shown(path), number, block.offset)
+        try:
+            text = b"".join(block.lines).decode()
+        except UnicodeDecodeError as error:
+            yield Broken(source, "encoding", f"not UTF-8 ({error.reason}); save the file as UTF-8")
+            continue
+        if _WORD.search(text) is None:  # a rule, a fence
+            number -= 1
+            continue
+        yield _seed(text, block.topic, source, at)
+
+
+class _Block:
+    """Lines that belong together. is_part: a list item, or under a heading: a seed by itself."""
+
+    def __init__(self, offset: int, topic: str, lines: list[bytes], is_part: bool):
+        self.offset = offset
+        self.topic = topic
+        self.lines = lines
+        self.is_part = is_part
+
+
+def _blocks(data: bytes, topic: str, offset: int) -> Iterator[_Block]:
+    """Paragraphs and list items; a block may hold bytes that are no UTF-8."""
+    block: _Block | None = None
+    is_headed = False
+    for line in data.splitlines(keepends=True):
+        text = line.decode(errors="replace")
+        heading, item = _HEADING.match(text), _ITEM.match(text)
+        if block and (heading or item or not text.strip()):
+            yield block
+            block = None
+        if heading:
+            topic, is_headed = heading[1], True
+        elif item:
+            marker = len(item[0].encode())
+            block = _Block(offset, topic, [line[marker:]], True)
+        elif block:
+            block.lines.append(line)
+        elif text.strip():
+            block = _Block(offset, topic, [line], is_headed)
+        offset += len(line)
+    if block:
+        yield block
+
+
+def _read_jsonl(file: BinaryIO, path: Path, at: float, max_bytes: int) -> Iterator[Seed | Broken]:
+    for number, offset, line in bounded_lines(file, max_bytes):
+        source = Source(_shown(path), number, offset)
+        if line is None:
+            yield Broken(source, "too_long", f"a line of more than {max_bytes} bytes")
+        elif line.strip():
+            yield _parse_line(line, path.stem, source, at)
+
+
+def bounded_lines(file: BinaryIO, max_bytes: int) -> Iterator[tuple[int, int, bytes | None]]:
+    """(number from 1, byte offset, line), with None for a line of more than `max_bytes`, which is passed over
+    without being held. A byte order mark is left out."""
+    offset = number = 0
+    while line := file.readline(max_bytes + 1):
+        number += 1
+        start, is_whole = offset, len(line) <= max_bytes
+        offset += len(line)
+        if not is_whole:
+            while not line.endswith(b"\n") and (line := file.readline(1 << 20)):
+                offset += len(line)
+        elif number == 1:
+            line = line.removeprefix(_BYTE_ORDER_MARK)
+        yield number, start, line if is_whole else None
+
+
+def _parse_line(line: bytes, topic: str, source: Source, at: float) -> Seed | Broken:
+    try:
+        record: Any = msgspec.json.decode(line.decode())
+    except UnicodeDecodeError as error:
+        return Broken(source, "encoding", f"not UTF-8 ({error.reason})")
+    except (msgspec.DecodeError, RecursionError) as error:
+        return Broken(source, "not_json", f"not JSON: {error}")
+    names = ", ".join(TEXT_FIELDS)
+    if not isinstance(record, dict):
+        return Broken(source, "not_a_seed", f"an object with one of {names} is needed")
+    texts = [record[name] for name in TEXT_FIELDS if record.get(name) is not None]
+    if not texts or not isinstance(texts[0], str):
+        return Broken(source, "not_a_seed", f"one of {names} is needed, as a string")
+    own_topic = record.get("topic")
+    return _seed(texts[0], own_topic if isinstance(own_topic, str) and own_topic else topic, source, at)
+
+
+def _seed(text: str, topic: str, source: Source, at: float) -> Seed | Broken:
+    text = text.strip()
+    if not text:
+        return Broken(source, "empty", "there is no text in it")
+    if len(text) > MAX_SEED_CHARS:
+        problem = f"{len(text)} characters, more than {MAX_SEED_CHARS}: a seed is one lesson; split it"
+        return Broken(source, "too_long", problem)
+    return Seed(seed_id(text), text, topic, source, at)

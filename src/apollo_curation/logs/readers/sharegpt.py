@@ -1,0 +1,82 @@
+"""ShareGPT: {"conversations": [{"from": "human", "value": "..."}, ...]}, with both ways of calling tools.
+
+A turn `function_call` holds the call as JSON; in Hermes' way the call stands in the answer, between
+<tool_call> and </tool_call>, and results between <tool_response> and </tool_response>.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import msgspec
+
+from apollo_curation.logs.readers.text import (
+    Chat,
+    Unreadable,
+    as_list,
+    as_object,
+    as_string,
+    tool_call,
+    tool_list,
+)
+from apollo_ipc.wire.requests import Message
+
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
+_RESPONSE = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
+
+
+def read_chat(record: dict[str, Any]) -> Chat:
+    """Raises Unreadable."""
+    key = "conversations" if "conversations" in record else "messages"
+    turns = as_list(record.get(key), key)
+    messages: list[Message] = []
+    if isinstance(record.get("system"), str) and record["system"]:
+        messages.append(Message("system", record["system"]))
+    for i, raw in enumerate(turns):
+        at = f"{key}[{i}]"
+        speaker = as_string(as_object(raw, at).get("from"), f"{at}.from")
+        value = as_string(raw.get("value"), f"{at}.value")
+        role = ROLES.get(speaker.lower(), speaker)
+        is_answered = i + 1 < len(turns) and _is_result(turns[i + 1])
+        if speaker == "function_call" and value:
+            messages.append(Message("assistant", "", tool_calls=_calls([value], at)))
+        elif role == "assistant" and is_answered and (found := _CALL.findall(value)):
+            messages.append(Message(role, _CALL.sub("", value).strip(), tool_calls=_calls(found, at)))
+        elif role == "tool":
+            messages += [Message(role, text) for text in _RESPONSE.findall(value) or [value]]
+        else:
+            weight = 0 if role == "assistant" and raw.get("weight") == 0 else None
+            messages.append(Message(role, value, weight=weight))
+    return Chat(messages, tool_list(record.get("tools"), "tools"))
+
+
+def _is_result(turn: Any) -> bool:
+    return isinstance(turn, dict) and ROLES.get(str(turn.get("from"))) == "tool"
+
+
+def _calls(texts: list[str], at: str) -> list[dict[str, Any]]:
+    """Each text is one call {"name", "arguments"} or a list of them."""
+    calls = []
+    for text in texts:
+        try:
+            found = msgspec.json.decode(text)
+        except msgspec.DecodeError:
+            raise Unreadable("wrong_type", f"{at}: the tool call is not JSON: {text[:60]!r}") from None
+        for raw in found if isinstance(found, list) else [found]:
+            call = as_object(raw, f"{at}: the tool call")
+            calls.append(tool_call(call.get("name"), call.get("arguments"), None, at))
+    return calls

@@ -1,0 +1,1 @@
+"""Moments: what in a conversation is worth learning from."""

@@ -1,0 +1,191 @@
+"""The judge: a model that reads each flagged moment and says whether to learn from it, and what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from apollo_curation.chat_client import ModelAway, Refused, ServedModel
+from apollo_curation.moments.judge_question import question
+from apollo_curation.moments.moments import Moment, Moments
+from apollo_curation.settings import Judge
+from apollo_curation.structured import Counts, ask_for
+from apollo_ipc.errors import UserError
+from apollo_ipc.wire.requests import Message
+
+MAX_ANSWER_CHARS = 8000  # of a proposed better answer
+OF_THIS_REQUEST = (400, 413, 422)  # HTTP statuses by which a server refuses one request, not all of them
+
+Confidence = Annotated[float, Meta(ge=0, le=1)]
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """reason comes first: a model that has to say why decides with more care."""
+
+    reason: str
+    verdict: Literal["learn", "skip"]
+    confidence: Confidence
+    better_answer: str
+
+
+class JudgeCounts(msgspec.Struct):
+    """num_judged: verdicts that were kept; of these num_to_learn, num_to_skip; num_answers: better answers
+    taken; num_answers_refused: such as were empty, too long, or what was said already; num_dropped: moments
+    whose two verdicts did not parse; num_refused: the server would not read them; num_away: not judged, since
+    the judge was away; num_decided_meanwhile: by somebody else."""
+
+    num_judged: int = 0
+    num_to_learn: int = 0
+    num_to_skip: int = 0
+    num_answers: int = 0
+    num_answers_refused: int = 0
+    num_retried: int = 0
+    num_dropped: int = 0
+    num_refused: int = 0
+    num_away: int = 0
+    num_decided_meanwhile: int = 0
+    problem: str | None = None  # the last thing that a server said
+
+
+def judge(
+    moments: Moments,
+    model: ServedModel,
+    settings: Judge,
+    counts: JudgeCounts | None = None,
+    which: Iterable[Moment] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> JudgeCounts:
+    """Judges `which` (default: all flagged moments that were never judged), num_parallel at a time.
+
+    Each verdict is kept as soon as it is there. A judge that is away costs nothing but its patience, once:
+    what is left stays flagged. Raises Refused where the server would refuse every request (no such model, no
+    key). stop: asked before each request; what it leaves stays flagged.
+    """
+    counts = counts or JudgeCounts()
+    waiting = list(which) if which is not None else unjudged(moments)
+    running: dict[Future[tuple[Verdict | None, Counts]], Moment] = {}
+    with ThreadPoolExecutor(settings.num_parallel, thread_name_prefix="judge") as pool:
+        while True:
+            while waiting and len(running) < settings.num_parallel and not counts.num_away and not stop():
+                moment = waiting.pop(0)
+                running[pool.submit(_ask, moment, model, settings)] = moment
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                _take(moments, running.pop(future), future, counts)
+    if counts.num_away:  # nobody waits for it once more
+        counts.num_away += len(waiting)
+    return counts
+
+
+def unjudged(moments: Moments) -> list[Moment]:
+    """Flagged moments that no judge has seen; dreams have a judge of their own."""
+    found = moments.list("flagged")
+    return [moment for moment in found if not moment.num_judged and moment.kind != "dream"]
+
+
+def approve_confident(moments: Moments, min_confidence: float, *, only_judged: bool) -> list[Moment]:
+    """`--auto`: what is flagged, has an answer and at least this confidence is approved.
+
+    only_judged: not what only a rule has seen; for when there is a judge, who may be away.
+    """
+    approved: list[Moment] = []
+    for moment in moments.list("flagged"):
+        if moment.answer is None or moment.confidence < min_confidence:
+            continue
+        if only_judged and not moment.num_judged:
+            continue
+        reason = f"confidence {moment.confidence:.2f}, from {min_confidence:g} on approved by itself"
+        try:
+            approved.append(
+                moments.change(
+                    moment.moment_id,
+                    expected=["flagged"],
+                    state="approved",
+                    decided_by="auto",
+                    decided_reason="; ".join(part for part in (moment.decided_reason, reason) if part),
+                )
+            )
+        except UserError:
+            continue  # a person was faster
+    return approved
+
+
+def _ask(moment: Moment, model: ServedModel, settings: Judge) -> tuple[Verdict | None, Counts]:
+    counts = Counts()
+    asked = question(moment, settings.rubric)
+    return ask_for(Verdict, model, asked, max_tokens=settings.max_tokens, counts=counts), counts
+
+
+def _take(
+    moments: Moments, moment: Moment, future: Future[tuple[Verdict | None, Counts]], counts: JudgeCounts
+) -> None:
+    try:
+        verdict, parsed = future.result()
+    except ModelAway as error:
+        counts.num_away += 1
+        counts.problem = error.message
+        return
+    except Refused as error:
+        if error.status not in OF_THIS_REQUEST:
+            raise
+        counts.num_refused += 1
+        counts.problem = error.message
+        return
+    counts.num_retried += parsed.num_retried
+    changes: dict[str, Any] = {"num_judged": moment.num_judged + 1, "decided_by": "judge"}
+    if verdict is None:
+        changes |= {"state": "dropped", "decided_reason": "two answers of the judge did not parse"}
+    else:
+        changes |= _changes(moment, verdict, counts)
+    try:
+        moments.change(moment.moment_id, expected=["flagged"], **changes)
+    except UserError:
+        counts.num_decided_meanwhile += 1
+        return
+    if verdict is None:
+        counts.num_dropped += 1
+        return
+    counts.num_judged += 1
+    counts.num_to_learn += verdict.verdict == "learn"
+    counts.num_to_skip += verdict.verdict == "skip"
+
+
+def _changes(moment: Moment, verdict: Verdict, counts: JudgeCounts) -> dict[str, Any]:
+    changes: dict[str, Any] = {"confidence": verdict.confidence, "decided_reason": verdict.reason.strip()}
+    if verdict.verdict == "skip":
+        return changes | {"state": "rejected"}
+    # What pleased the user is learned as it was, and a text cannot take the place of a call.
+    takes_text = moment.kind != "praise" and not (moment.answer and moment.answer.tool_calls)
+    better = verdict.better_answer.strip()
+    if not takes_text or (not better and moment.answer is not None):
+        return changes
+    if why := refuse_answer(moment, better):
+        counts.num_answers_refused += 1
+        return changes | {
+            "decided_reason": f"{verdict.reason.strip()} (Its better answer was refused: {why})"
+        }
+    answer = Message("assistant", better)
+    if answer != moment.answer:
+        counts.num_answers += 1
+        changes |= {"answer": answer, "surprise": None}
+    return changes
+
+
+def refuse_answer(moment: Moment, text: str) -> str | None:
+    """Why `text` is no better answer, or None."""
+    if not text.strip():
+        return "it is empty"
+    if len(text) > MAX_ANSWER_CHARS:
+        return f"it has {len(text):,} characters, at most {MAX_ANSWER_CHARS:,} are taken"
+    if moment.original is not None and _squeezed(text) == _squeezed(moment.original.content):
+        return "it is what the assistant had said"
+    return None
+
+
+def _squeezed(text: str) -> str:
+    return " ".join(text.split()).casefold()

@@ -1,0 +1,53 @@
+"""Training that is watched outside of a night as well, wherever a held-out set is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+
+from apollo_curation.chat_client import judging, learner
+from apollo_curation.quality.monitor import Monitor, Report
+from apollo_curation.store import Store
+from apollo_curation.train_client import Training
+from apollo_curation.training.batches import Each, ignore
+from apollo_ipc.config import Config
+from apollo_ipc.errors import ApolloError
+
+
+class QualityBroken(ApolloError):
+    """The model is worse than quality allows; the message holds the numbers, and what was done about it."""
+
+    code = "quality_broken"
+
+
+@contextmanager
+def watched(
+    config: Config, store: Store, training: Training, stop: Callable[[], bool] = lambda: False
+) -> Iterator[Each]:
+    """`each` for what is trained within: measured before, during and after, as quality.* says.
+
+    Without quality.heldout, or with quality.enabled = false, nothing is. Raises QualityBroken before anything
+    is trained or after; where the block raises, the next one that watches makes up for it.
+    """
+    if not (config.quality.enabled and config.quality.heldout):
+        yield ignore
+        return
+    with closing(learner(config, stop)) as model, closing(judging(config, stop)) as other:
+        judge = other if config.judge.enabled else None
+        monitor = Monitor(config, store, model, judge, training)
+        before = monitor.before()
+        if not before.may_go_on:
+            raise QualityBroken(f"worse than when it was last good: {describe_breaches(before)}")
+        yield monitor.guard()
+        after = monitor.after()
+        if not after.ok:
+            raise QualityBroken(describe_breaches(after))
+
+
+def describe_breaches(report: Report) -> str:
+    parts = [breach.sentence for breach in report.breaches] or ["no reason was kept"]
+    if report.restored_as is not None:
+        parts.append(f"weight version {report.restored_version} is restored as {report.restored_as}")
+    elif report.restore_error is not None:
+        parts.append(f"version not restored: {report.restore_error}")
+    return "; ".join(parts)

@@ -1,0 +1,251 @@
+"""Batches: moments of one tier that become one training job, each trained once whatever dies on the way.
+
+The batch, with the exact request, and its moments' state `training` are written in one transaction before
+anything is sent. The job's idempotency key is the batch's id, so that sending it again gives the same job;
+what the job came to is written in one transaction too. `resume` goes on with what a killed process left open.
+
+    prepared -> submitted -> trained | failed | stopped     undone: its effect was taken back
+        |-----> refused (and another batch without the refused example), failed
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Literal
+
+from apollo_curation.chat_client import Refused
+from apollo_curation.lock import alone
+from apollo_curation.moments.moments import Moment, Moments, State
+from apollo_curation.settings import TierName
+from apollo_curation.store import Store
+from apollo_curation.train_client import Training
+from apollo_curation.training.batch_table import Batch, BatchTable, new_batch_id
+from apollo_curation.training.submission import (
+    MAX_ATTEMPTS,
+    Accepted,
+    ExampleRefused,
+    OnDuplicate,
+    RequestRefused,
+    request_for,
+    submit,
+)
+from apollo_ipc.config import Config
+from apollo_ipc.errors import UserError
+from apollo_ipc.wire.messages import JobInfo
+
+Each = Callable[[JobInfo], None]
+
+
+class StopTraining(Exception):
+    """Raised by `each`: the job is cancelled. reason: a sentence for the batch and its moments."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+class NothingToTrain(UserError):
+    """None of the moments is approved (any more) and has an answer."""
+
+    code = "nothing_to_train"
+
+
+def ignore(job: JobInfo) -> None:
+    pass
+
+
+class Batches:
+    """Trains moments, one batch at a time on this machine's state directory: another process waits.
+
+    stop: asked while waiting for that other process; when it answers true, NotReady is raised.
+    `train` and `resume` raise ModelAway where the server stays away for curation.patience_s, and Refused
+    where it does not take our key or has no /train. The batch then stays open, and `resume` goes on with it.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        moments: Moments,
+        training: Training,
+        config: Config,
+        stop: Callable[[], bool] = lambda: False,
+    ):
+        self.table = BatchTable(store)
+        self._store = store
+        self._moments = moments
+        self._training = training
+        self._config = config
+        self._stop = stop
+
+    def train(
+        self,
+        tier: TierName,
+        moments: Sequence[Moment],
+        each: Each = ignore,
+        *,
+        on_duplicate: OnDuplicate = "skip",
+    ) -> Batch:
+        """Trains those of `moments` that are still approved, as they now are in the store, and waits for it.
+
+        each: sees the job now and then; it may raise StopTraining. Whatever else it raises leaves the job
+        running and the batch open. on_duplicate: `skip` leaves an example out that the worker has in its
+        weights already; with `train` it is trained once more, and moments that are `trained` are taken too.
+
+        The result has ended. Where the server refused examples, their moments are dropped with its words,
+        and the result is the batch of the rest. Raises NothingToTrain.
+        """
+        expected: tuple[State, ...] = ("approved", "trained") if on_duplicate == "train" else ("approved",)
+        ids = list(dict.fromkeys(moment.moment_id for moment in moments))
+        with self._alone():
+            batch = self._prepare(tier, ids, expected, on_duplicate)
+            if batch is None:
+                raise NothingToTrain("none of these moments is approved and has an answer")
+            return self._finish(batch, each)
+
+    def resume(self, each: Each = ignore) -> list[Batch]:
+        """Goes on with every open batch, the oldest first, and returns them as they ended."""
+        with self._alone():
+            return [self._finish(batch, each) for batch in self.table.open()]
+
+    def undo(self, batch_ids: Iterable[str]) -> None:
+        """These batches and their moments become `undone`: an older version of the weights came back.
+
+        Raises NotFound; UserError, and changes nothing, where one of them is still open.
+        """
+        with self._store.transaction():
+            for batch_id in batch_ids:
+                batch = self.table.get(batch_id)
+                if batch.is_open:
+                    raise UserError(f"{batch_id} is still being trained; wait for it, or cancel its job")
+                if batch.state != "refused":
+                    self.table.change(batch_id, state="undone")
+                    self._move(batch, "undone", batch.error, expected=("trained", "failed"))
+
+    def list(self, since: float = 0.0) -> list[Batch]:
+        """The oldest first. since: seconds since the epoch, of their creation."""
+        return self.table.list(since)
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """Under it every open batch is one that somebody left."""
+        return alone(self._config.state_dir / "curation.train.lock", self._stop)
+
+    def _prepare(
+        self,
+        tier: TierName,
+        ids: Sequence[str],
+        expected: Sequence[State],
+        on_duplicate: OnDuplicate,
+    ) -> Batch | None:
+        """Nothing of it has been sent yet. None where no moment is left to train."""
+        batch_id = new_batch_id()
+        taken = []
+        with self._store.transaction():
+            for moment_id in ids:
+                moment = self._moments.get(moment_id)
+                if moment.state in expected and moment.answer is not None:
+                    taken.append(self._moments.change(moment_id, state="training", batch_id=batch_id))
+            if not taken:
+                return None
+            request = request_for(self._config, tier, [one.example() for one in taken], on_duplicate)
+            return self.table.add(tier, taken, request, batch_id)
+
+    def _finish(self, batch: Batch, each: Each) -> Batch:
+        """From wherever the batch is to its end."""
+        num_lost = 0
+        while True:
+            while batch.state == "prepared":
+                batch = self._submit(batch)
+            if not batch.is_open:
+                return batch
+            try:
+                return self._settle(batch, self._follow(batch, each))
+            except Refused as error:
+                if error.code != "not_found":
+                    raise
+            num_lost += 1
+            if num_lost == MAX_ATTEMPTS:
+                return self._end(batch, "failed", f"the server forgot the job {num_lost} times")
+            # Its queue was lost, and with it whether this was trained.
+            batch = self.table.change(batch.batch_id, state="prepared", job_id=None)
+
+    def _submit(self, batch: Batch) -> Batch:
+        """The batch with its job; or failed; or, where an example was refused, a batch of the rest."""
+        request = self.table.request(batch.batch_id)
+        match submit(self._training, request, batch.batch_id):
+            case Accepted(job_id):
+                return self.table.change(batch.batch_id, state="submitted", job_id=job_id)
+            case ExampleRefused(at, said):
+                return self._without(batch, at, said, request.options.on_duplicate or "skip")
+            case RequestRefused(said):
+                return self._end(batch, "failed", said)
+
+    def _without(self, batch: Batch, at: int, said: str, on_duplicate: OnDuplicate) -> Batch:
+        """The moment of example number `at` is dropped; the rest is a new batch, if anything is left."""
+        bad = batch.moment_ids[at]
+        rest = [moment_id for moment_id in batch.moment_ids if moment_id != bad]
+        with self._store.transaction():
+            reason = f"not trainable: {said}"
+            self._moments.change(bad, state="dropped", decided_by="rule", decided_reason=reason)
+            after = self._prepare(batch.tier, rest, ("training",), on_duplicate)
+            if after is None:
+                return self._end(batch, "failed", said)
+            self.table.change(
+                batch.batch_id,
+                state="refused",
+                ended_at=time.time(),
+                error=said,
+                replaced_by=after.batch_id,
+            )
+        return after
+
+    def _follow(self, batch: Batch, each: Each) -> JobInfo:
+        """The job when it has ended. A stop is written before it is asked for, so that it holds."""
+        assert batch.job_id is not None
+        try:
+            if batch.error is None:
+                return self._training.wait(batch.job_id, each)
+        except StopTraining as stop:
+            self.table.change(batch.batch_id, error=stop.reason)
+        self._training.cancel(batch.job_id)
+        return self._training.wait(batch.job_id)
+
+    def _settle(self, batch: Batch, job: JobInfo) -> Batch:
+        """What the job came to, in the batch and in its moments."""
+        reason = self.table.get(batch.batch_id).error  # of a stop
+        facts = {
+            "num_skipped": job.num_skipped,
+            "steps_done": job.steps_done,
+            "loss_first": job.loss_first,
+            "loss_last": job.loss_last,
+            "weight_version": job.weight_version,
+        }
+        with self._store.transaction():
+            batch = self.table.change(batch.batch_id, **facts)
+            if job.state in ("applied", "durable"):
+                # One that had done its last step when it was stopped is in the weights all the same.
+                return self._end(batch, "stopped" if reason else "trained", reason, moments="trained")
+            how = f"after {job.steps_done} of {job.num_steps} steps"
+            if reason is not None:
+                return self._end(batch, "stopped", f"stopped {how}: {reason}")
+            return self._end(
+                batch, "failed", f"the job was {job.state} {how}: {job.error or 'no reason given'}"
+            )
+
+    def _end(
+        self,
+        batch: Batch,
+        state: Literal["trained", "failed", "stopped"],
+        error: str | None = None,
+        moments: State = "failed",
+    ) -> Batch:
+        with self._store.transaction():
+            self._move(batch, moments, error if moments == "failed" else None, expected=("training",))
+            return self.table.change(batch.batch_id, state=state, ended_at=time.time(), error=error)
+
+    def _move(self, batch: Batch, state: State, reason: str | None, expected: Sequence[State]) -> None:
+        for moment in self._moments.of_batch(batch.batch_id):
+            if moment.state in expected:
+                why = moment.decided_reason if reason is None else reason
+                self._moments.change(moment.moment_id, state=state, decided_reason=why)

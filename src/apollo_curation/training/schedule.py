@@ -1,0 +1,151 @@
+"""When each tier trains: as soon as something is approved, once nobody asks the model, or at night.
+
+A job that runs is not stopped when somebody comes: the worker trains at idle priority and gives way itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from apollo_curation.moments.moments import Moments
+from apollo_curation.settings import TierName
+from apollo_curation.store import Store
+from apollo_curation.train_client import Training
+from apollo_curation.training.batches import Batch, Batches, Each, NothingToTrain, ignore
+from apollo_curation.training.choose import Choice, choose
+from apollo_curation.training.idle import Idleness
+from apollo_curation.training.submission import tier_settings
+from apollo_ipc.config import Config
+from apollo_ipc.errors import NotReady
+from apollo_ipc.wire.messages import ENDED_STATES, JobInfo, SyncResult
+
+TIERS: tuple[TierName, ...] = ("direct", "dream", "bootstrap")  # in the order in which they take their turn
+POLL_S = 2.0  # between two looks at the store and at vLLM's metrics
+CHOOSE_AGAIN_S = 60.0  # what was left is looked at again after so long: the window may have moved on
+
+
+class Trained(msgspec.Struct, frozen=True):
+    """One turn of a tier. batch: None where nothing was chosen; sync: the checkpoint after a nightly one."""
+
+    tier: TierName
+    choice: Choice
+    batch: Batch | None = None
+    sync: SyncResult | None = None
+
+
+class Learning:
+    """The parts that a turn needs; the caller opens and closes them."""
+
+    def __init__(self, store: Store, moments: Moments, batches: Batches, training: Training, config: Config):
+        self.store = store
+        self.moments = moments
+        self.batches = batches
+        self.training = training
+        self.config = config
+
+    def choose(self, tier: TierName, limit: int | None = None) -> Choice:
+        approved = self.moments.list("approved", tier=tier)
+        return choose(approved, self.store, tier, self.config, time.time(), limit=limit)
+
+    def train(self, tier: TierName, limit: int | None = None, each: Each = ignore) -> Trained:
+        """Chooses and trains one batch of a tier, now. After one of a nightly tier the weights are written to
+        disk; when that is due for the others, the worker's own policy says ([checkpoint]).
+
+        Raises as Batches.train does, and whatever a checkpoint that fails raises.
+        """
+        choice = self.choose(tier, limit)
+        if not choice.chosen:
+            return Trained(tier, choice)
+        try:
+            batch = self.batches.train(tier, choice.chosen, each)
+        except NothingToTrain:  # somebody decided otherwise while we chose
+            return Trained(tier, choice)
+        is_nightly = tier_settings(self.config, tier).when == "nightly"
+        sync = self.training.sync() if is_nightly and batch.state == "trained" else None
+        return Trained(tier, choice, batch, sync)
+
+
+class _Leave(Exception):
+    """We are asked to end while a job runs: it goes on without us, `resume` settles it."""
+
+
+def run(
+    learning: Learning,
+    idleness: Idleness,
+    tiers: Sequence[TierName] = TIERS,
+    stop: Callable[[], bool] = lambda: False,
+    *,
+    each: Each = ignore,
+    on_batch: Callable[[Batch], None] = lambda batch: None,
+    on_away: Callable[[NotReady], None] = lambda error: None,
+) -> None:
+    """Trains the continuous and idle ones of `tiers` until `stop()`; nightly tiers wait for `curate night`.
+
+    First, and whenever a server was away, what was left open is gone on with. A server that is away is
+    waited for without end, and said to `on_away`. A job that runs when `stop()` becomes true is left to
+    `resume`: it is not cancelled. Raises UserError where the server refuses us as a whole (key, no /train, no
+    metrics). `each` may raise StopTraining: it ends one batch, not the loop.
+    """
+
+    def follow(job: JobInfo) -> None:
+        each(job)
+        if stop() and job.state not in ENDED_STATES:
+            raise _Leave
+
+    waiting = _Waiting()
+    while not stop():
+        try:
+            for batch in learning.batches.resume(follow):
+                on_batch(batch)
+            has_trained = False
+            for tier in tiers:
+                if stop() or not _is_due(learning, tier, idleness, waiting):
+                    continue
+                done = learning.train(tier, each=follow)
+                if done.batch is None:
+                    waiting.remember(tier, done.choice)
+                else:
+                    has_trained = True
+                    on_batch(done.batch)
+        except NotReady as error:
+            if stop():
+                return
+            on_away(error)
+            has_trained = False
+        except _Leave:
+            return
+        if not has_trained:
+            _sleep(POLL_S, stop)
+
+
+class _Waiting:
+    """Moments of which none could be chosen lately: choosing among them at each look would be in vain."""
+
+    def __init__(self) -> None:
+        self._seen: dict[TierName, tuple[frozenset[str], float]] = {}
+
+    def remember(self, tier: TierName, choice: Choice) -> None:
+        ids = frozenset(moment.moment_id for left in choice.left.values() for moment in left)
+        self._seen[tier] = (ids, time.monotonic())
+
+    def is_only(self, tier: TierName, ids: frozenset[str]) -> bool:
+        seen, at = self._seen.get(tier, (frozenset[str](), 0.0))
+        return ids == seen and time.monotonic() - at < CHOOSE_AGAIN_S
+
+
+def _is_due(learning: Learning, tier: TierName, idleness: Idleness, waiting: _Waiting) -> bool:
+    when = tier_settings(learning.config, tier).when
+    # Each look counts for the time that nobody has asked, also while nothing is there to train.
+    if when == "nightly" or (when == "idle" and not idleness.is_idle()):
+        return False
+    ids = frozenset(moment.moment_id for moment in learning.moments.list("approved", tier=tier))
+    return bool(ids) and not waiting.is_only(tier, ids)
+
+
+def _sleep(duration_s: float, stop: Callable[[], bool]) -> None:
+    until = time.monotonic() + duration_s
+    while (left_s := until - time.monotonic()) > 0 and not stop():
+        time.sleep(min(0.2, left_s))

@@ -1,0 +1,165 @@
+"""Keeps vLLM and the worker running together and ends them together.
+
+Signal handlers only record the signal; the loop acts on it. Each child leads a process group of its own, so
+a Ctrl-C at the terminal reaches only us, and the worker can be stopped first, while vLLM's memory, which it
+has to write to disk, is still there. A child whose supervisor is killed gets SIGTERM from the kernel.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from apollo_ipc.cli.output import say
+from apollo_ipc.errors import AlreadyRunning, ConfigError
+from apollo_ipc.process.serving import die_with_parent
+
+TICK_S = 0.1
+STOP_WORKER_S = 300.0  # it finishes its step and writes the checkpoint
+STOP_VLLM_S = 30.0
+RESTART_AFTER_S = (1.0, 2.0, 5.0, 15.0, 60.0)  # after the first, the second, ... death in a row
+STEADY_AFTER_S = 120.0  # a worker that ran this long has not died "in a row"
+FINAL_STATUSES = (ConfigError.exit_code, AlreadyRunning.exit_code)  # starting again would end the same way
+
+
+class Child:
+    """A process of ours and the group that it leads."""
+
+    def __init__(self, name: str, command: list[str], environment: dict[str, str]):
+        self.name = name
+        self._command = command
+        self._environment = environment
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(
+            self._command, env=self._environment, start_new_session=True, preexec_fn=die_with_parent
+        )
+
+    @property
+    def is_running(self) -> bool:
+        if self._process is None or self._process.returncode is not None:
+            return False
+        # Looked at, not reaped: until `kill` its number cannot become that of a stranger's group.
+        return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+    @property
+    def status(self) -> int | None:
+        """None while it runs or before it started, else the exit status (negative: the signal)."""
+        if self._process is None or self.is_running:
+            return None
+        self.kill()
+        return self._process.returncode
+
+    def ask_to_stop(self) -> None:
+        if self._process and self.is_running:
+            self._process.terminate()
+
+    def kill(self) -> None:
+        """It and whatever it started and left; also after it ended by itself."""
+        if self._process and self._process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+
+class Supervisor:
+    """`on_tick` is called ten times a second while both run."""
+
+    def __init__(self, vllm: Child, worker: Child | None, on_tick: Callable[[], None] = lambda: None):
+        self._vllm = vllm
+        self._worker = worker
+        self._on_tick = on_tick
+        self._worker_started_at = 0.0
+        self._deaths_in_a_row = 0
+        self._restart_at: float | None = None
+
+    def run(self) -> int:
+        """Until vLLM ends or a signal comes; the exit status for our own process. Leaves nothing running."""
+        with _recorded_signals() as signals:
+            try:
+                self._vllm.start()
+                self._start_worker()
+                while not signals and self._vllm.is_running:
+                    self._watch_worker()
+                    self._on_tick()
+                    time.sleep(TICK_S)
+                if signals:
+                    say(f"{signals[0].name}: stopping")
+                else:
+                    say(f"vLLM ended with {_in_words(self._vllm.status)}; stopping")
+                self._stop(signals)
+            finally:
+                for child in (self._worker, self._vllm):
+                    if child:
+                        child.kill()
+        if signals:
+            return 0 if signals[0] == signal.SIGTERM else 128 + signals[0]
+        status = self._vllm.status or 0
+        return 128 - status if status < 0 else status
+
+    def _start_worker(self) -> None:
+        if self._worker:
+            self._worker.start()
+            self._worker_started_at = time.monotonic()
+
+    def _watch_worker(self) -> None:
+        """Starts a dead worker again, later each time it dies soon."""
+        worker = self._worker
+        if worker is None or worker.status is None:
+            return
+        now = time.monotonic()
+        if self._restart_at is not None:
+            if now >= self._restart_at:
+                self._restart_at = None
+                self._start_worker()
+            return
+        if worker.status in FINAL_STATUSES:
+            say(f"the worker ended with {_in_words(worker.status)} and is not started again; vLLM serves on")
+            self._worker = None
+            return
+        if now - self._worker_started_at > STEADY_AFTER_S:
+            self._deaths_in_a_row = 0
+        wait_s = RESTART_AFTER_S[min(self._deaths_in_a_row, len(RESTART_AFTER_S) - 1)]
+        self._deaths_in_a_row += 1
+        self._restart_at = now + wait_s
+        say(f"the worker ended with {_in_words(worker.status)}; it starts again in {wait_s:g} s")
+
+    def _stop(self, signals: list[signal.Signals]) -> None:
+        """The worker first: it saves what it trained. One more signal ends everything at once."""
+        num_signals = len(signals)
+        for child, patience_s in ((self._worker, STOP_WORKER_S), (self._vllm, STOP_VLLM_S)):
+            if child is None or not child.is_running:
+                continue
+            say(f"waiting for {child.name} to end (again Ctrl-C: kill it)")
+            child.ask_to_stop()
+            deadline = time.monotonic() + patience_s
+            while child.is_running and len(signals) == num_signals and time.monotonic() < deadline:
+                time.sleep(TICK_S)
+            if child.is_running:
+                say(f"killing {child.name}")
+            child.kill()
+
+
+@contextmanager
+def _recorded_signals() -> Iterator[list[signal.Signals]]:
+    received: list[signal.Signals] = []
+
+    def record(number: int, _: object) -> None:
+        received.append(signal.Signals(number))
+
+    watched = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, record) for number in watched]
+    try:
+        yield received
+    finally:
+        for number, handler in zip(watched, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _in_words(status: int | None) -> str:
+    return signal.Signals(-status).name if status is not None and status < 0 else f"status {status}"

@@ -1,0 +1,1 @@
+"""Commands that run without a worker, or beside one."""

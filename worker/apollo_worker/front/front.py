@@ -1,0 +1,179 @@
+"""The worker's front: the process that is always there. It answers clients, and owns the trainer.
+
+    clients <-- ZMQ --> Service | Admitter | JobQueue | Shared (a mirror)    front, normal priority
+                                     link (socket pair)
+                        TrainingWorker | Attachment | JobQueue | Shared      trainer, SCHED_IDLE on a CPU
+
+Two processes, since two threads share the interpreter's lock: on a busy CPU a trainer in SCHED_IDLE was put
+off for seconds while it held it, and status took as long (p99 1-2.6 s). No torch here, and no weights.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from concurrent.futures import Future
+
+from apollo_ipc.config import Config, make_private_dir
+from apollo_ipc.errors import NotReady
+from apollo_ipc.process.notify import notify
+from apollo_ipc.wire.messages import RestoreResult, SyncResult
+from apollo_ipc.wire.remote import error_from
+from apollo_worker.front.admission import Admitter
+from apollo_worker.front.post_sync import PostSyncRunner
+from apollo_worker.front.server import Service
+from apollo_worker.front.trainer_process import COMMAND, TrainerChild
+from apollo_worker.jobs.queue import JobQueue
+from apollo_worker.link.link import (
+    Answered,
+    Ask,
+    JobChanged,
+    Link,
+    ModelFacts,
+    Publish,
+    Published,
+    Refused,
+    State,
+    Wake,
+)
+from apollo_worker.link.status_board import Shared
+
+log = logging.getLogger(__name__)
+TICK_S = 0.1
+TELL_INTERVAL_S = 1.0
+
+
+class Front:
+    """trainer_command: a program that speaks the trainer's part of link.link over the descriptor that it
+    gets as its last argument."""
+
+    def __init__(self, config: Config, trainer_command: tuple[str, ...] = COMMAND):
+        make_private_dir(config.state_dir)
+        self.shared = Shared()
+        # Made and migrated here, before a trainer opens it.
+        self.queue = JobQueue(config.state_dir / "queue.sqlite", config.worker.max_queued_jobs)
+        self.admitter = Admitter(config.train, self.shared, self.queue)
+        self.shared.admit = self.admitter.admit
+        self.service = Service(config, self.shared, self.queue)
+        self.trainer = TrainerChild(config, self._read, trainer_command)
+        # Asked of the trainer, not answered yet.
+        self._asked: dict[int, Future[SyncResult | RestoreResult]] = {}
+        self._num_asked = 0
+        self._post_sync = PostSyncRunner(
+            config.checkpoint, lambda state: setattr(self.shared, "post_sync", state)
+        )
+        self._is_ready = False
+        self._told_at = 0.0
+
+    def run(self) -> None:
+        """Until `shared.stopping` is set. Raises AlreadyRunning or ConfigError before anything is touched."""
+        self.service.start()
+        try:
+            while not self.shared.stopping.is_set():
+                self.keep_trainer_running()
+                self.pass_on()
+                self.tell_supervisor()
+                self.shared.wake.wait(TICK_S)
+        finally:
+            self.stop()
+
+    def keep_trainer_running(self) -> None:
+        if self.trainer.is_hung():
+            log.error("the trainer has not got on (%s): it is killed", self.shared.progress.activity)
+            self.trainer.kill()
+        if self.trainer.has_ended():
+            reason = self.trainer.reap()
+            log.error("%s", reason)
+            self._show_no_trainer(reason)
+        if self.trainer.can_start():
+            self.trainer.start(self.shared.progress.activity_count)
+
+    def pass_on(self) -> None:
+        """What the service wants of the trainer."""
+        if is_woken := self.shared.wake.is_set():
+            self.shared.wake.clear()  # before looking: what comes in meanwhile sets it again
+        link = self.trainer.open_link
+        while not self.shared.asked.empty():
+            asked = self.shared.asked.get()
+            self._num_asked += 1
+            self._asked[self._num_asked] = asked.done
+            if link is None or not link.send(Ask(self._num_asked, asked.request)):
+                del self._asked[self._num_asked]
+                asked.done.set_exception(NotReady(self.shared.attach_error or "the trainer does not answer"))
+        if is_woken and link is not None:
+            link.note(Wake, Wake)
+
+    def tell_supervisor(self) -> None:
+        """systemd: ready after the first attach; then a sign of life while the trainer gets on, idles or is
+        being started. One that hangs is killed by us: where even that fails, systemd restarts everything."""
+        if time.monotonic() - self._told_at < TELL_INTERVAL_S and self._is_ready:
+            return
+        self._told_at = time.monotonic()
+        if self.shared.attached and not self._is_ready:
+            self._is_ready = True
+            notify("READY=1")
+        elif not self._is_ready:
+            notify("EXTEND_TIMEOUT_USEC=30000000")  # vLLM may load for minutes
+        if not self.trainer.is_hung():
+            notify("WATCHDOG=1")
+
+    def stop(self) -> None:
+        """The trainer first: it finishes its step and syncs what changed; clients may ask how far it is."""
+        notify("STOPPING=1")
+        self.trainer.stop(on_wait=lambda: notify("EXTEND_TIMEOUT_USEC=30000000"))
+        self._post_sync.wait(on_wait=lambda: notify("EXTEND_TIMEOUT_USEC=30000000"))
+        self._refuse_asked("the worker is stopping; send the request again", code="stopping")
+        self.service.stop()
+        self.admitter.stop()
+        self.queue.close()
+        log.info("worker %d stopped", os.getpid())
+
+    def _show_no_trainer(self, reason: str) -> None:
+        self.shared.attached, self.shared.attach_error = False, reason
+        self.shared.show("trainer restarting")
+        self._refuse_asked(reason)
+
+    def _refuse_asked(self, reason: str, code: str | None = None) -> None:
+        while self._asked:
+            self._asked.popitem()[1].set_exception(NotReady(reason, code=code))
+
+    # --- from the trainer, in a thread of its own ---
+
+    def _read(self, link: Link) -> None:
+        while True:
+            try:
+                message = link.receive()
+            except EOFError:
+                return  # keep_trainer_running sees the process end
+            try:
+                self._handle(link, message)
+            except Exception:
+                # A bug in one message must not cut the trainer off.
+                log.exception("a %s from the trainer failed", type(message).__name__)
+
+    def _handle(self, link: Link, message: object) -> None:
+        match message:
+            case State():
+                self.trainer.on_state(message)
+                self.shared.mirror(message)
+                self._post_sync.note(message.last_sync, message.model_path)
+            case ModelFacts():
+                self.admitter.learn(message)
+            case JobChanged():
+                self.service.note_change(message.job_id)
+            case Publish():
+                version = message.weight_version
+                publishing = self.service.start_publishing(version)
+                publishing.add_done_callback(lambda done: link.send(Published(version, _is_confirmed(done))))
+            case Answered():
+                result = message.sync or message.restore
+                if (future := self._asked.pop(message.id, None)) and result:
+                    future.set_result(result)
+            case Refused():
+                if future := self._asked.pop(message.id, None):
+                    future.set_exception(error_from(message.error))
+
+
+def _is_confirmed(publishing: Future[bool]) -> bool:
+    return not publishing.cancelled() and publishing.exception() is None and publishing.result()

@@ -1,0 +1,1 @@
+"""What is to be trained: queue, plans, tokens."""

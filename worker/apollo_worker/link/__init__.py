@@ -1,0 +1,1 @@
+"""What the two processes of the worker say to each other."""

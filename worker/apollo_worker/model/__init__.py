@@ -1,0 +1,1 @@
+"""vLLM's memory as a transformers model."""

@@ -1,0 +1,225 @@
+"""The live model: transformers' model whose parameters are the memory that vLLM serves from.
+
+`attach` builds it from a manifest; `load_offline` builds the same from a directory, without a server too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import logging
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+from apollo_ipc.checkpoint.shards import shard_index
+from apollo_ipc.errors import AttachError
+from apollo_ipc.manifest import Manifest
+from apollo_worker.model.compare import compare
+from apollo_worker.model.hf_model import (
+    build_model,
+    checkpoint_names,
+    fill_buffers,
+    fill_parameters,
+    parameter_names,
+)
+from apollo_worker.model.mapping import Exporter, Transport, map_views, open_transport
+
+log = logging.getLogger(__name__)
+_SHARD_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclasses.dataclass
+class LiveModel:
+    """A model to train in place.
+
+    tensors: checkpoint name -> live tensor; names: parameter -> checkpoint name.
+    exporter and transport are None offline, where the memory is our own. copies: checkpoint tensor that
+    repeats a tied one (a redundant lm_head) -> the one that it repeats.
+    """
+
+    model: PreTrainedModel
+    model_dir: Path
+    tensors: dict[str, torch.Tensor]
+    names: dict[str, str]
+    boot_id: str
+    exporter: Exporter | None = None
+    transport: Transport | None = None
+    copies: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def num_parameters(self) -> int:
+        return len(self.names)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def is_alive(self) -> bool:
+        """Whether the process that owns the memory still runs."""
+        return self.exporter is None or self.exporter.is_alive()
+
+    def trained_tensors(self) -> dict[str, torch.Tensor]:
+        """Checkpoint name -> live tensor, of the parameters that this model has.
+
+        A tied tensor under each of its names: a checkpoint that holds a copy of it would else keep the old
+        values there, and transformers and vLLM untie two tensors that differ.
+        """
+        own = {name: self.tensors[name] for name in self.names.values()}
+        return own | {copy: self.tensors[name] for copy, name in self.copies.items()}
+
+    def grid_dtypes(self) -> dict[str, torch.dtype]:
+        """Parameter -> dtype of its checkpoint tensor: what is written is exact there."""
+        index = shard_index(self.model_dir)
+        found = {n: _SHARD_DTYPES.get(index[c].dtype) for n, c in self.names.items() if c in index}
+        return {name: dtype for name, dtype in found.items() if dtype is not None}
+
+    def close(self) -> None:
+        """Lets go of every byte of the weights, then of the mapping. There is no model afterwards.
+
+        A parameter may be held from elsewhere (optimizer, a traceback), so each loses its memory rather than
+        its place in the model. Its hooks go too: parameter -> hook -> optimizer -> parameter is a cycle
+        through C++ that Python's collector never frees, and the optimizer's state is GPU memory that the next
+        vLLM wants.
+        """
+        for parameter in self.model.parameters():
+            parameter.grad = None
+            parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+            # What register_post_accumulate_grad_hook fills.
+            if hooks := parameter._post_accumulate_grad_hooks:
+                hooks.clear()
+            del parameter, hooks
+        del self.model
+        self.tensors.clear()
+        gc.collect()
+        if self.transport is not None:
+            self.transport.close()
+        if self.exporter is not None:
+            self.exporter.close()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+
+def attach(manifest: Manifest, *, verify: bool) -> LiveModel:
+    """Maps the weights that the manifest describes into a model of transformers, all of them.
+
+    verify: compare every view bit for bit with the checkpoint on disk (at the first attach to this vLLM).
+    Raises AttachError, with nothing left mapped, that names each parameter in the way.
+    """
+    if blocking := [r for r in manifest.refused if r.blocks]:
+        raise AttachError(
+            "this vLLM cannot be trained live: " + "; ".join(f"{r.name}: {r.reason}" for r in blocking[:5]),
+            refused=[f"{r.name}: {r.reason}" for r in blocking],
+        )
+    exporter = Exporter(manifest)
+    transport = None
+    try:
+        transport = open_transport(manifest)
+        live = _build(manifest, transport, exporter)
+        if not exporter.is_alive():  # else the pid was the exporter's all the time, and so is what we mapped
+            raise AttachError("vLLM ended while the worker was attaching; waiting for the next one")
+        if verify:
+            check_equal(live)
+        return live
+    except BaseException:
+        if transport is not None:
+            transport.close()
+        exporter.close()
+        raise
+
+
+def _build(manifest: Manifest, transport: Transport, exporter: Exporter) -> LiveModel:
+    model_dir = Path(manifest.model_path)
+    if not model_dir.is_dir():
+        raise AttachError(f"the manifest's model directory {model_dir} is not visible to the worker")
+    tensors = map_views(manifest, transport)
+    model = build_model(model_dir, getattr(torch, manifest.dtype))
+    names, missing = checkpoint_names(model, set(tensors))
+    if missing:
+        reasons = {r.name: r.reason for r in manifest.refused}
+        of_tensor = {name: reasons[v.tensor] for name, v in manifest.views.items() if v.tensor in reasons}
+        reasons = of_tensor | reasons
+        refused = [f"{name}: {_why(name, reasons)}" for name in missing]
+        raise AttachError(
+            f"{len(missing)} of {len(names) + len(missing)} parameters cannot be mapped: "
+            + "; ".join(refused[:5]),
+            refused=refused,
+        )
+    fill_parameters(model, tensors, names)
+    fill_buffers(model, model_dir, transport.device)
+    model.eval()
+    copies = tied_copies(model, set(shard_index(model_dir)), names)
+    for copy, name in copies.items():
+        if copy in tensors and tensors[copy].data_ptr() != tensors[name].data_ptr():
+            raise _untied(copy, name)
+    return LiveModel(model, model_dir, tensors, names, manifest.boot_id, exporter, transport, copies)
+
+
+def tied_copies(model: PreTrainedModel, stored: set[str], names: dict[str, str]) -> dict[str, str]:
+    """Tensors of the checkpoint (`stored`) that repeat a tied parameter under another of its names."""
+    again, _ = checkpoint_names(model, stored - set(names.values()))
+    tied = {first for first, group in parameter_names(model).items() if len(group) > 1}
+    return {copy: names[parameter] for parameter, copy in again.items() if parameter in tied}
+
+
+def _untied(copy: str, name: str) -> AttachError:
+    return AttachError(
+        f"{copy} is not {name}, to which the model's configuration ties it, and would not be trained: set "
+        "tie_word_embeddings to false in config.json",
+        refused=[copy],
+    )
+
+
+def _why(name: str, reasons: dict[str, str]) -> str:
+    """The export's reason for the checkpoint tensor behind a parameter, found by name or by its tail."""
+    if name in reasons:
+        return reasons[name]
+    tail = name.partition(".")[2]
+    hits = [reason for other, reason in reasons.items() if tail and other.endswith(tail)]
+    return hits[0] if hits else "vLLM has loaded no tensor of this name"
+
+
+def check_equal(live: LiveModel) -> None:
+    """Raises AttachError naming the live tensors that differ from the checkpoint on disk."""
+    result = compare(live.model_dir, live.trained_tensors())
+    if not result.is_equal:
+        raise AttachError(
+            f"{len(result.different)} of {live.num_parameters} served tensors differ from {live.model_dir}, "
+            f"e.g. {', '.join(result.different[:3])}: was the directory changed after vLLM loaded it?",
+            refused=[f"{name}: differs from the checkpoint" for name in result.different],
+        )
+    log.info("%d views equal the checkpoint bit for bit", result.num_equal)
+
+
+def load_offline(model_dir: Path, device: torch.device | None = None) -> LiveModel:
+    """The checkpoint itself in memory of our own: the same trainer, without a server.
+
+    Raises AttachError for a directory that transformers cannot train.
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    index = shard_index(model_dir)
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in {t.shard for t in index.values()}:
+        with safe_open(model_dir / shard, "pt", device=str(device)) as file:
+            tensors |= {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    floating = {name: t for name, t in tensors.items() if t.is_floating_point()}
+    dtypes = [t.dtype for t in floating.values()]
+    if not dtypes:
+        raise AttachError(f"{model_dir} holds no floating point tensors")
+    model = build_model(model_dir, max(set(dtypes), key=dtypes.count))
+    names, missing = checkpoint_names(model, set(floating))
+    if missing:
+        raise AttachError(
+            f"{model_dir} lacks {len(missing)} parameters, e.g. {', '.join(missing[:5])}", refused=missing
+        )
+    fill_parameters(model, floating, names)
+    fill_buffers(model, model_dir, device)
+    model.eval()
+    assert set(parameter_names(model)) == set(names)
+    copies = tied_copies(model, set(floating), names)
+    for copy, name in copies.items():
+        if not torch.equal(floating.pop(copy), floating[name]):
+            raise _untied(copy, name)
+    return LiveModel(model, model_dir, floating, names, boot_id="offline", copies=copies)

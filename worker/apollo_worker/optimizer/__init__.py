@@ -1,0 +1,1 @@
+"""APOLLO in place."""

@@ -1,0 +1,1 @@
+"""Live weights to shards."""

@@ -1,0 +1,1 @@
+"""The process that trains; loop.py is the one file to read."""

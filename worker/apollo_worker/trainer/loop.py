@@ -1,0 +1,304 @@
+"""The trainer's main loop: take -> tokenise -> train -> publish -> record, one job at a time, for ever.
+
+It runs in a process of its own. On a CPU this thread is put off while vLLM computes, with the interpreter's
+lock in its hand: what must answer in time is in the front (apollo_worker.front.front).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import traceback
+from contextlib import suppress
+from functools import partial
+
+import torch
+
+from apollo_ipc.checkpoint import history, read_commit, restore_version
+from apollo_ipc.errors import ApolloError, Conflict, NotReady, UserError
+from apollo_ipc.wire.messages import RestoreResult, RestoreVersion, SyncCheckpoint
+from apollo_worker.jobs.job_plan import Plan, plan
+from apollo_worker.jobs.queue import Job, JobQueue
+from apollo_worker.link.status_board import Asked
+from apollo_worker.process import use_idle_priority
+from apollo_worker.step.loss_guard import LossGuard
+from apollo_worker.step.step import VllmDied
+from apollo_worker.trainer.attachment import Attachment
+from apollo_worker.trainer.front_end import TrainerEnd
+from apollo_worker.trainer.step_marks import StepMarks
+from apollo_worker.trainer.sync_policy import Syncing
+
+log = logging.getLogger(__name__)
+IDLE_WAIT_S = 0.25  # how long the loop sleeps at most before it looks whether vLLM still runs
+
+
+class JobStopped(Exception):
+    """The job's loop ended before its last step; the reason is the argument."""
+
+
+def is_device_lost(error: Exception) -> bool:
+    """An error of the accelerator that stays: any but running out of memory."""
+    is_accelerator = isinstance(error, torch.AcceleratorError)
+    return is_accelerator and not isinstance(error, torch.OutOfMemoryError)
+
+
+class TrainingWorker:
+    def __init__(self, end: TrainerEnd):
+        self.config = config = end.config
+        self.front, self.shared = end, end.shared
+        # The front answers clients and never holds the file for long; a job must not fail on it.
+        busy_timeout_s = config.worker.step_timeout_s
+        self.queue = JobQueue(
+            config.state_dir / "queue.sqlite", config.worker.max_queued_jobs, busy_timeout_s
+        )
+        self.queue.on_change = end.on_change
+        self.marks = StepMarks(config.state_dir / "step.marks")
+        self.attachment = Attachment(config, self.shared, self.queue, self.marks, end.tell_model)
+        self.syncing = Syncing(config.checkpoint, self.shared, self.queue, self.attachment, self.marks)
+        self._published_at = time.monotonic()
+        self._num_unpublished = 0  # steps since the last weight version
+
+    def run(self) -> None:
+        """Until `shared.stopping` is set."""
+        use_idle_priority(self.config)  # before OpenMP's threads are born, which inherit it
+        try:
+            while not self.shared.stopping.is_set():
+                if not self.attachment.ensure():
+                    self.wait("waiting for vLLM")
+                    continue
+                self.do_what_is_asked(is_training=False)
+                if (job := self.queue.take()) is None:
+                    self.wait("idle")
+                    continue
+                self.train(job)
+        finally:
+            self.stop()
+
+    def train(self, job: Job) -> None:
+        """One job from its first step not done to its end. What goes wrong in it ends this job only."""
+        try:
+            todo = self.tokenise(job)
+            self.train_steps(job, todo)
+            version = self.publish() if todo.num_steps else self.shared.weight_version
+            self.queue.remember_examples(job.info.job_id, todo.hashes_of(todo.num_steps))
+            self.queue.finish(job.info.job_id, "applied", weight_version=version)
+        except JobStopped as stopped:
+            self.end_early(job, str(stopped))
+        except Exception as error:
+            live = self.attachment.live
+            if isinstance(error, VllmDied) or live is None or not live.is_alive():
+                # On a GPU the end of vLLM may also show as an error of CUDA. The job stays the running one,
+                # and a fresh process takes it on: a backward pass that was cut off leaves memory to C++.
+                log.warning("job %s waits for the next vLLM and a new trainer (%s)", job.info.job_id, error)
+                self.queue.release(job.info.job_id)
+                self.shared.stopping.set()
+                return
+            if is_device_lost(error):
+                # The CUDA context is beyond use: every job after this one would fail of it too. The next
+                # trainer finds the torn step; a job that does this three times is quarantined.
+                self.shared.attached = False  # nothing of this is synced
+                raise
+            self.fail(job, error)
+        else:
+            self.syncing.note_job_done(todo.num_steps)
+
+    def fail(self, job: Job, error: Exception) -> None:
+        """Ends the job. A step that was cut off by the error is undone with the whole recovery of a crash."""
+        log.exception("job %s failed", job.info.job_id)
+        message = error.message if isinstance(error, ApolloError) else f"{type(error).__name__}: {error}"
+        self.queue.finish(job.info.job_id, "failed", error=message, traceback=traceback.format_exc())
+        if (
+            isinstance(error, UserError)
+            and error.code == "loss_spike"
+            and self.config.train.on_spike == "restore"
+        ):
+            self.syncing.wait()
+            self.attachment.restore_last_commit()
+        else:
+            self.attachment.undo_torn_step()
+        self.publish()
+
+    def tokenise(self, job: Job) -> Plan:
+        assert self.attachment.tokeniser is not None
+        self.shared.show("tokenising", job_id=job.info.job_id)
+        return plan(job.request, self.attachment.tokeniser, self.queue, self.config.train)
+
+    def train_steps(self, job: Job, todo: Plan) -> None:
+        """Raises JobStopped (cancel, stop of the worker), VllmDied, or UserError after too many bad steps."""
+        live, trainer, job_id = self.attachment.live, self.attachment.trainer, job.info.job_id
+        assert live is not None
+        assert trainer is not None
+        trainer.use_rank(job.request.options.rank)
+        if todo.num_steps:
+            self.queue.add_notes(job_id, trainer.prepare_accumulation(todo.accumulate_steps))
+        guard = LossGuard(self.config.train.max_bad_steps, self.config.train.spike_ratio)
+        num_steps, loss = todo.num_steps, None
+
+        def show(steps_done: int) -> None:
+            self.shared.show("training", job_id=job_id, steps_done=steps_done, num_steps=num_steps, loss=loss)
+
+        show(job.info.steps_done)
+        for step in range(job.info.steps_done, num_steps):
+            self.between_steps(job_id)
+            self.marks.begin(live.boot_id, job_id, step + 1)
+            result = trainer.step_on(
+                todo.examples_of(step), todo.learning_rate(step), todo.weight_decay, partial(show, step)
+            )
+            loss = result.loss
+            is_counted = trainer.optimizer is trainer.main_optimizer
+            self.marks.end(live.boot_id, job_id, step + 1, loss, is_counted=is_counted)
+            self.queue.record_step(job_id, step + 1, loss)
+            self._num_unpublished += 1
+            show(step + 1)
+            guard.look(loss, is_written=not result.is_bad)
+
+    def between_steps(self, job_id: str) -> None:
+        """What may happen while no step is in the making."""
+        if self.shared.stopping.is_set():
+            raise JobStopped("stopping")
+        if self.queue.is_cancel_requested(job_id):
+            raise JobStopped("cancelled")
+        self.do_what_is_asked(is_training=True)
+        since_s = time.monotonic() - self._published_at
+        if self._num_unpublished and since_s >= self.config.train.publish_interval_s:
+            self.publish()
+
+    def end_early(self, job: Job, reason: str) -> None:
+        if reason == "cancelled":
+            version = self.publish()
+            self.queue.finish(
+                job.info.job_id,
+                "cancelled",
+                weight_version=version,
+                notes=["steps already done stay in the weights"],
+            )
+        else:
+            self.queue.release(job.info.job_id)  # the next worker goes on with it
+
+    def publish(self) -> int:
+        """A new weight version: routers drop the KV that older weights computed. Returns the version."""
+        self.attachment.set_version(self.shared.weight_version + 1)
+        version = self.shared.weight_version
+        if not self.front.publish(version):
+            log.info("weight version %d: no router has confirmed yet", version)
+        self._published_at, self._num_unpublished = time.monotonic(), 0
+        return version
+
+    # --- what may happen between two steps ---
+
+    def do_what_is_asked(self, *, is_training: bool) -> None:
+        """Starts a sync that is asked for or due; restores an older version, while no job trains."""
+        while not self.shared.asked.empty():
+            asked = self.shared.asked.get()
+            if isinstance(asked.request, SyncCheckpoint):
+                self.syncing.ask(asked)
+            else:
+                self.answer_restore(asked, is_training)
+        if self.syncing.is_wanted(self._has_changed()):
+            if self._num_unpublished:
+                self.publish()  # two checkpoints with different weights have different versions
+            with suppress(ApolloError):  # noted in the status, and told to those who asked
+                self.syncing.start(self.syncing.kind())
+
+    def answer_restore(self, asked: Asked, is_training: bool) -> None:
+        assert isinstance(asked.request, RestoreVersion)
+        try:
+            if is_training:
+                error = Conflict("a job is being trained; wait for its end or cancel it", code="job_running")
+                error.http_status = 409
+                raise error
+            asked.done.set_result(self.restore_version(asked.request.weight_version))
+        except ApolloError as error:
+            log.warning("restoring version %d: %s", asked.request.weight_version, error.message)
+            asked.done.set_exception(error)
+
+    def restore_version(self, weight_version: int) -> RestoreResult:
+        """Writes an older version back: on disk as a new commit, then into the live weights.
+
+        The present state is synced first where it can be, so that this step back can be undone. A crash on
+        the way leaves a torn mark: the next trainer brings the live weights to the last commit, old or new.
+        """
+        live, started = self.attachment.live, time.monotonic()
+        assert live is not None
+        before = read_commit(live.model_dir)
+        if before is None:
+            raise UserError("nothing was synced yet, so there is no older version", field="VERSION")
+        version = history.find(before, weight_version)
+        log.warning("restoring weight version %d; now it is %d", weight_version, self.shared.weight_version)
+        if self._has_changed():
+            self.sync_before_restore()
+        self.syncing.wait()
+        self.shared.show("restoring")
+        self.marks.begin(live.boot_id, "restore", 1)
+        try:
+            commit = restore_version(
+                live.model_dir,
+                weight_version,
+                new_version=self.shared.weight_version + 1,
+                applied_seq=self.queue.applied_seq(),
+                num_kept=self.config.checkpoint.history,
+            )
+        except ApolloError:
+            self.marks.end(live.boot_id, "restore", 1, 0.0, is_counted=False)  # no live weight was touched
+            raise
+        undone = self.queue.note_undone(
+            version.applied_seq, f"undone: weight version {weight_version} restored"
+        )
+        self.attachment.restore_last_commit()
+        self.attachment.set_version(commit.weight_version - 1)
+        new_version = self.publish()
+        # What a sync said of the weights that are gone (NaN, for one) is over with them.
+        self.shared.durable_version, self.shared.sync_error = new_version, None
+        log.warning(
+            "weight version %d restored as %d; %d jobs undone", weight_version, new_version, len(undone)
+        )
+        return RestoreResult(
+            restored_version=weight_version,
+            weight_version=new_version,
+            num_tensors_changed=sum(before.tensors.get(n) != d for n, d in commit.tensors.items()),
+            num_jobs_undone=len(undone),
+            has_optimizer=commit.optimizer is not None,
+            duration_s=time.monotonic() - started,
+        )
+
+    def sync_before_restore(self) -> None:
+        try:
+            self.syncing.start("delta")
+            self.syncing.wait()
+        except ApolloError as error:
+            # Weights that no sync takes (NaN) are what a restore is for.
+            log.warning("the present weights are not kept, since they cannot be synced: %s", error.message)
+
+    def _has_changed(self) -> bool:
+        return self._num_unpublished > 0 or self.shared.weight_version != self.shared.durable_version
+
+    def wait(self, activity: str) -> None:
+        self.shared.show(activity)
+        while not self.shared.asked.empty() and self.attachment.live is None:
+            reason = self.shared.attach_error or "not attached to vLLM"
+            self.shared.asked.get().done.set_exception(NotReady(reason))
+        self.shared.wake.wait(IDLE_WAIT_S)
+        self.shared.wake.clear()
+
+    def stop(self) -> None:
+        """Syncs what changed, lets go of the weights. Without a front the next trainer waits: no sync."""
+        # `shared.attached` is set at the end of an attach: weights that were not yet mended are not synced.
+        live = self.attachment.live
+        is_attached = self.shared.attached and live is not None and live.is_alive()
+        is_wanted = self.config.checkpoint.sync_at_stop and self.front.has_front
+        try:
+            if is_attached and is_wanted:
+                self.syncing.sync_at_stop(self._has_changed())
+            else:
+                self.syncing.wait()
+        except ApolloError as error:
+            log.error("the last sync failed, the checkpoint stays at version %d: %s",
+                      self.shared.durable_version, error.message)  # fmt: skip
+        self.syncing.refuse_waiting(
+            NotReady("the worker is stopping; send the request again", code="stopping")
+        )
+        self.attachment.detach("the worker is stopping")
+        self.queue.close()
+        self.marks.close()
+        log.info("trainer %d stopped", os.getpid())
