@@ -289,9 +289,10 @@ def test_a_directory_that_was_never_synced_is_told_so(apollo, model_dir):
 
 def test_offline_training_hands_the_request_to_a_process_of_its_own(apollo, model_dir, tmp_path, monkeypatch):
     """Stands in for commands.offline: says what it was given, as the real one would say what it did."""
-    package = tmp_path / "stand_in" / "apollo_worker"
+    package = tmp_path / "stand_in" / "apollo_worker" / "commands"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
+    (package.parent / "__init__.py").touch()
     (package / "offline.py").write_text(
         "import json, sys\n"
         "request = json.load(open(sys.argv[2]))\n"
@@ -303,7 +304,7 @@ def test_offline_training_hands_the_request_to_a_process_of_its_own(apollo, mode
         "           steps_done=1, loss_last=request['options']['lr'], notes=[sys.argv[1]])\n"
         "print(json.dumps({'job': job}))\n"
     )
-    monkeypatch.setenv("PYTHONPATH", f"{package.parent}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("PYTHONPATH", f"{package.parent.parent}:{os.environ.get('PYTHONPATH', '')}")
     arguments = ("train", "-", "--offline", model_dir, "--lr", "0.01", "--json")
     done = apollo(*arguments, stdin=json.dumps(EXAMPLE))
     assert done.returncode == 0, done.stderr
