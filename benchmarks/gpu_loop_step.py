@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from apollo_worker.jobs.tokenise import TokenisedExample
+from apollo_worker.jobs.example import TokenisedExample
 from apollo_worker.model.hf_model import vocab_size_of
 from apollo_worker.model.live_model import load_offline
 from apollo_worker.step.step import Trainer

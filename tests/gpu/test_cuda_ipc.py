@@ -93,7 +93,7 @@ from served_model import digest
 from apollo_ipc.config import Train
 from apollo_ipc.manifest import read_manifest
 from apollo_worker.model.live_model import attach
-from apollo_worker.jobs.tokenise import TokenisedExample
+from apollo_worker.jobs.example import TokenisedExample
 from apollo_worker.step.step import Trainer, VllmDied
 live = attach(read_manifest(Path(sys.argv[1])), verify=True)
 trainer = Trainer(live, Train())

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import torch
+from apollo_worker.jobs.example import TokenisedExample
 from apollo_worker.jobs.job_plan import Plan, plan
 from apollo_worker.jobs.queue import JobQueue
-from apollo_worker.jobs.tokenise import TokenisedExample
 from apollo_worker.model.live_model import load_offline
 from apollo_worker.step.step import StepResult, Trainer
 
@@ -151,11 +152,12 @@ def test_the_cost_is_told_and_refused_where_a_gpu_has_no_room(model_dir, monkeyp
 class Words:
     """A tokeniser of which only the number of calls matters."""
 
-    def encode(self, example: Example, path: str) -> TokenisedExample:
-        assert example.continuation_ids is not None
-        return TokenisedExample(
-            [0, *example.continuation_ids], [False] + [True] * len(example.continuation_ids)
-        )
+    def encode_all(self, numbered: Iterable[tuple[int, Example]]) -> list[TokenisedExample]:
+        return [
+            TokenisedExample([0, *ids], [False] + [True] * len(ids), i)
+            for i, example in numbered
+            if (ids := example.continuation_ids) is not None
+        ]
 
 
 def plan_of(ids: list[int], defaults: Train | None = None, **options: Any) -> Plan:

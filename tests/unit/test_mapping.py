@@ -13,8 +13,8 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
+from apollo_worker.jobs.example import TokenisedExample
 from apollo_worker.jobs.queue import JobQueue
-from apollo_worker.jobs.tokenise import TokenisedExample
 from apollo_worker.link.status_board import Admission, Shared
 from apollo_worker.model.live_model import attach, load_offline
 from apollo_worker.model.mapping import Exporter as HeldExporter

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from apollo_worker.jobs.tokenise import TokenisedExample
+from apollo_worker.jobs.example import TokenisedExample
 from apollo_worker.model.live_model import load_offline
 from apollo_worker.step.pace import MAX_REST_S, MIN_REST_S, Pace
 from apollo_worker.step.step import Trainer

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from apollo_worker.commands.memory_plan import Request, has_compiled_update, plan
-from apollo_worker.jobs.tokenise import TokenisedExample
+from apollo_worker.jobs.example import TokenisedExample
 from apollo_worker.model.live_model import load_offline
 from apollo_worker.step.step import Trainer
 from torch.profiler import ProfilerActivity, profile

@@ -4,7 +4,8 @@ import threading
 
 import msgspec
 import pytest
-from apollo_worker.jobs.tokenise import Tokeniser, content_hash, load_tokeniser
+from apollo_worker.jobs.example import content_hash
+from apollo_worker.jobs.tokenise import Tokeniser, load_tokeniser
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 

@@ -8,17 +8,19 @@ import msgspec
 
 from apollo_ipc.config import Train
 from apollo_ipc.wire.requests import Example, TrainRequest
+from apollo_worker.jobs.example import TokenisedExample, content_hash
 from apollo_worker.jobs.queue import JobQueue
 from apollo_worker.jobs.schedule import learning_rate, resolve_schedule
-from apollo_worker.jobs.tokenise import TokenisedExample, Tokeniser, content_hash
+from apollo_worker.jobs.tokenise import Tokeniser
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """examples: those to train, in order; hashes: of their contents; num_steps: updates over all epochs;
-    accumulate_steps: examples of one update."""
+    """examples: the sequences to train, in order; hashes: for each, the hash of its example's content where
+    it is the example's last sequence, else None; num_steps: updates over all epochs; accumulate_steps:
+    sequences of one update."""
 
     examples: list[TokenisedExample]
-    hashes: list[bytes]
+    hashes: list[bytes | None]
     num_steps: int
     num_skipped: int
     lr: float
@@ -35,7 +37,9 @@ class Plan(msgspec.Struct, frozen=True):
 
     def hashes_of(self, num_steps: int) -> list[bytes]:
         """Hashes of the examples that the first `num_steps` steps have trained, each once."""
-        return list(dict.fromkeys(self.hashes[: num_steps * self.accumulate_steps]))
+        return list(
+            dict.fromkeys(h for h in self.hashes[: num_steps * self.accumulate_steps] if h is not None)
+        )
 
     def learning_rate(self, step: int) -> float:
         return learning_rate(
@@ -51,18 +55,23 @@ def plan(request: TrainRequest, tokeniser: Tokeniser, queue: JobQueue, defaults:
     """Tokenises every example. Raises UserError with the path of the field that is wrong."""
     options = request.options
     kept, skipped = _without_duplicates(request, queue, options.on_duplicate or defaults.on_duplicate)
+    sequences = tokeniser.encode_all(kept)
+    last_of = {sequence.example: at for at, sequence in enumerate(sequences)}
+    hashes: list[bytes | None] = [None] * len(sequences)
+    for i, example in kept:
+        hashes[last_of[i]] = content_hash(example)
     group = options.accumulate_steps or defaults.accumulate_steps
-    num_steps = steps_of_epoch(len(kept), group) * (options.epochs or defaults.epochs)
+    num_steps = steps_of_epoch(len(sequences), group) * (options.epochs or defaults.epochs)
     if options.max_steps is not None:
         num_steps = min(num_steps, options.max_steps)
     return Plan(
-        examples=[tokeniser.encode(example, f"examples[{i}]") for i, example in kept],
-        hashes=[content_hash(example) for _, example in kept],
+        examples=sequences,
+        hashes=hashes,
         num_steps=num_steps,
         num_skipped=skipped,
         lr=defaults.lr if options.lr is None else options.lr,
         weight_decay=defaults.weight_decay if options.weight_decay is None else options.weight_decay,
-        schedule=resolve_schedule(options.schedule or defaults.schedule, len(kept)),
+        schedule=resolve_schedule(options.schedule or defaults.schedule, len(sequences)),
         warmup_fraction=defaults.warmup_fraction,
         accumulate_steps=group,
     )

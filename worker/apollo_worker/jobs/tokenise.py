@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable
-from hashlib import blake2b
+from collections.abc import Callable, Iterable
 from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Any
@@ -19,22 +18,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from apollo_ipc.errors import UserError
 from apollo_ipc.wire.requests import Example, check_form
+from apollo_worker.jobs.example import TokenisedExample
 
 # Any of these makes a directory one that a tokenizer can be loaded from.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "tekken.json")
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
-
-
-class TokenisedExample(msgspec.Struct, frozen=True):
-    """input_ids: the whole sequence; is_target: per token, whether the loss is taken of predicting it."""
-
-    input_ids: list[int]
-    is_target: list[bool]
-
-
-def content_hash(example: Example) -> bytes:
-    """32 bytes that are equal for equal examples, whatever the order of keys in what the client sent."""
-    return blake2b(msgspec.json.encode(example, order="sorted"), digest_size=32).digest()
 
 
 def load_tokeniser(model_dir: str | Path, *, vocab_size: int, max_tokens: int) -> Tokeniser:
@@ -55,6 +43,18 @@ class Tokeniser:
         # The service checks examples while the main loop trains; a fast tokenizer used by two threads
         # raises "Already borrowed".
         self._lock = threading.Lock()
+
+    def encode_all(
+        self, numbered: Iterable[tuple[int, Example]], on_progress: Callable[[], None] = lambda: None
+    ) -> list[TokenisedExample]:
+        """The sequences of (index in the request, example) in order: one or several of each example, each
+        with its `example`. on_progress: called after each message and each example, as a sign of life.
+        Raises like `encode`, below `examples[index]`."""
+        sequences = []
+        for i, example in numbered:
+            sequences.append(msgspec.structs.replace(self.encode(example, f"examples[{i}]"), example=i))
+            on_progress()
+        return sequences
 
     def encode(self, example: Example, path: str) -> TokenisedExample:
         """`example` as tokens. Raises UserError (`invalid_example`) with a field below `path`.

@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from apollo_ipc.config import Train
 from apollo_ipc.errors import NotReady, UserError
-from apollo_worker.jobs.tokenise import TokenisedExample
+from apollo_worker.jobs.example import TokenisedExample
 from apollo_worker.model.live_model import LiveModel
 from apollo_worker.optimizer.apollo import Apollo
 from apollo_worker.step.loss import IGNORED, gather_targets, target_loss, token_logprobs

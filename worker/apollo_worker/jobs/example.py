@@ -1,0 +1,51 @@
+"""An example as it is stored and trained, and what it is known by. No tokenizer is needed to read one."""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+
+import msgspec
+
+from apollo_ipc.wire.requests import Example
+
+
+class Turn(msgspec.Struct, frozen=True, array_like=True):
+    """Tokens `start` to `end` (exclusive) of a sequence: what the model has to generate after those before
+    `start`, which are token for token what vLLM would have given it. message: index of the assistant's
+    message that they are, None where the example has no messages."""
+
+    start: int
+    end: int
+    message: int | None = None
+
+
+class TokenisedExample(msgspec.Struct, frozen=True):
+    """One sequence to train on; plain data, stored as it is.
+
+    An example gives one sequence, or several: a conversation whose history is rendered otherwise than it was
+    served (models that drop earlier thoughts) has a sequence for each rendering.
+
+    input_ids: the whole sequence; is_target: per token, whether the loss is taken of predicting it;
+    example: index in the request of the example that it is of; turns: the runs of targets, in order. They say
+    what is_target says and whose they are; a run that starts at 0 has a first token that nothing predicts,
+    which is no target.
+    """
+
+    input_ids: list[int]
+    is_target: list[bool]
+    example: int = 0
+    turns: list[Turn] = []
+
+
+def sequence_of(input_ids: list[int], turns: list[Turn], example: int) -> TokenisedExample:
+    is_target = [False] * len(input_ids)
+    for turn in turns:
+        is_target[turn.start : turn.end] = [True] * (turn.end - turn.start)
+    if is_target:
+        is_target[0] = False
+    return TokenisedExample(input_ids, is_target, example, turns)
+
+
+def content_hash(example: Example) -> bytes:
+    """32 bytes that are equal for equal examples, whatever the order of keys in what the client sent."""
+    return blake2b(msgspec.json.encode(example, order="sorted"), digest_size=32).digest()
