@@ -116,8 +116,8 @@ def _convert(gguf: Path, directory: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         **source, dtype=torch.bfloat16, quantization_config=transformers.GgufConfig(dequantize=True)
     )
-    if hasattr(model.config, "quantization_config"):  # or the directory says that it holds four bits a weight
-        del model.config.quantization_config
+    # Some versions keep it, and the directory would say that it holds four bits a weight.
+    vars(model.config).pop("quantization_config", None)
     model.save_pretrained(directory)
     transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(directory)
 
