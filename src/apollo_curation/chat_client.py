@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import msgspec
 
-from apollo_ipc.config import Config
+from apollo_curation.settings import CurationConfig
 from apollo_ipc.errors import NotReady, UserError
 from apollo_ipc.wire.requests import Message
 
@@ -288,13 +288,13 @@ def _named(response: httpx.Response, name: str) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def learner(config: Config, stop: Callable[[], bool] = lambda: False) -> ServedModel:
+def learner(config: CurationConfig, stop: Callable[[], bool] = lambda: False) -> ServedModel:
     """The served model that learns."""
     own = config.curation
     return ServedModel(own.url, own.model, own.api_key, patience_s=own.patience_s, stop=stop)
 
 
-def judging(config: Config, stop: Callable[[], bool] = lambda: False) -> ServedModel:
+def judging(config: CurationConfig, stop: Callable[[], bool] = lambda: False) -> ServedModel:
     """The model that judges: the learner, unless another server is configured."""
     own = config.judge
     if not own.url:

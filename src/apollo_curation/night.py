@@ -30,11 +30,11 @@ from apollo_curation.moments.surprise import score
 from apollo_curation.quality.monitor import Monitor
 from apollo_curation.quality.report import write_html
 from apollo_curation.quality.watch import describe_breaches
+from apollo_curation.settings import CurationConfig
 from apollo_curation.store import Store
 from apollo_curation.train_client import Training
 from apollo_curation.training.batches import Batch, Batches, Each, ignore
 from apollo_curation.training.schedule import TIERS, Learning
-from apollo_ipc.config import Config
 from apollo_ipc.errors import AlreadyRunning, ApolloError, NotReady
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class _Ended(Exception):
 
 
 def run_night(
-    config: Config,
+    config: CurationConfig,
     store: Store,
     *,
     is_auto: bool,
@@ -106,7 +106,7 @@ def run_night(
 class _Night:
     def __init__(
         self,
-        config: Config,
+        config: CurationConfig,
         store: Store,
         model: ServedModel,
         other: ServedModel,

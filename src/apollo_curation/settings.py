@@ -1,18 +1,19 @@
-"""Sections of the configuration that are about training data: [curation], [judge], [dream], [quality] and the
-three tiers. Read by `apollo_ipc.config`."""
+"""The sections of the configuration that are about training data: [curation], [judge], [dream], [quality] and
+the three tiers. pyproject.toml names them to apollo_ipc, which leaves them to us."""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
+from apollo_ipc.config import Config, Fraction, Positive, load_config
 from apollo_ipc.errors import UserError
 
-Positive = Annotated[float, Meta(gt=0)]
-Fraction = Annotated[float, Meta(ge=0, le=1)]
 Count = Annotated[int, Meta(ge=1)]
 
 TierName = Literal["direct", "dream", "bootstrap"]
@@ -128,6 +129,34 @@ class DirectTier(Tier, frozen=True, forbid_unknown_fields=True):
 
 class DreamTier(Tier, frozen=True, forbid_unknown_fields=True):
     lr: Annotated[float, Meta(gt=0, le=0.1)] = 2e-5
+
+
+class CurationConfig(Config, frozen=True, forbid_unknown_fields=True):
+    """The whole file: what concerns worker and server, and our own sections."""
+
+    curation: Curation = Curation()
+    judge: Judge = Judge()
+    dream: Dream = Dream()
+    quality: Quality = Quality()
+    tier_direct: DirectTier = DirectTier()
+    tier_dream: DreamTier = DreamTier()
+    tier_bootstrap: Tier = Tier()
+
+    def check(self) -> None:
+        super().check()
+        check_strip_rules(self.curation.strip)
+
+    def tier(self, name: TierName) -> Tier:
+        return getattr(self, f"tier_{name}")
+
+
+def load_curation_config(
+    file: Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> CurationConfig:
+    """As apollo_ipc.config.load_config, with our sections."""
+    return load_config(file, overrides, environ, kind=CurationConfig)
 
 
 def check_strip_rules(rules: list[StripRule]) -> None:

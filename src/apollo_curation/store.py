@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from apollo_ipc.config import Config, make_private_dir
+from apollo_curation.settings import CurationConfig
+from apollo_ipc.config import make_private_dir
 from apollo_ipc.errors import ApolloError
 
 SCHEMA_VERSION = 1
@@ -26,7 +27,7 @@ class StoreDamaged(ApolloError):
     exit_code = 78  # EX_CONFIG of sysexits.h: a supervisor must not loop on it
 
 
-def store_path(config: Config) -> Path:
+def store_path(config: CurationConfig) -> Path:
     return config.state_dir / "curation.sqlite"
 
 

@@ -11,7 +11,7 @@ import httpx
 import msgspec
 
 from apollo_curation.chat_client import RETRY_S, ModelAway, request_patiently
-from apollo_ipc.config import Config
+from apollo_curation.settings import CurationConfig
 from apollo_ipc.errors import Conflict, NotReady, UserError
 from apollo_ipc.keys import train_key
 from apollo_ipc.manifest import read_manifest
@@ -38,7 +38,7 @@ class Training:
     Raises ModelAway when that was not enough, UserError where the request is refused.
     """
 
-    def __init__(self, config: Config, stop: Callable[[], bool] = lambda: False):
+    def __init__(self, config: CurationConfig, stop: Callable[[], bool] = lambda: False):
         self._config = config
         self._patience_s = config.curation.patience_s
         self._stop = stop

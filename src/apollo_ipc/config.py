@@ -1,6 +1,8 @@
 """Configuration: one TOML file, overridden by environment (`APOLLO_TRAIN__LR=1e-4`) and then by flags.
 
-Each section below is a section of the file; configs/default.toml lists them all with their defaults.
+Each section below is a section of the file; configs/default.toml lists them all with their defaults. A client
+that keeps sections of its own in the same file names them in the entry point group `apollo_ipc.sections`, and
+reads them with a subclass of Config.
 """
 
 from __future__ import annotations
@@ -9,33 +11,17 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import msgspec
 from msgspec import Meta
 
-from apollo_curation.settings import (
-    Curation,
-    DirectTier,
-    Dream,
-    DreamTier,
-    Judge,
-    Quality,
-    Tier,
-    check_strip_rules,
-)
 from apollo_ipc.errors import ConfigError, UserError
 from apollo_ipc.wire.requests import convert
 
 DEFAULT_RANK = 64  # APOLLO's projection rank: the one place where it is written
 ENV_PREFIX = "APOLLO_"
-_TEXT_KEYS = {
-    ("http", "train_key"),
-    ("paths", "runtime_dir"),
-    ("paths", "state_dir"),
-    ("curation", "api_key"),
-    ("judge", "api_key"),
-}
+SECTION_GROUP = "apollo_ipc.sections"  # of entry points; only their names are read here
 
 Positive = Annotated[float, Meta(gt=0)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
@@ -128,13 +114,11 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     worker: Worker = Worker()
     checkpoint: Checkpoint = Checkpoint()
     http: Http = Http()
-    curation: Curation = Curation()
-    judge: Judge = Judge()
-    dream: Dream = Dream()
-    quality: Quality = Quality()
-    tier_direct: DirectTier = DirectTier()
-    tier_dream: DreamTier = DreamTier()
-    tier_bootstrap: Tier = Tier()
+
+    def check(self) -> None:
+        """What the types of the fields cannot say. Raises UserError."""
+        if 0 < self.train.limiter_ratio < 1:
+            raise UserError("0 (off) or at least 1 is needed", field="train.limiter_ratio")
 
     @property
     def runtime_dir(self) -> Path:
@@ -162,14 +146,19 @@ def _default_state_dir() -> Path:
     return (Path(base) if base else Path.home() / ".local" / "state") / "apollo-ipc"
 
 
+T = TypeVar("T", bound=Config)
+
+
 def load_config(
     file: Path | None = None,
     overrides: Mapping[str, Any] | None = None,
     environ: Mapping[str, str] | None = None,
-) -> Config:
+    kind: type[T] = Config,
+) -> T:
     """File, then `APOLLO_SECTION__KEY` from the environment, then `overrides` ({"train.lr": 1e-4}).
 
-    `file` defaults to $APOLLO_CONFIG; without either, the defaults hold.
+    `file` defaults to $APOLLO_CONFIG; without either, the defaults hold. kind: Config, or a client's own with
+    more sections; those of other clients are left to them.
     Raises ConfigError naming the key, where it came from, and the nearest known one.
     """
     environ = os.environ if environ is None else environ
@@ -183,31 +172,39 @@ def load_config(
             raise ConfigError(f"cannot read {file}: {error.strerror}") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{file} is not TOML: {error}") from None
-        _check(data, str(file))
+        _check(data, str(file), kind)
     for name, value in environ.items():
         if name.startswith(ENV_PREFIX) and "__" in name:
             section, _, key = name.removeprefix(ENV_PREFIX).lower().partition("__")
-            _set(data, section, key, _parse_scalar(value), f"environment variable {name}")
+            _set(data, section, key, _parse_scalar(value), f"environment variable {name}", kind)
     for path, value in (overrides or {}).items():
         if value is not None:
             section, _, key = path.partition(".")
-            _set(data, section, key, value, f"flag for {path}")
-    return _check(data, "configuration")
+            _set(data, section, key, value, f"flag for {path}", kind)
+    return _check(data, "configuration", kind)
 
 
-def _set(data: dict[str, Any], section: str, key: str, value: Any, source: str) -> None:
-    if isinstance(value, int | float) and (section, key) in _TEXT_KEYS:
+def _set(data: dict[str, Any], section: str, key: str, value: Any, source: str, kind: type[Config]) -> None:
+    if isinstance(value, int | float) and _is_text(kind, section, key):
         value = str(value)  # `APOLLO_HTTP__TRAIN_KEY=12345` is a key, not a number
     data.setdefault(section, {})[key] = value
-    _check({section: {key: value}}, source)
+    _check({section: {key: value}}, source, kind)
 
 
-def _check(data: Any, source: str) -> Config:
+def _is_text(kind: type[Config], section: str, key: str) -> bool:
+    of_section = get_type_hints(kind).get(section)
+    return of_section is not None and get_type_hints(of_section).get(key) is str
+
+
+def _check(data: Any, source: str, kind: type[T]) -> T:
+    foreign = data.keys() - kind.__struct_fields__
+    if foreign:  # the packages that are installed are looked through only where it may matter
+        from importlib.metadata import entry_points
+
+        foreign &= entry_points(group=SECTION_GROUP).names
     try:
-        config = convert(data, Config)
-        if 0 < config.train.limiter_ratio < 1:
-            raise UserError("0 (off) or at least 1 is needed", field="train.limiter_ratio")
-        check_strip_rules(config.curation.strip)
+        config = convert({name: value for name, value in data.items() if name not in foreign}, kind)
+        config.check()
         return config
     except UserError as error:
         at = f"{error.field}: " if error.field else ""

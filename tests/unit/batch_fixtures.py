@@ -7,17 +7,17 @@ from typing import Any
 
 from apollo_curation.logs.conversation import Source
 from apollo_curation.moments.moments import Moment, Moments
-from apollo_curation.settings import Curation
+from apollo_curation.settings import Curation, CurationConfig
 from apollo_curation.store import Store, store_path
-from apollo_ipc.config import Config, Http, Paths
+from apollo_ipc.config import Http, Paths
 from apollo_ipc.wire.requests import Message
 
 NUM_MOMENTS = 3
 
 
-def config_in(directory: Path, url: str = "http://127.0.0.1:1", **curation: Any) -> Config:
+def config_in(directory: Path, url: str = "http://127.0.0.1:1", **curation: Any) -> CurationConfig:
     settings = {"url": url, "patience_s": 10.0, **curation}
-    return Config(
+    return CurationConfig(
         paths=Paths(str(directory), str(directory)), http=Http(train_key="key"), curation=Curation(**settings)
     )
 
@@ -37,6 +37,6 @@ def moment(answer: str | None, **changes: Any) -> Moment:
     return Moment(**{**facts, **changes})
 
 
-def add(config: Config, *answers: str, **changes: Any) -> list[Moment]:
+def add(config: CurationConfig, *answers: str, **changes: Any) -> list[Moment]:
     with Store(store_path(config)) as store:
         return Moments(store).add([moment(answer, **changes) for answer in answers])

@@ -8,17 +8,17 @@ from typing import NamedTuple
 from batch_fixtures import moment
 
 from apollo_curation.moments.moments import Moment, Moments
+from apollo_curation.settings import CurationConfig
 from apollo_curation.store import Store, store_path
 from apollo_curation.train_client import Training
 from apollo_curation.training.batches import Batches
-from apollo_ipc.config import Config
 
 
 class Parts(NamedTuple):
     store: Store
     moments: Moments
     batches: Batches
-    config: Config
+    config: CurationConfig
 
     def add(self, *answers: str, **changes) -> list[Moment]:
         return self.moments.add([moment(answer, **changes) for answer in answers])
@@ -28,7 +28,7 @@ class Parts(NamedTuple):
 
 
 @contextmanager
-def opened(config: Config, stop=lambda: False, client: Training | None = None):
+def opened(config: CurationConfig, stop=lambda: False, client: Training | None = None):
     own = client or Training(config, stop)
     with Store(store_path(config)) as store:
         moments = Moments(store)

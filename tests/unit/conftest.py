@@ -11,14 +11,15 @@ from typing import NamedTuple
 
 import pytest
 
+from apollo_curation.settings import CurationConfig
 from apollo_ipc.cli.main import main
-from apollo_ipc.config import Config, Paths
+from apollo_ipc.config import Paths
 
 
 @pytest.fixture
 def config(tmp_path):
     # Short: a Unix socket's path holds 107 bytes.
-    config = Config(paths=Paths(str(tmp_path / "run"), str(tmp_path / "state")))
+    config = CurationConfig(paths=Paths(str(tmp_path / "run"), str(tmp_path / "state")))
     for directory in (config.runtime_dir, config.state_dir):
         directory.mkdir(mode=0o700)
     return config

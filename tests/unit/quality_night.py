@@ -12,9 +12,10 @@ from apollo_curation.logs.conversation import Source
 from apollo_curation.moments.moments import Moment, Moments
 from apollo_curation.quality.history import History
 from apollo_curation.quality.monitor import Monitor
+from apollo_curation.settings import Curation, CurationConfig, Quality
 from apollo_curation.store import Store
 from apollo_curation.training.batches import Batches
-from apollo_ipc.config import Config, Curation, Paths, Quality
+from apollo_ipc.config import Paths
 from apollo_ipc.wire.messages import ENDED_STATES, JobInfo, RestoreResult, SyncResult
 from apollo_ipc.wire.requests import Message
 
@@ -189,7 +190,7 @@ def night_in(directory):
     (directory / "heldout.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (directory / "canaries.toml").write_text(CANARIES)
     quality = Quality(heldout=str(directory / "heldout.jsonl"), canaries=str(directory / "canaries.toml"))
-    config = Config(
+    config = CurationConfig(
         paths=Paths(str(directory / "run"), str(directory / "state")),
         curation=Curation(patience_s=0),
         quality=quality,

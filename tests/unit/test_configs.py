@@ -6,32 +6,54 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from apollo_ipc.config import DEFAULT_RANK, Config, load_config
+from apollo_curation.settings import CurationConfig, load_curation_config
+from apollo_ipc.config import DEFAULT_RANK, SECTION_GROUP, Config, load_config
 from apollo_ipc.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 UNITS = sorted((CONFIGS / "systemd").glob("*.service"))
 TIMERS = sorted((CONFIGS / "systemd").glob("*.timer"))
-SECTIONS = {field.name: field.type for field in msgspec.structs.fields(Config)}
+OWN = Config.__struct_fields__
+SECTIONS = {field.name: field.type for field in msgspec.structs.fields(CurationConfig)}
 
 
-def load(file: Path, **more) -> Config:
-    return load_config(file, **{"environ": {}, **more})
+def load(file: Path, **more) -> CurationConfig:
+    """With all sections; that worker and server read the same file without ours is tested beside it."""
+    return load_curation_config(file, **{"environ": {}, **more})
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.toml")), ids=lambda file: file.name)
 def test_every_configuration_file_is_valid(file):
-    load(file)
+    assert load_config(file, environ={}) == Config(*(getattr(load(file), name) for name in OWN))
+
+
+def test_the_sections_of_a_client_are_left_to_it(tmp_path):
+    file = tmp_path / "my.toml"
+    file.write_text("[train]\nrank = 8\n[judge]\nanything = 1\n")
+    environ = {"APOLLO_CURATION__URL": "http://127.0.0.1:1", "APOLLO_QUALITY__NONE": "1"}
+    assert load_config(file, environ=environ).train.rank == 8
+    with pytest.raises(ConfigError, match=r"judge\.anything: unknown field"):
+        load_curation_config(file, environ={})
+    with pytest.raises(ConfigError, match=r"jugde: unknown field 'jugde'"):
+        load_config(environ={"APOLLO_JUGDE__URL": "x"})
+
+
+def test_every_section_of_ours_is_named_to_those_who_leave_it_to_us():
+    mine = entry_points(group=SECTION_GROUP)
+    assert {point.name: point.load() for point in mine} == {
+        name: kind for name, kind in SECTIONS.items() if name not in OWN
+    }
 
 
 def test_the_default_file_says_every_key_with_its_default():
     file = CONFIGS / "default.toml"
-    assert load(file) == Config()
+    assert load(file) == CurationConfig()
     said = {(section, key) for section, keys in tomllib.loads(file.read_text()).items() for key in keys}
     known = {
         (section, field.name) for section, kind in SECTIONS.items() for field in msgspec.structs.fields(kind)
@@ -42,7 +64,7 @@ def test_the_default_file_says_every_key_with_its_default():
 def test_the_model_files_say_only_what_they_are_for():
     for name in ("cpu.toml", "qwen3.5-27b.toml"):
         config = load(CONFIGS / name)
-        assert config != Config()
+        assert config != CurationConfig()
         assert config.train.rank == DEFAULT_RANK
     assert load(CONFIGS / "qwen3.5-27b.toml").train.activation_checkpointing
 
@@ -88,7 +110,7 @@ def test_a_strip_rule_that_cannot_be_meant_is_refused(tmp_path, rule, words):
 
 
 def test_a_tier_keeps_its_own_defaults_beside_a_key_that_is_given():
-    config = load_config(environ={"APOLLO_TIER_DIRECT__WHEN": "nightly"})
+    config = load_curation_config(environ={"APOLLO_TIER_DIRECT__WHEN": "nightly"})
     assert (config.tier_direct.when, config.tier_direct.lr) == ("nightly", 1e-4)
     assert config.tier_bootstrap.lr == 1e-5
 

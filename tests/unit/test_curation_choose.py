@@ -12,12 +12,12 @@ from batch_fixtures import moment
 
 from apollo_curation.logs.conversation import Source
 from apollo_curation.moments.moments import Moment, Moments
-from apollo_curation.settings import Curation, DirectTier
+from apollo_curation.settings import Curation, CurationConfig, DirectTier
 from apollo_curation.store import Store
 from apollo_curation.training.batch_table import BatchTable, example_hash
 from apollo_curation.training.choose import Choice, by_value, choose
 from apollo_curation.training.near_duplicates import NearDuplicates, shingles, similarity
-from apollo_ipc.config import Config, Http
+from apollo_ipc.config import Http
 from apollo_ipc.wire.requests import Message, TrainRequest
 
 NOW = 1_000_000.0
@@ -30,10 +30,10 @@ def store(tmp_path):
         yield store
 
 
-def configured(max_examples: int = 100, **curation) -> Config:
+def configured(max_examples: int = 100, **curation) -> CurationConfig:
     wide = {"max_source_share": 1.0, "max_topic_share": 1.0, "max_examples_per_window": 1000, **curation}
     return msgspec.structs.replace(
-        Config(), curation=Curation(**wide), tier_direct=DirectTier(max_examples=max_examples)
+        CurationConfig(), curation=Curation(**wide), tier_direct=DirectTier(max_examples=max_examples)
     )
 
 
@@ -225,7 +225,7 @@ def test_a_loud_file_does_not_push_a_quiet_one_out(store):
 
 
 def test_a_few_moments_of_one_file_are_trained_in_one_job_with_the_defaults(store):
-    config = Config()
+    config = CurationConfig()
     choice = choose(distinct(3), store, "direct", config, NOW)
     assert len(choice.chosen) == 3
 

@@ -220,10 +220,11 @@ def test_a_run_that_dies_anywhere_is_gone_on_with_and_trains_nothing_twice(confi
 
 
 def at(config, path):
-    from apollo_ipc.config import Config, Paths
+    from apollo_curation.settings import CurationConfig
+    from apollo_ipc.config import Paths
 
     path.mkdir(mode=0o700)
-    return Config(paths=Paths(str(path / "run"), str(path)))
+    return CurationConfig(paths=Paths(str(path / "run"), str(path)))
 
 
 def test_a_judge_that_goes_away_ends_the_run_with_what_it_has(config):

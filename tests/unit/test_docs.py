@@ -19,6 +19,7 @@ from apollo_worker.trainer.state import LiveState, write_state
 from apollo_worker.trainer.step_marks import StepMarks
 
 from apollo_curation.lock import alone
+from apollo_curation.settings import CurationConfig
 from apollo_curation.store import Store, store_path
 from apollo_ipc.checkpoint import STATE_DIR
 from apollo_ipc.checkpoint.record import pending_dir
@@ -35,7 +36,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OURS = [page for page in PAGES if page.name != "log.md"]
 SECTIONS = {
     field.name: {f.name for f in msgspec.structs.fields(field.type)}
-    for field in msgspec.structs.fields(Config)
+    for field in msgspec.structs.fields(CurationConfig)
 }
 # Of vLLM, git, systemctl and the like. A flag that is in neither this list nor our programs is a mistake.
 FOREIGN_FLAGS = {
@@ -136,8 +137,8 @@ def commands() -> dict[str, object]:
     """`serve`, `checkpoint sync`, ... -> the click command."""
     top = typer.main.get_command(app)
     found = {}
-    for name, command in top.commands.items():
-        found[name] = command
+    for name in top.list_commands(None):
+        found[name] = command = top.get_command(None, name)
         for sub, inner in getattr(command, "commands", {}).items():
             found[f"{name} {sub}"] = inner
     return found

@@ -13,13 +13,15 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGES = {
     "apollo_ipc": ROOT / "src/apollo_ipc",
+    "apollo_curation": ROOT / "src/apollo_curation",
     "apollo_router": ROOT / "router/apollo_router",
     "apollo_worker": ROOT / "worker/apollo_worker",
 }
 NEVER = {
-    "apollo_ipc": {"apollo_router", "apollo_worker", "vllm"},
-    "apollo_router": {"apollo_worker"},
-    "apollo_worker": {"apollo_router", "vllm"},
+    "apollo_ipc": {"apollo_curation", "apollo_router", "apollo_worker", "vllm"},
+    "apollo_curation": {"apollo_router", "apollo_worker", "vllm"},
+    "apollo_router": {"apollo_curation", "apollo_worker"},
+    "apollo_worker": {"apollo_curation", "apollo_router", "vllm"},
 }
 
 

@@ -15,6 +15,7 @@ from served_model import make_config, make_manifest
 from synced_weights import SHARDS, Live, assert_same, make_model, state_files, stored
 from typer.testing import CliRunner
 
+from apollo_curation.settings import CurationConfig
 from apollo_curation.train_client import Training
 from apollo_ipc.checkpoint import (
     begin,
@@ -254,7 +255,7 @@ def test_pins_are_carried_by_every_change_of_the_record(model_dir):
 def test_a_night_pins_in_the_directory_that_is_being_served(model_dir, tmp_path):
     live = Live(model_dir)
     train_and_sync(live, ("full", "full"))
-    config = make_config(tmp_path)
+    config = CurationConfig(paths=make_config(tmp_path).paths)
     training = Training(config)
     with pytest.raises(NotReady, match="no model is being served here"):
         training.pin(1)

@@ -1,1 +1,7 @@
-"""Curation's commands."""
+"""Curation's commands, which apollo_ipc mounts (the entry points in pyproject.toml)."""
+
+from importlib.util import find_spec
+
+for _name in ("ijson", "jsonpath"):  # of the extra `curation`
+    if find_spec(_name) is None:
+        raise ImportError(f"{_name} is not installed; `pip install 'apollo-ipc[curation]'`")

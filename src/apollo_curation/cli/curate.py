@@ -8,12 +8,15 @@ import typer
 
 from apollo_curation.cli import curate_dream, curate_flag, curate_input, curate_review, curate_train
 from apollo_curation.cli.curate_train import stop_by_signal
+from apollo_curation.settings import load_curation_config
 from apollo_ipc.cli.options import AsJson, ConfigFile
 from apollo_ipc.cli.output import print_json, say
-from apollo_ipc.config import load_config
 
 app = typer.Typer(
-    help="From what happened to what is learned: transcripts in, training jobs out.", no_args_is_help=True
+    help="From what happened to what is learned: transcripts in, training jobs out.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
 )
 app.command()(curate_input.read)
 app.command()(curate_input.strip)
@@ -51,7 +54,7 @@ def night(
     from apollo_curation.night import run_night
     from apollo_curation.store import Store, store_path
 
-    config = load_config(config_file)
+    config = load_curation_config(config_file)
     with stop_by_signal() as stop, Store(store_path(config)) as store:
         report = run_night(config, store, is_auto=is_auto, stop=stop, say=say)
     if as_json:

@@ -12,9 +12,9 @@ import msgspec
 import typer
 from rich.table import Column, Table
 
+from apollo_curation.settings import CurationConfig, load_curation_config
 from apollo_ipc.cli.options import AsJson, ConfigFile
 from apollo_ipc.cli.output import console, describe_ago, print_json, say
-from apollo_ipc.config import Config, load_config
 from apollo_ipc.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def dream(
     from apollo_curation.dreams.seeds import Seed, read_seeds
     from apollo_curation.logs.conversation import Broken
 
-    config = load_config(config_file)
+    config = load_curation_config(config_file)
     paths = seeds or [Path(path) for path in config.dream.seeds]
     if not paths:
         raise UserError("there are no seeds; name files with --seeds, or in dream.seeds", field="--seeds")
@@ -91,7 +91,7 @@ def feed(
     from apollo_curation.logs.conversation import Conversation
     from apollo_curation.logs.strip import strip
 
-    config = load_config(config_file)
+    config = load_curation_config(config_file)
     has_dialogue = str(file) == "-" and out is None
     if has_dialogue and as_json:
         raise UserError("standard output is the protocol's here; give --out RESULT as well", field="--json")
@@ -125,7 +125,7 @@ def dreams(
     from apollo_curation.dreams.table import Dreams
     from apollo_curation.store import Store, store_path
 
-    with Store(store_path(load_config(config_file))) as store:
+    with Store(store_path(load_curation_config(config_file))) as store:
         found = Dreams(store).list(seed, limit)
     if as_json:
         print_json([{**msgspec.to_builtins(one), "lineage": one.lineage} for one in found])
@@ -134,7 +134,7 @@ def dreams(
 
 
 @contextmanager
-def open_dreaming(config: Config, stop: Callable[[], bool] = lambda: False) -> Iterator[Bridge]:
+def open_dreaming(config: CurationConfig, stop: Callable[[], bool] = lambda: False) -> Iterator[Bridge]:
     """The bridge by the configuration, when what an earlier run left open has been settled. What it trains is
     watched where quality.heldout is set: raises QualityBroken."""
     from apollo_curation.cli.curate_train import open_learning

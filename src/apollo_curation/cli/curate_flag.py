@@ -11,9 +11,9 @@ import typer
 
 from apollo_curation.cli.curate_input import Paths, sources
 from apollo_curation.cli.curate_train import stop_by_signal
+from apollo_curation.settings import CurationConfig, load_curation_config
 from apollo_ipc.cli.options import AsJson, ConfigFile
 from apollo_ipc.cli.output import print_json, print_json_line, say
-from apollo_ipc.config import Config, load_config
 from apollo_ipc.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def flag(
     from apollo_curation.logs.strip import pruner
     from apollo_curation.moments.signals import intake
 
-    config = load_config(config_file)
+    config = load_curation_config(config_file)
     own = config.curation
     files = sources(paths, config)
     if follow and from_beginning:
@@ -69,7 +69,7 @@ def flag(
 
 
 @contextmanager
-def open_moments(config: Config) -> Iterator[tuple[Store, Moments]]:
+def open_moments(config: CurationConfig) -> Iterator[tuple[Store, Moments]]:
     from apollo_curation.moments.moments import Moments
     from apollo_curation.store import Store, store_path
 

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
+from apollo_curation.settings import CurationConfig, load_curation_config
 from apollo_ipc.cli.options import AsJson, ConfigFile
 from apollo_ipc.cli.output import console, print_json, say
-from apollo_ipc.config import Config, load_config
 from apollo_ipc.errors import UserError
 
 Paths = Annotated[
@@ -32,7 +32,7 @@ def read(
     from apollo_curation.logs.conversation import Broken
     from apollo_curation.logs.strip import pruner
 
-    config = load_config(config_file)
+    config = load_curation_config(config_file)
     files = sources(paths, config)
     num_conversations = num_messages = 0
     topics: Counter[str] = Counter()
@@ -93,7 +93,7 @@ def strip(
     from apollo_curation.logs.strip_report import Tally
     from apollo_curation.logs.stripped_file import StrippedFile
 
-    config = load_config(config_file)
+    config = load_curation_config(config_file)
     files, rules = sources(paths, config), config.curation.strip
     model = learner(config) if with_model else None
     tally = Tally(rules, model and (lambda text: len(model.text_tokens(text, add_special_tokens=False))))
@@ -142,7 +142,7 @@ def strip(
         print(f"{written.num_written} conversations written to {out}")
 
 
-def sources(paths: list[Path] | None, config: Config) -> list[Path]:
+def sources(paths: list[Path] | None, config: CurationConfig) -> list[Path]:
     """What the command line names, else what the configuration does. Raises UserError where neither does."""
     found = paths or [Path(source).expanduser() for source in config.curation.sources]
     if not found:

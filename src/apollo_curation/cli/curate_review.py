@@ -12,9 +12,9 @@ from rich.table import Column, Table
 
 from apollo_curation.cli.curate_flag import open_moments
 from apollo_curation.cli.curate_train import stop_by_signal
+from apollo_curation.settings import CurationConfig, load_curation_config
 from apollo_ipc.cli.options import AsJson, ConfigFile
 from apollo_ipc.cli.output import console, print_error, print_json, say
-from apollo_ipc.config import Config, load_config
 from apollo_ipc.errors import ApolloError, UserError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def judge(
     from apollo_curation.chat_client import judging as judge_model
     from apollo_curation.moments import judge as judging
 
-    config = load_config(config_file)
+    config = load_curation_config(config_file)
     if not config.judge.enabled:
         raise UserError("the judge is switched off; set `enabled = true` in [judge]", field="judge.enabled")
     with open_moments(config) as (_, moments), stop_by_signal() as stop:
@@ -87,7 +87,7 @@ def score(
     from apollo_curation.chat_client import learner
     from apollo_curation.moments import surprise
 
-    config = load_config(config_file)
+    config = load_curation_config(config_file)
     with open_moments(config) as (_, moments), stop_by_signal() as stop:
         model = learner(config, stop)
         try:
@@ -128,7 +128,7 @@ def list_moments(
         for one in given:
             if one not in known:
                 raise UserError(f"there is no {one!r}; {nearest(one, known)}", field=name)
-    with open_moments(load_config(config_file)) as (_, table):
+    with open_moments(load_curation_config(config_file)) as (_, table):
         found = [one for one in table.list(*_as_states(states)) if kind in (None, one.kind)]
     if as_json:
         print_json(found[:limit])
@@ -146,7 +146,7 @@ def show(
     """One moment, whole: context, what was said and what would be learned, reason, what followed."""
     from apollo_curation.moments.review_view import print_view
 
-    with open_moments(load_config(config_file)) as (_, table):
+    with open_moments(load_curation_config(config_file)) as (_, table):
         moment = table.get(moment_id)
     if as_json:
         print_json(moment)
@@ -162,7 +162,7 @@ def approve(
     """Approve moments by id: they are trained when their tier's schedule says so."""
     from apollo_curation.moments import review as reviewing
 
-    with open_moments(load_config(config_file)) as (_, table):
+    with open_moments(load_curation_config(config_file)) as (_, table):
         _each(moment_ids, lambda one: reviewing.approve(table, table.get(one), reason=reason))
 
 
@@ -174,7 +174,7 @@ def reject(
     """Reject moments by id: they are never trained."""
     from apollo_curation.moments import review as reviewing
 
-    with open_moments(load_config(config_file)) as (_, table):
+    with open_moments(load_curation_config(config_file)) as (_, table):
         _each(moment_ids, lambda one: reviewing.reject(table, table.get(one), reason))
 
 
@@ -193,7 +193,7 @@ def review(
     from apollo_curation.moments import review_screen
     from apollo_curation.moments.review import Review
 
-    config = load_config(config_file)
+    config = load_curation_config(config_file)
     with open_moments(config) as (store, table):
         if auto:
             print(f"{len(_approve_confident(table, config))} approved by themselves")
@@ -229,7 +229,7 @@ def moments_table(found: list[Moment]) -> Table:
     return table
 
 
-def _approve_confident(table: Moments, config: Config) -> list[Moment]:
+def _approve_confident(table: Moments, config: CurationConfig) -> list[Moment]:
     from apollo_curation.moments.judge import approve_confident
 
     return approve_confident(table, config.curation.auto_confidence, only_judged=config.judge.enabled)

@@ -12,10 +12,9 @@ import msgspec
 import typer
 from rich.table import Column, Table
 
-from apollo_curation.settings import TierName
+from apollo_curation.settings import CurationConfig, TierName, load_curation_config
 from apollo_ipc.cli.options import AsJson, ConfigFile
 from apollo_ipc.cli.output import console, describe_ago, print_json, print_json_line, say
-from apollo_ipc.config import Config, load_config
 from apollo_ipc.process.flag import Flag
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ def train(
     from apollo_curation.quality.watch import QualityBroken, watched
     from apollo_curation.training.schedule import TIERS, Trained
 
-    config = load_config(config_file)
+    config = load_curation_config(config_file)
     tiers = (tier,) if tier else TIERS
     batches: list[Batch] = []
     turns: list[Trained] = []
@@ -86,7 +85,7 @@ def run(config_file: ConfigFile = None, as_json: AsJson = False) -> None:
     from apollo_curation.training import schedule
     from apollo_curation.training.idle import Idleness
 
-    config = load_config(config_file)
+    config = load_curation_config(config_file)
     with stop_by_signal() as stop, open_learning(config, stop) as learning:
         model = learner(config, stop)
         idleness = Idleness(model, config.curation.idle_s)
@@ -110,7 +109,7 @@ def batches(
     """What was trained: one line a batch of moments that became one job."""
     from apollo_curation.training.batch_table import BatchTable
 
-    with _open_store(load_config(config_file)) as store:
+    with _open_store(load_curation_config(config_file)) as store:
         found = BatchTable(store).list()[::-1][:limit]
     if as_json:
         print_json(found)
@@ -123,7 +122,7 @@ def status(config_file: ConfigFile = None, as_json: AsJson = False) -> None:
     from apollo_curation.moments.moments import Moments
     from apollo_curation.training.batch_table import BatchTable
 
-    config = load_config(config_file)
+    config = load_curation_config(config_file)
     own = config.curation
     with _open_store(config) as store:
         table = BatchTable(store)
@@ -140,7 +139,7 @@ def status(config_file: ConfigFile = None, as_json: AsJson = False) -> None:
 
 
 @contextmanager
-def open_learning(config: Config, stop: Callable[[], bool] = lambda: False) -> Iterator[Learning]:
+def open_learning(config: CurationConfig, stop: Callable[[], bool] = lambda: False) -> Iterator[Learning]:
     """Store, batches and the training interface, by the configuration."""
     from apollo_curation.moments.moments import Moments
     from apollo_curation.train_client import Training
@@ -210,7 +209,7 @@ def _describe_loss(batch: Batch) -> str:
     return f"{batch.loss_first:.4g} -> {batch.loss_last:.4g}"
 
 
-def _open_store(config: Config) -> Any:
+def _open_store(config: CurationConfig) -> Any:
     from apollo_curation.store import Store, store_path
 
     return Store(store_path(config))

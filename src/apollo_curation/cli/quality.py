@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 
+from apollo_curation.settings import CurationConfig, load_curation_config
 from apollo_ipc.cli.options import AsJson, ConfigFile
 from apollo_ipc.cli.output import console, describe_ago, print_json
-from apollo_ipc.config import Config, load_config
 from apollo_ipc.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 
 WORKER_PATIENCE_S = 3.0  # only the weight version is asked of it; without a worker it is left away
 
-app = typer.Typer(help="Whether the model has become worse while it learned.", no_args_is_help=True)
+app = typer.Typer(
+    help="Whether the model has become worse while it learned.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
 
 
 @app.command()
@@ -36,7 +41,7 @@ def check(
     from apollo_curation.store import Store, store_path
     from apollo_curation.train_client import Training
 
-    config = load_config(config_file)
+    config = load_curation_config(config_file)
     with Store(store_path(config)) as store:
         judge = judging(config) if config.judge.enabled else None
         training = Training(_impatient(config))
@@ -63,7 +68,7 @@ def history(
     from apollo_curation.quality.report import clean, clock_time, number, version
     from apollo_curation.store import Store, store_path
 
-    with Store(store_path(load_config(config_file))) as store:
+    with Store(store_path(load_curation_config(config_file))) as store:
         measurements = History(store).list(limit)
     if as_json:
         print_json({"measurements": measurements})
@@ -108,7 +113,7 @@ def report(
     from apollo_curation.quality.report import write_html
     from apollo_curation.store import Store, store_path
 
-    with Store(store_path(load_config(config_file))) as store:
+    with Store(store_path(load_curation_config(config_file))) as store:
         try:
             write_html(html, store)
         except OSError as error:
@@ -116,7 +121,7 @@ def report(
     print(f"{html} is written")
 
 
-def _impatient(config: Config) -> Config:
+def _impatient(config: CurationConfig) -> CurationConfig:
     curation = msgspec.structs.replace(
         config.curation, patience_s=min(WORKER_PATIENCE_S, config.curation.patience_s)
     )

@@ -13,10 +13,10 @@ from apollo_curation.chat_client import Refused, ServedModel, judging, learner
 from apollo_curation.dreams.judge import OF_THIS_REQUEST, Dreamer, NoAnswer
 from apollo_curation.dreams.table import Dream, Dreams, Judged
 from apollo_curation.moments.moments import Moment, Moments, identify
+from apollo_curation.settings import CurationConfig
 from apollo_curation.store import Store
 from apollo_curation.training.batch_table import Batch
 from apollo_curation.training.batches import Batches, Each, NothingToTrain, StopTraining, ignore
-from apollo_ipc.config import Config
 from apollo_ipc.errors import NotFound, NotReady
 from apollo_ipc.wire.requests import Message
 
@@ -36,7 +36,7 @@ class Bridge:
     learner: ServedModel
     dreamer: Dreamer
     train: Train
-    config: Config
+    config: CurationConfig
 
     def respond(self, dream: Dream, asked: list[Message] | None = None) -> Dream:
         """With the learner's response. asked: the situation with its instructions, where it had any.
@@ -131,7 +131,7 @@ class Bridge:
 
 @contextmanager
 def open_bridge(
-    config: Config,
+    config: CurationConfig,
     store: Store,
     batches: Batches,
     *,

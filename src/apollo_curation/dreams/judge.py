@@ -10,9 +10,9 @@ import msgspec
 from apollo_curation.chat_client import Refused, ServedModel
 from apollo_curation.dreams import prompts
 from apollo_curation.dreams.table import Dream, Judged
+from apollo_curation.settings import CurationConfig
 from apollo_curation.structured import Counts, ask_for
 from apollo_curation.training.near_duplicates import similarity
-from apollo_ipc.config import Config
 from apollo_ipc.wire.requests import Message
 
 # Of word triples (Jaccard): from here on a situation is a repetition. Far below curation.near_duplicate: two
@@ -52,7 +52,7 @@ class Dreamer:
     where the server is away or refuses more than this request.
     """
 
-    def __init__(self, model: ServedModel, config: Config):
+    def __init__(self, model: ServedModel, config: CurationConfig):
         self.counts = Counts()
         self.num_repeats = 0
         self._model = model

@@ -12,8 +12,8 @@ from apollo_curation.moments.behaviour import follow_behaviour
 from apollo_curation.moments.moments import Moments
 from apollo_curation.moments.signals import flag_stripped
 from apollo_curation.moments.signals.intake import Taken, take_new
+from apollo_curation.settings import CurationConfig
 from apollo_curation.store import Store
-from apollo_ipc.config import Config
 from apollo_ipc.errors import ConfigError
 
 
@@ -22,7 +22,7 @@ class Noticed(msgspec.Struct, frozen=True):
     followed: Taken
 
 
-def notice(config: Config, store: Store) -> Noticed:
+def notice(config: CurationConfig, store: Store) -> Noticed:
     """Moments of all that is new, each record once, also across a crash.
 
     Raises ConfigError where a path is in both; Conflict where another process reads them at the same time.

@@ -15,10 +15,10 @@ from apollo_curation.quality.heldout import load_heldout
 from apollo_curation.quality.history import Breach, History, Label, Measurement
 from apollo_curation.quality.measure import measure_losses
 from apollo_curation.quality.thresholds import find_breaches, find_drift
+from apollo_curation.settings import CurationConfig
 from apollo_curation.store import Store
 from apollo_curation.train_client import Training
 from apollo_curation.training.batch_table import Batch, BatchTable
-from apollo_ipc.config import Config
 
 log = logging.getLogger("apollo_curation.quality")
 
@@ -57,7 +57,7 @@ class Checker:
 
     def __init__(
         self,
-        config: Config,
+        config: CurationConfig,
         store: Store,
         model: ServedModel,
         judge: ServedModel | None,

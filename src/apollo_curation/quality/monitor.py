@@ -16,10 +16,10 @@ from apollo_curation.moments.moments import Moment, Moments
 from apollo_curation.quality.check import Checker, Report, log
 from apollo_curation.quality.history import Breach, Label, Measurement
 from apollo_curation.quality.thresholds import find_drift
+from apollo_curation.settings import CurationConfig
 from apollo_curation.store import Store
 from apollo_curation.train_client import Training
 from apollo_curation.training.batches import Batches, StopTraining
-from apollo_ipc.config import Config
 from apollo_ipc.errors import ApolloError, ConfigError, NotReady
 from apollo_ipc.wire.messages import ENDED_STATES, JobInfo
 
@@ -38,7 +38,7 @@ class Monitor:
 
     def __init__(
         self,
-        config: Config,
+        config: CurationConfig,
         store: Store,
         model: ServedModel,
         judge: ServedModel | None,

@@ -7,10 +7,10 @@ from contextlib import closing, contextmanager
 
 from apollo_curation.chat_client import judging, learner
 from apollo_curation.quality.monitor import Monitor, Report
+from apollo_curation.settings import CurationConfig
 from apollo_curation.store import Store
 from apollo_curation.train_client import Training
 from apollo_curation.training.batches import Each, ignore
-from apollo_ipc.config import Config
 from apollo_ipc.errors import ApolloError
 
 
@@ -22,7 +22,7 @@ class QualityBroken(ApolloError):
 
 @contextmanager
 def watched(
-    config: Config, store: Store, training: Training, stop: Callable[[], bool] = lambda: False
+    config: CurationConfig, store: Store, training: Training, stop: Callable[[], bool] = lambda: False
 ) -> Iterator[Each]:
     """`each` for what is trained within: measured before, during and after, as quality.* says.
 

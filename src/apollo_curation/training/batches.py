@@ -18,7 +18,7 @@ from typing import Literal
 from apollo_curation.chat_client import Refused
 from apollo_curation.lock import alone
 from apollo_curation.moments.moments import Moment, Moments, State
-from apollo_curation.settings import TierName
+from apollo_curation.settings import CurationConfig, TierName
 from apollo_curation.store import Store
 from apollo_curation.train_client import Training
 from apollo_curation.training.batch_table import Batch, BatchTable, new_batch_id
@@ -31,7 +31,6 @@ from apollo_curation.training.submission import (
     request_for,
     submit,
 )
-from apollo_ipc.config import Config
 from apollo_ipc.errors import UserError
 from apollo_ipc.wire.messages import JobInfo
 
@@ -69,7 +68,7 @@ class Batches:
         store: Store,
         moments: Moments,
         training: Training,
-        config: Config,
+        config: CurationConfig,
         stop: Callable[[], bool] = lambda: False,
     ):
         self.table = BatchTable(store)

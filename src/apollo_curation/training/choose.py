@@ -10,12 +10,10 @@ from typing import Literal
 import msgspec
 
 from apollo_curation.moments.moments import Moment, Moments
-from apollo_curation.settings import TierName
+from apollo_curation.settings import CurationConfig, TierName
 from apollo_curation.store import Store
 from apollo_curation.training.batch_table import BatchTable, example_hash
 from apollo_curation.training.near_duplicates import NearDuplicates
-from apollo_curation.training.submission import tier_settings
-from apollo_ipc.config import Config
 from apollo_ipc.wire.requests import MAX_EXAMPLES
 
 Reason = Literal[
@@ -57,7 +55,7 @@ def choose(
     approved: Iterable[Moment],
     store: Store,
     tier: TierName,
-    config: Config,
+    config: CurationConfig,
     now: float,
     *,
     limit: int | None = None,
@@ -115,7 +113,9 @@ def choose(
     return Choice(sorted(chosen, key=lambda moment: moment.moment_id), left)  # ids are hashes
 
 
-def count_places(store: Store, tier: TierName, config: Config, now: float, limit: int | None) -> Places:
+def count_places(
+    store: Store, tier: TierName, config: CurationConfig, now: float, limit: int | None
+) -> Places:
     """The least of the tier's max_examples, `limit`, and what curation.max_examples_per_window leaves of the
     window that ends at `now`, in which examples of every tier count (Batch.num_trained).
 
@@ -126,7 +126,7 @@ def count_places(store: Store, tier: TierName, config: Config, now: float, limit
     """
     own = config.curation
     budget = max(0, own.max_examples_per_window - BatchTable(store).num_trained(now - own.window_s))
-    of_job = min(tier_settings(config, tier).max_examples, MAX_EXAMPLES)
+    of_job = min(config.tier(tier).max_examples, MAX_EXAMPLES)
     shared = min(of_job, budget)
     asked_for = of_job if limit is None else min(of_job, limit)
     return Places(

@@ -11,14 +11,12 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from apollo_curation.moments.moments import Moments
-from apollo_curation.settings import TierName
+from apollo_curation.settings import CurationConfig, TierName
 from apollo_curation.store import Store
 from apollo_curation.train_client import Training
 from apollo_curation.training.batches import Batch, Batches, Each, NothingToTrain, ignore
 from apollo_curation.training.choose import Choice, choose
 from apollo_curation.training.idle import Idleness
-from apollo_curation.training.submission import tier_settings
-from apollo_ipc.config import Config
 from apollo_ipc.errors import NotReady
 from apollo_ipc.wire.messages import ENDED_STATES, JobInfo, SyncResult
 
@@ -39,7 +37,9 @@ class Trained(msgspec.Struct, frozen=True):
 class Learning:
     """The parts that a turn needs; the caller opens and closes them."""
 
-    def __init__(self, store: Store, moments: Moments, batches: Batches, training: Training, config: Config):
+    def __init__(
+        self, store: Store, moments: Moments, batches: Batches, training: Training, config: CurationConfig
+    ):
         self.store = store
         self.moments = moments
         self.batches = batches
@@ -63,7 +63,7 @@ class Learning:
             batch = self.batches.train(tier, choice.chosen, each)
         except NothingToTrain:  # somebody decided otherwise while we chose
             return Trained(tier, choice)
-        is_nightly = tier_settings(self.config, tier).when == "nightly"
+        is_nightly = self.config.tier(tier).when == "nightly"
         sync = self.training.sync() if is_nightly and batch.state == "trained" else None
         return Trained(tier, choice, batch, sync)
 
@@ -137,7 +137,7 @@ class _Waiting:
 
 
 def _is_due(learning: Learning, tier: TierName, idleness: Idleness, waiting: _Waiting) -> bool:
-    when = tier_settings(learning.config, tier).when
+    when = learning.config.tier(tier).when
     # Each look counts for the time that nobody has asked, also while nothing is there to train.
     if when == "nightly" or (when == "idle" and not idleness.is_idle()):
         return False

@@ -9,9 +9,8 @@ from typing import Literal
 import msgspec
 
 from apollo_curation.chat_client import Refused
-from apollo_curation.settings import Tier, TierName
+from apollo_curation.settings import CurationConfig, TierName
 from apollo_curation.train_client import Training
-from apollo_ipc.config import Config
 from apollo_ipc.wire.requests import Example, TrainOptions, TrainRequest
 
 OnDuplicate = Literal["skip", "train"]
@@ -64,9 +63,9 @@ def submit(training: Training, request: TrainRequest, key: str) -> Accepted | Ex
 
 
 def request_for(
-    config: Config, tier: TierName, examples: list[Example], on_duplicate: OnDuplicate
+    config: CurationConfig, tier: TierName, examples: list[Example], on_duplicate: OnDuplicate
 ) -> TrainRequest:
-    own = tier_settings(config, tier)
+    own = config.tier(tier)
     options = TrainOptions(
         lr=own.lr,
         epochs=own.epochs,
@@ -75,9 +74,3 @@ def request_for(
         on_duplicate=on_duplicate,
     )
     return TrainRequest(examples, options)
-
-
-def tier_settings(config: Config, tier: TierName) -> Tier:
-    return {"direct": config.tier_direct, "dream": config.tier_dream, "bootstrap": config.tier_bootstrap}[
-        tier
-    ]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
-from apollo_curation.cli import curate, quality
 from apollo_ipc.cli import checkpoint, jobs, plan, processes, serve, train, versions
 from apollo_ipc.cli.output import print_error
 from apollo_ipc.errors import ApolloError
@@ -15,8 +16,46 @@ from apollo_ipc.errors import ApolloError
 # Options that a command does not know are handed on to the program behind it.
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
+COMMAND_GROUP = "apollo_ipc.commands"  # of entry points: name -> a typer.Typer of a client's own
+
+
+class Commands(TyperGroup):
+    """Our commands, and those that installed packages mount. Such a package is imported when its command is
+    called or described; one that is broken costs nothing but its own commands."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *sorted(_mounted().names)]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        found = super().get_command(ctx, cmd_name)
+        if found is not None or cmd_name not in _mounted().names:
+            return found
+        try:
+            mounted: Any = typer.main.get_command(_mounted()[cmd_name].load())
+        except Exception as error:  # whatever is wrong there, it is not ours
+            return _cannot_load(cmd_name, error)
+        mounted.name = cmd_name
+        return mounted
+
+
+def _mounted() -> importlib.metadata.EntryPoints:
+    return importlib.metadata.entry_points(group=COMMAND_GROUP)
+
+
+def _cannot_load(name: str, error: Exception) -> Any:
+    """A command in its place, which says why."""
+    broken = typer.Typer(add_completion=False)
+
+    @broken.command(name, context_settings=PASS_ON, help=f"Not available: {error}")
+    def _say() -> None:
+        raise ApolloError(f"`{name}` is not available: {type(error).__name__}: {error}", code="not_available")
+
+    return typer.main.get_command(broken)
+
+
 app = typer.Typer(
     name="apollo-ipc",
+    cls=Commands,
     help="Full-weight fine-tuning of a model while vLLM serves it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -35,8 +74,6 @@ checkpoint.app.command()(versions.restore)
 checkpoint.app.command()(versions.pin)
 checkpoint.app.command()(versions.forget)
 checkpoint.app.command(context_settings=PASS_ON)(versions.snapshot)
-app.add_typer(curate.app, name="curate")
-app.add_typer(quality.app, name="quality")
 app.command(context_settings=PASS_ON)(processes.check)
 app.command()(plan.plan)
 app.command()(processes.key)

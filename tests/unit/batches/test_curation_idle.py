@@ -14,11 +14,10 @@ from apollo_curation.chat_client import Refused, ServedModel
 from apollo_curation.cli import curate_train
 from apollo_curation.demo.scripted_model import ScriptedModel
 from apollo_curation.moments.moments import Moments
-from apollo_curation.settings import DirectTier, DreamTier, Tier
+from apollo_curation.settings import CurationConfig, DirectTier, DreamTier, Tier
 from apollo_curation.store import Store, store_path
 from apollo_curation.training import schedule
 from apollo_curation.training.idle import Idleness
-from apollo_ipc.config import Config
 from apollo_ipc.errors import UserError
 from apollo_ipc.wire.requests import Message
 
@@ -103,7 +102,7 @@ def test_a_server_without_vllms_metrics_is_named(server, tmp_path):
 # --- the loop ---
 
 
-def set_up(config: Config, **when: str) -> Config:
+def set_up(config: CurationConfig, **when: str) -> CurationConfig:
     return msgspec.structs.replace(
         config,
         tier_direct=DirectTier(when=when.get("direct", "continuous")),
@@ -115,7 +114,7 @@ def set_up(config: Config, **when: str) -> Config:
 class Loop:
     """`curate run` in a thread; `until(done)` waits for something and then asks it to stop."""
 
-    def __init__(self, config: Config, vllm: ScriptedModel | None = None, each=lambda job: None):
+    def __init__(self, config: CurationConfig, vllm: ScriptedModel | None = None, each=lambda job: None):
         self.config = config
         self.batches = []
         self.away: list[str] = []
@@ -157,7 +156,7 @@ class Loop:
             time.sleep(0.005)
 
 
-def counts(config: Config) -> dict[str, int]:
+def counts(config: CurationConfig) -> dict[str, int]:
     with Store(store_path(config)) as store:
         return Moments(store).counts()
 
