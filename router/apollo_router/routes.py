@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from fastapi import APIRouter, FastAPI
@@ -18,7 +18,7 @@ from starlette.responses import Response, StreamingResponse
 
 from apollo_ipc.errors import NotReady
 from apollo_ipc.wire import messages
-from apollo_ipc.wire.requests import SyncBody, convert, parse_json
+from apollo_ipc.wire.requests import PinBody, RestoreBody, SyncBody, convert, parse_json
 from apollo_router.auth import KeyedRoute
 from apollo_router.body import read_body, read_train_request
 from apollo_router.errors import ErrorRoute, HttpError, error_response, json_response
@@ -26,9 +26,11 @@ from apollo_router.events import event_stream
 from apollo_router.gateway import Gateway
 from apollo_router.params import JobsQuery, NoQuery, TrainQuery, read_idempotency_key, read_query
 
-MAX_NO_BODY_BYTES = 1024
+MAX_SMALL_BODY_BYTES = 1024
 WORKER_AWAY_S = 60.0  # how long `?wait=true` waits for a worker that went away to come back
 TRAINED_STATES = ("applied", "durable")
+
+T = TypeVar("T")
 
 
 @asynccontextmanager
@@ -51,10 +53,10 @@ async def train(request: Request) -> Response:
     """Queues a job: 202 once it is on disk.
 
     With `?wait=true`: 200 with `loss_history` when the job is in the served weights; 422 with the code
-    `job_failed`, `job_cancelled` or `job_quarantined` and the `job` when it ended otherwise (not 5xx, since
-    clients send those again by themselves); 202 when it has not ended within http.wait_timeout_s. A client
-    that goes away meanwhile does not cancel the job. `Idempotency-Key`: the same key and body give the same
-    job, another body 422.
+    `job_failed`, `job_cancelled`, `job_quarantined` or `job_undone` and the `job` when it ended otherwise
+    (not 5xx, since clients send those again by themselves); 202 when it has not ended within
+    http.wait_timeout_s. A client that goes away meanwhile does not cancel the job. `Idempotency-Key`: the
+    same key and body give the same job, another body 422.
     """
     gateway = gateway_of(request)
     query = read_query(request, TrainQuery)
@@ -167,13 +169,47 @@ async def events(request: Request, job_id: str) -> Response:
 async def checkpoint(request: Request) -> Response:
     """Syncs the model directory now; answers when it is durable. The body may be empty, `{}` or SyncBody."""
     read_query(request, NoQuery)
-    gateway = gateway_of(request)
-    body = (await read_body(request, MAX_NO_BODY_BYTES)).strip()
+    body = (await read_body(request, MAX_SMALL_BODY_BYTES)).strip()
     kind = convert(parse_json(body), SyncBody).kind if body else "full"
-    sync = messages.SyncCheckpoint("", kind)
-    asked = gateway.client.request(sync, timeout_s=gateway.config.http.wait_timeout_s)
-    reply = await gateway.until_gone(asked, request)
+    reply = await _ask_patiently(request, messages.SyncCheckpoint("", kind))
     return json_response(reply.sync)
+
+
+@router.post("/checkpoint/restore")
+async def restore(request: Request) -> Response:
+    """Writes an older version back, on disk and into the served weights, as a new version. 409 while a job
+    trains. A client that goes away meanwhile does not stop it."""
+    version = (await _read_body(request, RestoreBody)).version
+    reply = await _ask_patiently(request, messages.RestoreVersion("", version))
+    return json_response(reply.restore)
+
+
+@router.post("/checkpoint/pin")
+async def pin(request: Request) -> Response:
+    """Has a version stay restorable however many syncs follow, instead of the one before; null: none."""
+    version = (await _read_body(request, PinBody)).version
+    reply = await _ask_patiently(request, messages.PinVersion("", version))
+    return json_response(reply.pin)
+
+
+@router.get("/checkpoint/history")
+async def history(request: Request) -> Response:
+    """The versions that can be restored, oldest first."""
+    read_query(request, NoQuery)
+    reply = await gateway_of(request).client.request(messages.GetHistory(""))
+    return json_response(reply.history)
+
+
+async def _read_body(request: Request, into: type[T]) -> T:
+    read_query(request, NoQuery)
+    return convert(parse_json(await read_body(request, MAX_SMALL_BODY_BYTES)), into)
+
+
+async def _ask_patiently(request: Request, message: Any) -> messages.Reply:
+    """For what may take as long as http.wait_timeout_s."""
+    gateway = gateway_of(request)
+    asked = gateway.client.request(message, timeout_s=gateway.config.http.wait_timeout_s)
+    return await gateway.until_gone(asked, request)
 
 
 @open_router.get("/train/health")

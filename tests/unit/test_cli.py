@@ -154,7 +154,7 @@ def test_without_a_worker_each_command_says_so_in_one_sentence(apollo, arguments
     assert "is it running?" in line
     as_json = apollo(*arguments, "--json")
     assert (as_json.returncode, as_json.stderr) == (69, "")
-    assert json.loads(as_json.stdout)["error"]["code"] == "worker_not_running"
+    assert json.loads(as_json.stdout)["error"]["code"] == "not_delivered"
 
 
 # --- what people get wrong ---

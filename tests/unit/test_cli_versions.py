@@ -69,10 +69,10 @@ def test_a_version_is_restored_where_nobody_serves(apollo, live):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("restore", "7", "--yes"), "VERSION: version 7 is not kept; there are: 0, 1, 2"),
+        (("restore", "7", "--yes"), "version: version 7 is not kept; there are: 0, 1, 2"),
         (("restore", "-1", "--yes"), "No such option"),
         (("restore", "one", "--yes"), "should be a valid integer"),
-        (("diff", "1", "9"), "VERSION: version 9 is not kept; there are: 0, 1, 2"),
+        (("diff", "1", "9"), "version: version 9 is not kept; there are: 0, 1, 2"),
         (("restore", "1", "--live", "--yes"), "is not being served; leave --live away"),
         (("snapshot",), "a command is needed after --"),
         (("snapshot", "--", "no-such-program"), "cannot run no-such-program: No such file or directory"),

@@ -95,7 +95,7 @@ def test_without_a_worker_a_request_fails_within_a_second_and_says_what_to_start
             with pytest.raises(NotReady, match="apollo-ipc worker") as caught:
                 await client.request(m.GetStatus(""))
             assert time.monotonic() - started < 1.0
-            assert caught.value.code == "worker_not_running"
+            assert caught.value.code == "not_delivered"
             assert not client.is_alive
             assert client.heartbeat_age_s is None
 
@@ -151,7 +151,7 @@ def test_a_stopped_worker_is_noticed_within_a_second_and_works_again_when_it_goe
             with pytest.raises(NotReady) as caught:
                 await client.request(m.GetStatus(""))
             assert time.monotonic() - started < 1.0
-            assert caught.value.code == "worker_not_running"
+            assert caught.value.code == "not_acknowledged"
             await until(lambda: not client.is_alive, 2.0)
             os.kill(child.pid, signal.SIGCONT)
             await until(lambda: client.is_alive, 2.0)

@@ -118,7 +118,8 @@ class Disk:
                 if time.monotonic() >= give_up_at:
                     raise CheckpointError(
                         f"{path.parent.parent}: another process is using this checkpoint "
-                        f"(it has held {path} for more than {wait_s:g} s)"
+                        f"(it has held {path} for more than {wait_s:g} s)",
+                        code="checkpoint_busy",
                     )
                 time.sleep(LOCK_POLL_S)
             yield

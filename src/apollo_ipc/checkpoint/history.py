@@ -16,9 +16,10 @@ import numpy as np
 import xxhash
 
 from apollo_ipc.checkpoint import delta as codec
-from apollo_ipc.checkpoint.record import Commit, Delta, FileRecord, Undo, Version, state_path
+from apollo_ipc.checkpoint.record import Commit, Delta, FileRecord, Undo, Version, read_commit, state_path
 from apollo_ipc.checkpoint.shards import ShardTensor, file_digest, read_range, read_shard
 from apollo_ipc.errors import CheckpointError, UserError
+from apollo_ipc.wire.messages import History, VersionInfo
 
 
 def versions(commit: Commit) -> list[Version]:
@@ -32,7 +33,29 @@ def find(commit: Commit, weight_version: int) -> Version:
         if version.weight_version == weight_version:
             return version
     known = ", ".join(str(version.weight_version) for version in versions(commit))
-    raise UserError(f"version {weight_version} is not kept; there are: {known}", field="VERSION")
+    raise UserError(f"version {weight_version} is not kept; there are: {known}", field="version")
+
+
+def listing(model_dir: Path) -> History:
+    """What can be restored, as every interface shows it. Raises UserError where nothing was synced yet."""
+    commit = read_commit(model_dir)
+    if commit is None:
+        raise UserError(f"{model_dir}: nothing was synced here yet, so there are no versions")
+    shown = [
+        VersionInfo(
+            weight_version=one.weight_version,
+            serial=one.serial,
+            committed_at=one.committed_at,
+            kind="delta" if one.delta else "full",
+            has_optimizer=one.optimizer is not None,
+            applied_seq=one.applied_seq,
+            restored_from=one.extra.get("restored_from"),
+            is_present=one.serial == commit.serial,
+            is_pinned=one.weight_version == commit.pinned,
+        )
+        for one in versions(commit)
+    ]
+    return History(str(model_dir), size_bytes(model_dir, commit), shown)
 
 
 class BaseReader:

@@ -26,7 +26,7 @@ def pin_version(
     CheckpointError where the record cannot be written.
     """
     if read_commit(model_dir) is None:
-        raise UserError("nothing was synced here yet, so there is no version", field="MODEL_DIR")
+        raise UserError("nothing was synced here yet, so there is no version")
     with disk.lock(model_dir / STATE_DIR / "lock", lock_wait_s):
         repair(model_dir, disk, is_folding=False)
         commit = read_commit(model_dir)

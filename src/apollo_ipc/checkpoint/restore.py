@@ -35,7 +35,7 @@ def restore_version(
     with begin(model_dir, disk=disk, lock_wait_s=lock_wait_s) as transaction:
         before = transaction.previous
         if before is None:
-            raise UserError("nothing was synced here yet, so there is no older version", field="MODEL_DIR")
+            raise UserError("nothing was synced here yet, so there is no older version")
         version = history.find(before, weight_version)
         shards = read_shards(model_dir)
         for name in shards:

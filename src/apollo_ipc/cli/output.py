@@ -13,7 +13,7 @@ from rich.table import Column, Table
 from apollo_ipc.errors import ApolloError
 from apollo_ipc.wire.messages import JobInfo, PostSync, Status, SyncResult
 
-FAILED_STATES = ("failed", "cancelled", "quarantined")
+FAILED_STATES = ("failed", "cancelled", "quarantined", "undone")
 
 
 def print_json(data: Any) -> None:

@@ -12,56 +12,55 @@ import typer
 from apollo_ipc.cli.checkpoint import ModelDir, find_model_dir
 from apollo_ipc.cli.options import AsJson, ConfigFile
 from apollo_ipc.cli.output import describe_ago, describe_bytes, print_json
-from apollo_ipc.config import load_config
-from apollo_ipc.errors import UserError
+from apollo_ipc.config import Config, load_config
+from apollo_ipc.errors import NotReady, UserError
 from apollo_ipc.manifest import is_served
-from apollo_ipc.wire.messages import RestoreVersion
+from apollo_ipc.wire.messages import GetHistory, PinResult, PinVersion, Reply, RestoreVersion
 
 RESTORE_TIMEOUT_S = 3600.0
+PIN_TIMEOUT_S = 900.0  # a sync may hold the checkpoint for minutes
 MAX_TENSORS_SHOWN = 20
 
 Directory = Annotated[Path | None, typer.Option("--model-dir", help="Default: the model that is served now.")]
 
 
+def ask_worker(config: Config, model_dir: Path, message: PinVersion | GetHistory) -> Reply | None:
+    """None where no worker runs for this directory: its files are there to be read and written."""
+    from apollo_ipc.wire.client import call
+
+    if not is_served(config.runtime_dir, model_dir):
+        return None
+    try:
+        return call(config.socket_path, message, timeout_s=PIN_TIMEOUT_S)
+    except NotReady as error:
+        if error.code != "not_delivered":
+            raise
+        return None
+
+
 def history(model_dir: ModelDir = None, config_file: ConfigFile = None, as_json: AsJson = False) -> None:
     """The versions that can be restored, oldest first, and what keeping them takes."""
-    from apollo_ipc import checkpoint
-    from apollo_ipc.checkpoint import history as versions
+    from apollo_ipc.checkpoint.history import listing
 
     path = find_model_dir(model_dir, config_file)
-    commit = checkpoint.read_commit(path)
-    if commit is None:
-        raise UserError(f"{path}: nothing was synced here yet, so there are no versions", field="MODEL_DIR")
-    rows = [
-        {
-            "weight_version": one.weight_version,
-            "serial": one.serial,
-            "committed_at": one.committed_at,
-            "kind": "delta" if one.delta else "full",
-            "has_optimizer": one.optimizer is not None,
-            "applied_seq": one.applied_seq,
-            "restored_from": one.extra.get("restored_from"),
-            "is_present": one.serial == commit.serial,
-            "is_pinned": one.weight_version == commit.pinned,
-        }
-        for one in versions.versions(commit)
-    ]
-    size = versions.size_bytes(path, commit)
+    reply = ask_worker(load_config(config_file), path, GetHistory(""))
+    found = reply.history if reply else listing(path)
+    assert found is not None
     if as_json:
-        print_json({"model_dir": str(path), "history_bytes": size, "versions": rows})
+        print_json(found)
         return
     print("version  written           kind   jobs up to  notes")
-    for row in rows:
-        notes = ["the present one"] if row["is_present"] else []
-        notes += [f"restored from {row['restored_from']}"] if row["restored_from"] is not None else []
-        notes += ["pinned"] if row["is_pinned"] else []
-        notes += [] if row["has_optimizer"] else ["no optimizer state"]
-        notes += ["before the first sync"] if not row["serial"] else []
+    for one in found.versions:
+        notes = ["the present one"] if one.is_present else []
+        notes += [f"restored from {one.restored_from}"] if one.restored_from is not None else []
+        notes += ["pinned"] if one.is_pinned else []
+        notes += [] if one.has_optimizer else ["no optimizer state"]
+        notes += ["before the first sync"] if not one.serial else []
         print(
-            f"{row['weight_version']:>7}  {describe_ago(row['committed_at']):<16}  {row['kind']:<5}  "
-            f"{row['applied_seq']:>10}  {', '.join(notes)}".rstrip()
+            f"{one.weight_version:>7}  {describe_ago(one.committed_at):<16}  {one.kind:<5}  "
+            f"{one.applied_seq:>10}  {', '.join(notes)}".rstrip()
         )
-    print(f"{describe_bytes(size)} beside the present version")
+    print(f"{describe_bytes(found.history_bytes)} beside the present version")
 
 
 def diff(
@@ -78,7 +77,7 @@ def diff(
     path = find_model_dir(model_dir, config_file)
     commit = checkpoint.read_commit(path)
     if commit is None:
-        raise UserError(f"{path}: nothing was synced here yet, so there are no versions", field="MODEL_DIR")
+        raise UserError(f"{path}: nothing was synced here yet, so there are no versions")
     old, new = versions.find(commit, a), versions.find(commit, b)
     found = sorted(versions.diff(path, commit, old, new), key=lambda one: -(one.relative_norm or 0.0))
     num_changed, num_elements = (
@@ -164,9 +163,12 @@ def pin(
     if (version is None) is not is_none:
         raise UserError("name either the VERSION to be pinned or --none", field="VERSION")
     path = find_model_dir(model_dir, config_file)
-    before = checkpoint.pin_version(path, version)
+    reply = ask_worker(load_config(config_file), path, PinVersion("", version))
+    done = reply.pin if reply else PinResult(str(path), version, checkpoint.pin_version(path, version))
+    assert done is not None
+    before = done.pinned_before
     if as_json:
-        print_json({"model_dir": str(path), "pinned": version, "pinned_before": before})
+        print_json(done)
     else:
         was = f" (before: {before})" if before is not None and before != version else ""
         print(f"{path}: {'no version' if version is None else f'version {version}'} is pinned{was}")

@@ -151,10 +151,11 @@ class WorkerClient:
     ) -> Reply:
         """Sends `message` (its request_id may be left empty) and waits for its Reply.
 
-        Raises NotReady with code `worker_not_running` when no Ack came within `ack_timeout_s`, `worker_lost`
-        when the worker died or restarted after its Ack, `reply_timeout` after `timeout_s`; whatever error the
-        worker answered (see `error_from`); UserError where the message is too large. After a NotReady the
-        request may still have been done: send a Submit again with the same idempotency key.
+        Raises NotReady with code `not_delivered` when no worker took it within `ack_timeout_s`: nothing was
+        done. With `not_acknowledged` (taken, no Ack), `worker_lost` (died or restarted after its Ack) and
+        `reply_timeout` (after `timeout_s`) it may have been done all the same: a Submit is sent again with
+        the same idempotency key. Raises whatever error the worker answered too (see `error_from`), and
+        UserError where the message is too large.
         """
         if not message.request_id:
             message = msgspec.structs.replace(message, request_id=uuid.uuid4().hex)
@@ -163,11 +164,17 @@ class WorkerClient:
         request = self._requests[message.request_id] = _Request()
         try:
             sent = await self._send_by(data, started + ack_timeout_s)
-            left_s = max(0.0, started + ack_timeout_s - time.monotonic())
-            if not sent or not await self._acked(request, left_s):
+            if not sent:
                 raise self._refusal or NotReady(
-                    f"the worker does not answer on {self._address}; is it running? Start: apollo-ipc worker",
-                    code="worker_not_running",
+                    f"no worker answers on {self._address}; is it running? Start: apollo-ipc worker",
+                    code="not_delivered",
+                )
+            left_s = max(0.0, started + ack_timeout_s - time.monotonic())
+            if not await self._acked(request, left_s):
+                raise self._refusal or NotReady(
+                    f"the worker got the request, but did not confirm it within {ack_timeout_s:g} s: "
+                    "it may have been done all the same",
+                    code="not_acknowledged",
                 )
             reply = await self._reply(request, started + timeout_s)
         finally:
@@ -221,7 +228,7 @@ class WorkerClient:
                     raise NotReady(
                         f"nothing heard from the worker for {silence_s:g} s; is it running? "
                         "Start: apollo-ipc worker",
-                        code="worker_not_running",
+                        code="worker_lost",
                     )
                 # Asking again also mends a watch that the worker forgot while this process was suspended.
                 stale = asked_at is None or now - asked_at > WATCH_AGAIN_S or asked_boot_id != self._boot_id

@@ -31,8 +31,8 @@ PEER_TIMEOUT_S = 5.0  # a client that has not said Hello for this long is forgot
 ACK_TIMEOUT_S = 0.8
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024  # MAXMSGSIZE on both ends; libzmq drops a larger one without a word
 
-JobState = Literal["queued", "running", "applied", "durable", "failed", "cancelled", "quarantined"]
-ENDED_STATES = ("applied", "durable", "failed", "cancelled", "quarantined")
+JobState = Literal["queued", "running", "applied", "durable", "failed", "cancelled", "quarantined", "undone"]
+ENDED_STATES = ("applied", "durable", "failed", "cancelled", "quarantined", "undone")
 
 
 class BadMessage(ApolloError):
@@ -103,6 +103,36 @@ class RestoreResult(msgspec.Struct, frozen=True):
     num_jobs_undone: int  # jobs whose effect went with it; they are not trained again
     has_optimizer: bool  # the moments of that version came back; else they start anew
     duration_s: float
+
+
+class VersionInfo(msgspec.Struct, frozen=True):
+    """A version that can be restored."""
+
+    weight_version: int
+    serial: int  # of its commit; 0: as it was before the first sync
+    committed_at: float
+    kind: SyncKind
+    has_optimizer: bool
+    applied_seq: int  # of the last job in it
+    restored_from: int | None
+    is_present: bool
+    is_pinned: bool
+
+
+class History(msgspec.Struct, frozen=True):
+    """Every version that can be restored, oldest first; history_bytes: on disk beside the present one."""
+
+    model_dir: str
+    history_bytes: int
+    versions: list[VersionInfo]
+
+
+class PinResult(msgspec.Struct, frozen=True):
+    """Which version is pinned now, and which was; None: none."""
+
+    model_dir: str
+    pinned: int | None
+    pinned_before: int | None
 
 
 class PostSync(msgspec.Struct, frozen=True):
@@ -198,11 +228,25 @@ class SyncCheckpoint(msgspec.Struct, frozen=True, tag=True):
 
 
 class RestoreVersion(msgspec.Struct, frozen=True, tag=True):
-    """From the CLI: write this older version back, on disk and into the live weights. Replied to with
+    """From router and CLI: write this older version back, on disk and into the live weights. Replied to with
     RestoreResult; refused while a job trains."""
 
     request_id: str
     weight_version: int
+
+
+class PinVersion(msgspec.Struct, frozen=True, tag=True):
+    """From router and CLI: keep this version restorable, instead of the one before; None: none. Replied to
+    with PinResult."""
+
+    request_id: str
+    weight_version: int | None
+
+
+class GetHistory(msgspec.Struct, frozen=True, tag=True):
+    """Replied to with History."""
+
+    request_id: str
 
 
 class Watch(msgspec.Struct, frozen=True, tag=True):
@@ -233,6 +277,8 @@ FromClient = (
     | CancelJob
     | SyncCheckpoint
     | RestoreVersion
+    | PinVersion
+    | GetHistory
     | Watch
     | Unwatch
     | CacheDropped
@@ -268,6 +314,8 @@ class Reply(msgspec.Struct, frozen=True, tag=True):
     sync: SyncResult | None = None
     error: ErrorInfo | None = None
     restore: RestoreResult | None = None
+    pin: PinResult | None = None
+    history: History | None = None
 
 
 class JobEvent(msgspec.Struct, frozen=True, tag=True):

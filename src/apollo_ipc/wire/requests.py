@@ -147,6 +147,18 @@ class SyncBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kind: SyncKind = "full"
 
 
+class RestoreBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of `POST /checkpoint/restore`."""
+
+    version: Annotated[int, Meta(ge=0)]
+
+
+class PinBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of `POST /checkpoint/pin`; null takes the pin away."""
+
+    version: Annotated[int, Meta(ge=0)] | None
+
+
 def parse_train_data(data: Any) -> TrainRequest:
     """Like `parse_train_body`, from decoded JSON."""
     if not isinstance(data, dict):

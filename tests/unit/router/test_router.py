@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import httpx
+import msgspec
 import pytest
 from router_harness import (
     ONE,
@@ -23,8 +24,11 @@ from router_harness import (
     share_weights,
     wait_until,
 )
+from synced_weights import Live, make_model
 
-from apollo_ipc.wire.messages import SyncResult
+from apollo_ipc.checkpoint import begin
+from apollo_ipc.errors import Conflict
+from apollo_ipc.wire.messages import RestoreResult, SyncResult
 
 # --- the worker ---
 
@@ -34,7 +38,7 @@ def test_without_a_worker_every_answer_is_503_within_a_second(server):
         started = time.monotonic()
         response = server.http.request(method, path, json={} if path == "/checkpoint" else ONE)
         assert time.monotonic() - started < 1
-        assert (response.status_code, error_of(response)["code"]) == (503, "worker_not_running")
+        assert (response.status_code, error_of(response)["code"]) == (503, "not_delivered")
         assert int(response.headers["retry-after"]) > 0
 
 
@@ -285,3 +289,111 @@ def test_no_request_is_preempted_where_there_is_no_prefix_cache(config, worker):
         worker.shared.weight_version = 1
         wait_until(lambda: worker.service.publish(1, timeout_s=1.0))
         assert server.engine.calls == []
+
+
+# --- older versions ---
+
+
+def answer(worker, result) -> None:
+    asked = worker.shared.asked.get(timeout=5)
+    if isinstance(result, Exception):
+        asked.done.set_exception(result)
+    else:
+        asked.done.set_result(result)
+
+
+def test_a_restore_goes_to_the_trainer_and_answers_what_it_did(server, worker):
+    done = RestoreResult(3, 9, 56, 2, True, 1.2)
+    thread = worker.in_background(answer, worker, done)
+    response = server.http.post("/checkpoint/restore", json={"version": 3})
+    thread.join(5)
+    assert (response.status_code, response.json()) == (200, msgspec.to_builtins(done))
+
+
+def test_a_restore_while_a_job_trains_is_409_with_a_code(server, worker):
+    running = Conflict("a job is being trained; wait for its end or cancel it", code="job_running")
+    running.http_status = 409
+    worker.in_background(answer, worker, running)
+    response = server.http.post("/checkpoint/restore", json={"version": 3})
+    assert (response.status_code, error_of(response)["code"]) == (409, "job_running")
+
+
+@pytest.mark.parametrize("route", ["restore", "pin"])
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        ({}, None, "missing required field `version`"),
+        ({"version": "3"}, "version", "Expected `int"),
+        ({"version": -1}, "version", ">= 0"),
+        ({"version": 3, "live": True}, "live", "known here: version"),
+        ([], None, "Expected `object`"),
+    ],
+)
+def test_a_wrong_version_is_refused_with_the_field(server, worker, route, body, param, words):
+    response = server.http.post(f"/checkpoint/{route}", json=body)
+    error = error_of(response)
+    assert (response.status_code, error["param"]) == (400, param)
+    assert words in error["message"]
+
+
+def test_a_version_is_pinned_and_shown_in_the_history(server, worker, tmp_path):
+    live = Live(make_model(tmp_path / "model"))
+    for path, body in (("pin", {"version": 1}), ("history", None)):
+        response = server.http.request("POST" if body else "GET", f"/checkpoint/{path}", json=body)
+        assert (response.status_code, error_of(response)["code"]) == (503, "not_ready"), "no model is known"
+    worker.shared.model_path = str(live.model_dir)
+    response = server.http.get("/checkpoint/history")
+    assert response.status_code == 400
+    assert "nothing was synced here yet" in error_of(response)["message"]
+    for _ in range(2):
+        live.train()
+        live.sync("full")
+    pinned = server.http.post("/checkpoint/pin", json={"version": 1})
+    assert pinned.json() == {"model_dir": str(live.model_dir), "pinned": 1, "pinned_before": None}
+    shown = server.http.get("/checkpoint/history").json()
+    assert shown["model_dir"] == str(live.model_dir)
+    assert [(one["weight_version"], one["is_pinned"]) for one in shown["versions"]] == [
+        *((0, False), (1, True), (2, False)),
+    ]
+    missing = server.http.post("/checkpoint/pin", json={"version": 9})
+    assert (missing.status_code, error_of(missing)["param"]) == (400, "version")
+    assert "there are: 0, 1, 2" in error_of(missing)["message"]
+    freed = server.http.post("/checkpoint/pin", json={"version": None})
+    assert freed.json()["pinned_before"] == 1
+
+
+def test_a_pin_waits_for_a_sync_and_other_questions_do_not_wait_for_it(server, worker, tmp_path):
+    live = Live(make_model(tmp_path / "model"))
+    live.train()
+    live.sync("full")
+    worker.shared.model_path = str(live.model_dir)
+    with begin(live.model_dir):
+        found = []
+        thread = worker.in_background(
+            lambda: found.append(server.http.post("/checkpoint/pin", json={"version": 1}))
+        )
+        time.sleep(0.2)
+        started = time.monotonic()
+        assert server.http.get("/checkpoint/history").status_code == 200
+        assert time.monotonic() - started < 1
+        assert not found
+    thread.join(10)
+    assert found[0].json()["pinned"] == 1
+
+
+def test_a_worker_that_stops_does_not_wait_for_a_busy_checkpoint(config, server, tmp_path):
+    live = Live(make_model(tmp_path / "model"))
+    live.train()
+    live.sync("full")
+    found = []
+    with begin(live.model_dir):
+        with FakeWorker(config) as worker:
+            worker.shared.model_path = str(live.model_dir)
+            thread = worker.in_background(
+                lambda: found.append(server.http.post("/checkpoint/pin", json={"version": 1}))
+            )
+            time.sleep(0.3)
+            started = time.monotonic()
+        assert time.monotonic() - started < 5
+        thread.join(10)
+    assert (found[0].status_code, error_of(found[0])["code"]) == (503, "stopping")

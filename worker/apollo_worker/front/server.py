@@ -1,7 +1,7 @@
 """The worker's end of the ZMQ socket, in a thread of its own: what arrives, who is there, what goes out.
 
-Its asyncio loop does nothing that takes long. Requests are acknowledged by it at once and worked on in two
-executor threads: one accepts jobs (tokenising, commit) in the order in which they came, one answers the rest.
+Its asyncio loop does nothing that takes long. Requests are acknowledged by it at once and worked on by
+front.answers in threads of their own.
 Sends never wait: what a full or gone peer does not take is dropped, or sent again later where it matters.
 """
 
@@ -10,11 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import threading
 import time
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import zmq
@@ -29,27 +28,19 @@ from apollo_ipc.wire.messages import (
     Ack,
     BadMessage,
     CacheDropped,
-    CancelJob,
     DropCache,
-    GetJob,
-    GetStatus,
     Heartbeat,
     Hello,
     JobEvent,
     JobInfo,
-    ListJobs,
     Reply,
-    RestoreResult,
-    RestoreVersion,
-    Status,
-    Submit,
-    SyncCheckpoint,
     Unwatch,
     Watch,
     decode_from_client,
     encode,
 )
 from apollo_ipc.wire.remote import error_info
+from apollo_worker.front.answers import Answers
 from apollo_worker.front.endpoint import Endpoint
 from apollo_worker.front.peers import Peers, Watches
 from apollo_worker.jobs.queue import JobQueue
@@ -74,6 +65,9 @@ class Service:
         self.num_bad_messages = 0
         self._shared = shared
         self._queue = queue
+        self._answers = Answers(
+            config, shared, queue, lambda: (self.num_bad_messages, self._peers.num_routers)
+        )
         self._endpoint = Endpoint(config.runtime_dir, config.socket_path)
         self._peers = Peers()
         self._watches = Watches()
@@ -140,8 +134,6 @@ class Service:
         try:
             self._loop = asyncio.get_running_loop()
             self._stopped = asyncio.Event()
-            self._accepting = ThreadPoolExecutor(1, "apollo-accept")
-            self._answering = ThreadPoolExecutor(1, "apollo-answer")
             self._socket = self._endpoint.bind(context)
         except BaseException as error:
             context.destroy(linger=0)
@@ -155,8 +147,7 @@ class Service:
             task.cancel()
         await asyncio.gather(*tasks, *self._requests, return_exceptions=True)
         await asyncio.sleep(GOODBYE_S)  # libzmq's thread writes out the last replies
-        for executor in (self._accepting, self._answering):
-            executor.shutdown(wait=True, cancel_futures=True)
+        self._answers.stop()
         context.destroy(linger=0)
 
     async def _forever(self, step: Callable[[], Awaitable[None]]) -> None:
@@ -204,21 +195,15 @@ class Service:
         """The jobs that changed, read once for all their watchers: whatever order the changes were told in,
         the newest state is what goes out."""
         for job_id in await self._watches.changed():
-            job = await self._in(self._answering, self._read_job, job_id)
-            ended = job.state in ENDED_STATES
+            job = await self._answers.job(job_id)
+            if ended := job.state in ENDED_STATES:
+                job = await self._answers.job(job_id, with_history=True)
             for identity, request_id in self._watches.of(job_id):
                 if not self._send(identity, JobEvent(request_id, job, ended)):
                     self._watches.note_change(job_id)  # once more, until it is taken or the peer times out
                 elif ended:
                     self._watches.remove(identity, request_id)
         await asyncio.sleep(EVENT_INTERVAL_S)
-
-    def _read_job(self, job_id: str) -> JobInfo:
-        job = self._queue.get(job_id)
-        return self._queue.get(job_id, with_history=True) if job.state in ENDED_STATES else job
-
-    def _in(self, executor: ThreadPoolExecutor, function: Callable[..., Any], *args: Any) -> Awaitable[Any]:
-        return self._loop.run_in_executor(executor, function, *args)
 
     # --- sending ---
 
@@ -273,56 +258,11 @@ class Service:
             logger.warning("a client did not take the reply to its %s", type(message).__name__)
 
     async def _work(self, identity: bytes, message: Any) -> Reply | None:
-        request_id = message.request_id
-        match message:
-            case Submit():
-                return Reply(request_id, job=await self._in(self._accepting, self._accept, message))
-            case GetStatus():
-                return Reply(request_id, status=await self._in(self._answering, self._status))
-            case ListJobs():
-                jobs = await self._in(self._answering, self._queue.list, message.limit, message.state)
-                return Reply(request_id, jobs=jobs)
-            case GetJob():
-                job = await self._in(self._answering, self._queue.get, message.job_id, True)
-                return Reply(request_id, job=job)
-            case CancelJob():
-                job = await self._in(self._answering, self._queue.cancel, message.job_id)
-                self._shared.wake.set()
-                return Reply(request_id, job=job)
-            case SyncCheckpoint() | RestoreVersion():
-                asked = asyncio.wrap_future(self._shared.ask(message))
-                # Shielded: the main loop could not set the result of a cancelled future.
-                result = await asyncio.shield(asked)
-                if isinstance(result, RestoreResult):
-                    return Reply(request_id, restore=result)
-                return Reply(request_id, sync=result)
-            case Watch():
-                await self._in(self._answering, self._queue.get, message.job_id)  # NotFound, if it is unknown
-                self._watches.add(identity, request_id, message.job_id)
+        if not isinstance(message, Watch):
+            return await self._answers.reply_to(message)
+        await self._answers.job(message.job_id)  # NotFound, if it is unknown
+        self._watches.add(identity, message.request_id, message.job_id)
         return None
-
-    def _accept(self, submit: Submit) -> JobInfo:
-        # Before tokenising: the retry of an accepted job costs nothing and cannot be refused any more.
-        if known := self._queue.find_by_key(submit.idempotency_key, submit.request):
-            return known
-        admission = self._shared.admit(submit.request)
-        job = self._queue.submit(
-            submit.request,
-            num_steps=admission.num_steps,
-            num_skipped=admission.num_skipped,
-            notes=admission.notes,
-            idempotency_key=submit.idempotency_key,
-        )
-        self._shared.wake.set()
-        return job
-
-    def _status(self) -> Status:
-        return self._shared.status(
-            num_queued=self._queue.count_queued(),
-            num_bad_messages=self.num_bad_messages,
-            num_routers=self._peers.num_routers,
-            worker_pid=os.getpid(),
-        )
 
     # --- publishing ---
 

@@ -1,0 +1,166 @@
+"""What each request of a client gets: the work itself, off the server's loop.
+
+Three threads, so that none waits for what does not concern it: one accepts jobs (tokenising, commit) in the
+order in which they came, one answers questions, one pins (and may wait for a sync of minutes).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from apollo_ipc.checkpoint import pin_version
+from apollo_ipc.checkpoint.history import listing
+from apollo_ipc.config import Config
+from apollo_ipc.errors import CheckpointError, NotReady
+from apollo_ipc.manifest import read_manifest
+from apollo_ipc.wire.messages import (
+    CancelJob,
+    GetHistory,
+    GetJob,
+    GetStatus,
+    History,
+    JobInfo,
+    ListJobs,
+    PinResult,
+    PinVersion,
+    Reply,
+    RestoreResult,
+    RestoreVersion,
+    Status,
+    Submit,
+    SyncCheckpoint,
+)
+from apollo_worker.jobs.queue import JobQueue
+from apollo_worker.link.status_board import Shared
+
+PIN_WAIT_S = 900.0  # a sync of a large model holds the checkpoint for minutes
+PIN_LOOK_S = 1.0
+
+Request = (
+    Submit
+    | GetStatus
+    | ListJobs
+    | GetJob
+    | CancelJob
+    | SyncCheckpoint
+    | RestoreVersion
+    | PinVersion
+    | GetHistory
+)
+
+
+class Answers:
+    """count_peers: (messages that were none, routers), which only the socket knows."""
+
+    def __init__(
+        self, config: Config, shared: Shared, queue: JobQueue, count_peers: Callable[[], tuple[int, int]]
+    ):
+        self._config, self._shared, self._queue = config, shared, queue
+        self._count_peers = count_peers
+        self._accepting = ThreadPoolExecutor(1, "apollo-accept")
+        self._answering = ThreadPoolExecutor(1, "apollo-answer")
+        self._pinning = ThreadPoolExecutor(1, "apollo-pin")
+        self._is_stopping = threading.Event()
+
+    def stop(self) -> None:
+        """Returns when no thread of this uses the queue any more."""
+        self._is_stopping.set()
+        for executor in (self._accepting, self._answering, self._pinning):
+            executor.shutdown(wait=True, cancel_futures=True)
+
+    async def reply_to(self, message: Request) -> Reply:
+        """Raises what the client shall be told."""
+        request_id = message.request_id
+        match message:
+            case Submit():
+                return Reply(request_id, job=await _in(self._accepting, self._accept, message))
+            case GetStatus():
+                return Reply(request_id, status=await _in(self._answering, self._status))
+            case ListJobs():
+                jobs = await _in(self._answering, self._queue.list, message.limit, message.state)
+                return Reply(request_id, jobs=jobs)
+            case GetJob():
+                return Reply(request_id, job=await self.job(message.job_id, with_history=True))
+            case CancelJob():
+                job = await _in(self._answering, self._queue.cancel, message.job_id)
+                self._shared.wake.set()
+                return Reply(request_id, job=job)
+            case SyncCheckpoint() | RestoreVersion():
+                # Shielded: the main loop could not set the result of a cancelled future.
+                result = await asyncio.shield(asyncio.wrap_future(self._shared.ask(message)))
+                if isinstance(result, RestoreResult):
+                    return Reply(request_id, restore=result)
+                return Reply(request_id, sync=result)
+            case PinVersion():
+                return Reply(request_id, pin=await _in(self._pinning, self._pin, message.weight_version))
+            case GetHistory():
+                return Reply(request_id, history=await _in(self._answering, self._history))
+
+    async def job(self, job_id: str, *, with_history: bool = False) -> JobInfo:
+        """Raises NotFound."""
+        return await _in(self._answering, self._queue.get, job_id, with_history)
+
+    def _accept(self, submit: Submit) -> JobInfo:
+        # Before tokenising: the retry of an accepted job costs nothing and cannot be refused any more.
+        if known := self._queue.find_by_key(submit.idempotency_key, submit.request):
+            return known
+        admission = self._shared.admit(submit.request)
+        job = self._queue.submit(
+            submit.request,
+            num_steps=admission.num_steps,
+            num_skipped=admission.num_skipped,
+            notes=admission.notes,
+            idempotency_key=submit.idempotency_key,
+        )
+        self._shared.wake.set()
+        return job
+
+    def _status(self) -> Status:
+        num_bad_messages, num_routers = self._count_peers()
+        return self._shared.status(
+            num_queued=self._queue.count_queued(),
+            num_bad_messages=num_bad_messages,
+            num_routers=num_routers,
+            worker_pid=os.getpid(),
+        )
+
+    def _history(self) -> History:
+        return listing(self._model_dir())
+
+    def _pin(self, weight_version: int | None) -> PinResult:
+        """Raises UserError where that version is not kept, CheckpointError; NotReady where there is no model,
+        another process keeps the checkpoint busy, or the worker stops."""
+        model_dir, give_up_at = self._model_dir(), time.monotonic() + PIN_WAIT_S
+        while True:
+            try:
+                before = pin_version(model_dir, weight_version, lock_wait_s=PIN_LOOK_S)
+            except CheckpointError as error:
+                if error.code != "checkpoint_busy":
+                    raise
+                if time.monotonic() >= give_up_at:
+                    raise NotReady(error.message, code=error.code) from None
+                if self._is_stopping.is_set():
+                    raise NotReady(
+                        "the worker is stopping; send the request again", code="stopping"
+                    ) from None
+            else:
+                return PinResult(str(model_dir), weight_version, before)
+
+    def _model_dir(self) -> Path:
+        """Of the model last attached to, or of the one that is served."""
+        if self._shared.model_path is not None:
+            return Path(self._shared.model_path)
+        if (manifest := read_manifest(self._config.runtime_dir)) is None:
+            raise NotReady("no model is being served here yet, so its checkpoint cannot be found")
+        return Path(manifest.model_path)
+
+
+def _in(executor: ThreadPoolExecutor, function: Callable[..., Any], *args: Any) -> Awaitable[Any]:
+    return asyncio.get_running_loop().run_in_executor(executor, function, *args)
