@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import SUPPORT
 from safetensors.torch import load_file
 from served_model import Exporter, digest, make_tiny_model
 
@@ -50,8 +51,7 @@ def served(model_dir: Path, tmp_path: Path):
 
 
 def run_worker(served: Exporter, name: str, *, verify: bool, **env: str) -> subprocess.CompletedProcess[str]:
-    helpers = str(Path(__file__).parent.parent / "unit")
-    arguments = [str(served.runtime_dir), "verify" if verify else "trust", helpers, name]
+    arguments = [str(served.runtime_dir), "verify" if verify else "trust", str(SUPPORT), name]
     return subprocess.run(
         [sys.executable, "-c", WORKER, *arguments], capture_output=True, text=True, timeout=300,
         env={**os.environ, **env},
@@ -123,9 +123,8 @@ print(json.dumps({"noticed": noticed, "stopped": stopped, "left_bytes": torch.cu
 
 @pytest.mark.parametrize("writes", ["none", "in flight"])
 def test_steps_reach_the_owner_and_its_death_stops_them_and_lets_everything_go(served, writes) -> None:
-    helpers = str(Path(__file__).parent.parent / "unit")
     worker = subprocess.Popen(
-        [sys.executable, "-c", STEPPING_WORKER, str(served.runtime_dir), helpers, writes],
+        [sys.executable, "-c", STEPPING_WORKER, str(served.runtime_dir), str(SUPPORT), writes],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert worker.stdout is not None

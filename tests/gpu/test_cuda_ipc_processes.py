@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from apollo_router.memory import share_cuda
+from places import SUPPORT
 from safetensors.torch import load_file
 from served_model import SLEEPLESS, Exporter, digest, make_manifest, make_tiny_model
 from torch import nn
@@ -25,7 +26,6 @@ from torch import nn
 from apollo_ipc.manifest import View, write_manifest
 
 DEVICE = "cuda:0"
-HELPERS = str(Path(__file__).parent.parent / "unit")
 K = "model.layers.0.self_attn.k_proj.weight"  # in the middle of a merged tensor
 UP = "model.layers.1.mlp.up_proj.weight"
 NORM = "model.norm.weight"
@@ -71,7 +71,7 @@ for line in sys.stdin:
 class Worker:
     def __init__(self, runtime_dir: Path):
         self.process = subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(runtime_dir), HELPERS],
+            [sys.executable, "-c", WORKER, str(runtime_dir), str(SUPPORT)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         assert self.answer() == "attached"
@@ -223,7 +223,7 @@ def test_views_of_any_dtype_and_stride_are_read_and_written_where_they_lie(runti
         assert connection.poll(TIMEOUT_S)
         expected = connection.recv()
         done = subprocess.run(
-            [sys.executable, "-c", LAYOUT_WORKER, str(runtime_dir), HELPERS],
+            [sys.executable, "-c", LAYOUT_WORKER, str(runtime_dir), str(SUPPORT)],
             input="\n", capture_output=True, text=True, timeout=TIMEOUT_S,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]

@@ -1,7 +1,7 @@
 """The Triton step on CUDA: the reference's results, no host sync, no temporaries, no write by a bad gradient.
 
-The same comparisons as in tests/unit/test_apollo_triton.py, whose interpreter has no tensor cores, no warps
-and nothing that runs at the same time.
+The same comparisons as in tests/unit/optimizer/test_apollo_triton.py, whose interpreter has no tensor cores,
+no warps and nothing that runs at the same time.
 """
 
 from __future__ import annotations

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import BENCHMARKS
 
 from apollo_ipc.process.serving import serves_on_cpu
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 HERE = Path(__file__).parent
 NUM_UPDATES = 2
 

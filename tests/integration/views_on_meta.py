@@ -1,4 +1,4 @@
-"""Run by test_views.py in a process of its own: derives the views of a model whose tensors have no memory.
+"""Run by test_views_27b.py in a process of its own: derives the views of a model whose tensors are empty.
 
     python views_on_meta.py CONFIG_DIR    prints {"parameters", "mapped", "refused", "merges"} as JSON
 

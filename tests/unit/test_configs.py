@@ -11,12 +11,13 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from places import ROOT
 
 from apollo_curation.settings import CurationConfig, load_curation_config
 from apollo_ipc.config import DEFAULT_RANK, SECTION_GROUP, Config, load_config
 from apollo_ipc.errors import ConfigError
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = ROOT / "configs"
 UNITS = sorted((CONFIGS / "systemd").glob("*.service"))
 TIMERS = sorted((CONFIGS / "systemd").glob("*.timer"))
 OWN = Config.__struct_fields__

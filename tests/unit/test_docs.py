@@ -17,6 +17,7 @@ from apollo_worker.link.status_board import Shared
 from apollo_worker.trainer.front_end import trainer_lock
 from apollo_worker.trainer.state import LiveState, write_state
 from apollo_worker.trainer.step_marks import StepMarks
+from places import ROOT
 
 from apollo_curation.lock import alone
 from apollo_curation.settings import CurationConfig
@@ -30,7 +31,6 @@ from apollo_ipc.manifest import manifest_path
 from apollo_ipc.wire.messages import ENDED_STATES, JobInfo, Status, SyncResult
 from apollo_ipc.wire.requests import Example, Message, TrainOptions
 
-ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # docs/log.md tells of trials and quotes what is no more.
 OURS = [page for page in PAGES if page.name != "log.md"]

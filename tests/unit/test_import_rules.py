@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).parents[2]
 PACKAGES = {
     "apollo_ipc": ROOT / "src/apollo_ipc",
     "apollo_curation": ROOT / "src/apollo_curation",

@@ -9,11 +9,11 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import httpx
 import msgspec
 import pytest
+from places import SUPPORT
 from router_harness import (
     ONE,
     TRAIN_KEY,
@@ -205,7 +205,7 @@ def test_several_api_servers_share_one_worker(config, worker):
         "import sys; sys.path.insert(0, sys.argv[1]); import router_harness as h\n"
         "with h.Server() as server:\n  print(server.port, flush=True); sys.stdin.read()"
     )
-    command = [sys.executable, "-c", code, str(Path(__file__).parent.parent)]
+    command = [sys.executable, "-c", code, str(SUPPORT)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     servers = [
         subprocess.Popen(command, **pipes, env=os.environ | {"PYTHONUNBUFFERED": "1"}) for _ in range(2)

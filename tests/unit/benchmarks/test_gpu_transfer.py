@@ -14,12 +14,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from places import BENCHMARKS
 from safetensors.torch import load_file
 from served_model import make_tiny_model
 
 from apollo_ipc.process.serving import serves_on_cpu
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 ORDER = ["/pause?mode=keep", "/start_weight_update", "/update_weights", "/finish_weight_update", "/resume"]
 # Where vLLM has the routes: 0.27 and later, 0.26.
 ROUTERS = ("vllm.entrypoints.rl.online.api_router", "vllm.entrypoints.serve.dev.rlhf.api_router")

@@ -6,11 +6,11 @@ import io
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from dream_world import GOOD, Crash, dream_world, make_seed
-from test_curation_dream import at, curate  # noqa: F401 (a fixture)
+from places import SUPPORT
+from test_dream import at, curate  # noqa: F401 (a fixture)
 
 from apollo_curation.dreams.dream import dream
 from apollo_curation.dreams.feed import Feed
@@ -19,7 +19,7 @@ from apollo_curation.logs.strip import strip
 from apollo_ipc.errors import UserError
 
 HELLO = {"protocol": 1}
-PROGRAM = Path(__file__).with_name("dream_program.py")
+PROGRAM = SUPPORT / "dream_program.py"
 
 
 def feed(world, *lines, has_dialogue=True, answers=None):

@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 from fake_trainer import CRASH, HANG, NORMAL
 from fake_worker import short_dir
+from places import SUPPORT
 
 from apollo_ipc.errors import NotReady, UserError
 from apollo_ipc.wire.client import call
 from apollo_ipc.wire.messages import ACK_TIMEOUT_S, CancelJob, GetJob, GetStatus, Submit, SyncCheckpoint
 from apollo_ipc.wire.requests import Example, TrainOptions, TrainRequest
 
-FAKE_FRONT = Path(__file__).with_name("fake_front.py")
+FAKE_FRONT = SUPPORT / "fake_front.py"
 
 
 class Worker:

@@ -10,9 +10,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from places import BENCHMARKS
 from served_model import make_tiny_model
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 # As the program is used here: `-d` leaves a daemon with its pid beside the sockets, else commands come on
 # standard input. What it does and sees goes to $FAKE.
 PROGRAM = """#!/bin/sh

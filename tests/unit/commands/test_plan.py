@@ -15,6 +15,7 @@ from apollo_worker.commands.memory_plan import Request, has_compiled_update, pla
 from apollo_worker.jobs.example import TokenisedExample
 from apollo_worker.model.live_model import load_offline
 from apollo_worker.step.step import Trainer
+from places import ROOT
 from torch.profiler import ProfilerActivity, profile
 
 from apollo_ipc.cli.plan import parse_bytes
@@ -23,7 +24,6 @@ from apollo_ipc.demo.models import make_model
 from apollo_ipc.errors import UserError
 from apollo_ipc.memory_plan import Item, MemoryPlan
 
-ROOT = Path(__file__).parents[2]
 NUM_TOKENS = 256
 IDS = [(i * 37) % 8192 for i in range(NUM_TOKENS)]
 EXAMPLE = TokenisedExample(IDS, [True] * NUM_TOKENS)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 from batch_fixtures import NUM_MOMENTS, config_in
 from batch_parts import opened
+from places import SUPPORT
 
 from apollo_curation.chat_client import ModelAway
 from apollo_curation.train_client import Training
@@ -23,7 +23,7 @@ def test_whatever_point_a_process_is_killed_at_each_moment_is_trained_once(serve
     if scenario == "refusal":
         server.refuse = "answer 1 of"
     child = subprocess.run(
-        [sys.executable, Path(__file__).parent.with_name("batch_child.py"), tmp_path, server.url, scenario],
+        [sys.executable, SUPPORT / "batch_child.py", tmp_path, server.url, scenario],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert child.returncode == 0, child.stderr

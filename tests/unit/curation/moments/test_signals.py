@@ -7,10 +7,10 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import planted
 import pytest
+from places import BENCHMARKS
 
 from apollo_curation.logs.conversation import Conversation, Source, find_problem
 from apollo_curation.logs.follow import Follower
@@ -25,7 +25,7 @@ from apollo_curation.store import Store
 from apollo_ipc.wire.requests import Message
 
 RULES = [StripRule(role="system")]
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "signals.py"
+BENCHMARK = BENCHMARKS / "signals.py"
 
 
 def call(name, **arguments):

@@ -5,15 +5,14 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import msgspec
 import pytest
+from places import BENCHMARKS
 
 from apollo_ipc.checkpoint import Commit
 from apollo_ipc.wire.messages import JobInfo
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TOY = ["--layers", "2", "--pretrain-steps", "2", "--eval-windows", "2", "--seeds", "1"]
 
 
