@@ -22,6 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from apollo_worker.jobs.example import TokenisedExample, request_digest
+from apollo_worker.jobs.job_plan import JobPlan
 from apollo_worker.jobs.queue import JobQueue
 from fastapi import FastAPI
 from rich.console import Console
@@ -33,6 +35,16 @@ from apollo_ipc.wire.requests import parse_train_body
 
 KEY = "benchmark"
 BODY = json.dumps({"examples": [{"prompt": "What is 2 + 2?", "completion": "2 + 2 is 4."}]}).encode()
+PLAN = JobPlan(
+    [TokenisedExample([*range(24)], [False] * 12 + [True] * 12)],
+    [bytes(32)],
+    1,
+    1,
+    1e-5,
+    0.0,
+    "constant",
+    0.1,
+)
 KINDS = {
     "direct": "POST /direct",
     "status": "GET /train/status",
@@ -83,7 +95,7 @@ def work() -> None:
 
     config = load_config()
     queue = JobQueue(config.state_dir / "queue.sqlite", max_queued=MAX_QUEUED)
-    service = Service(config, Shared(lambda _: Admission(num_steps=1)), queue)
+    service = Service(config, Shared(lambda _: Admission(PLAN)), queue)
     service.start()
     print("serving", flush=True)
     sys.stdin.read()
@@ -129,14 +141,14 @@ async def measure(
     connections = [await Connection().open(port) for _ in range(num_connections)]
     times_s: dict[str, list[float]] = {kind: [] for kind in KINDS}
     encoded = {kind: encode(kind) for kind in KINDS if kind != "commit"}
-    job = parse_train_body(BODY)
+    digest = request_digest(parse_train_body(BODY))
 
     async def block(kind: str, num: int) -> None:
         left = iter(range(num))
         if kind == "commit":
             for _ in left:
                 started = time.perf_counter()
-                queue.submit(job, num_steps=1)
+                queue.submit(PLAN, digest)
                 times_s[kind].append(time.perf_counter() - started)
             return
 

@@ -78,6 +78,7 @@ class Worker(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # Seconds of rest between decoder layers for each second of computing (apollo_worker.step.pace); 0: none.
     pace: Annotated[float, Meta(ge=0, le=100)] = 0.0
     max_queued_jobs: Annotated[int, Meta(ge=1)] = 10_000
+    keep_examples_s: Annotated[float, Meta(ge=0)] = 30 * 86400.0  # those of ended jobs; results stay
     verify_checkpoint: bool = True  # compare views with the checkpoint at the first attach to a vLLM
     step_timeout_s: Positive = (
         600.0  # a trainer whose step or sync takes longer hangs: it is killed and restarted

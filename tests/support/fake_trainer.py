@@ -54,7 +54,7 @@ class FakeWorker:
         self.queue.close()
 
     def train(self, job):
-        job_id, text = job.info.job_id, job.request.examples[0].context_ids[0]
+        job_id, text = job.info.job_id, job.plan.examples[0].input_ids[0]
         for step in range(job.info.steps_done + 1, job.info.num_steps + 1):
             if self.shared.stopping.is_set():
                 self.queue.release(job_id)

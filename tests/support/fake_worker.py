@@ -21,6 +21,7 @@ from pathlib import Path
 from apollo_worker.front.server import Service
 from apollo_worker.jobs.queue import JobQueue
 from apollo_worker.link.status_board import Admission, Shared
+from planned import plan_of
 
 from apollo_ipc.config import load_config
 from apollo_ipc.errors import UserError
@@ -40,7 +41,7 @@ def admit(request):
         raise UserError("nothing to learn", field="examples[0].completion", code="invalid_example")
     if text == "bug":
         raise ZeroDivisionError("a bug in admit")
-    return Admission(num_steps=len(request.examples), notes=["admitted"])
+    return Admission(plan_of(request, len(request.examples)), notes=["admitted"])
 
 
 def config_in(directory):

@@ -18,6 +18,7 @@ from apollo_worker.front.server import Service
 from apollo_worker.jobs.queue import JobQueue
 from apollo_worker.link.status_board import Admission, Shared
 from fastapi import FastAPI
+from planned import plan_of
 
 from apollo_ipc.config import Config, load_config
 from apollo_ipc.manifest import MANIFEST_FORMAT, Manifest, start_ticks, write_manifest
@@ -114,7 +115,9 @@ class FakeWorker:
     """The real service and queue; training is recording a loss."""
 
     def __init__(self, config: Config):
-        self.shared = Shared(lambda request: Admission(num_steps=len(request.examples), notes=["a note"]))
+        self.shared = Shared(
+            lambda request: Admission(plan_of(request, len(request.examples)), notes=["a note"])
+        )
         self.queue = JobQueue(config.state_dir / "queue.sqlite", config.worker.max_queued_jobs)
         self.service = Service(config, self.shared, self.queue)
 
@@ -128,7 +131,7 @@ class FakeWorker:
 
     def train_one(self, ends: str = "applied", step_s: float = 0.0, error: str | None = None) -> None:
         """Takes the next job, waiting for one, and ends it in the state `ends`."""
-        wait_until(lambda: self.queue.count_queued() > 0)
+        wait_until(lambda: self.queue.count("queued") > 0)
         job = self.queue.take()
         for step in range(1, job.info.num_steps + 1):
             time.sleep(step_s)

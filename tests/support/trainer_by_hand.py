@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import msgspec
 import torch
+from apollo_worker.front.admission import load
+from apollo_worker.jobs.example import request_digest
+from apollo_worker.jobs.job_plan import JobPlan, plan
 from apollo_worker.link.status_board import Shared
-from apollo_worker.trainer.loop import TrainingWorker
+from apollo_worker.trainer.attachment import model_facts
+from apollo_worker.trainer.loop import MainLoop
 
 from apollo_ipc.config import Config
 from apollo_ipc.wire.messages import RestoreVersion
@@ -42,7 +46,7 @@ class Trainer:
 
     def __init__(self, config: Config):
         self.config = config
-        self.worker = TrainingWorker(End(config))
+        self.worker = MainLoop(End(config))
         self.shared, self.queue = self.worker.shared, self.worker.queue
 
     def __enter__(self) -> Trainer:
@@ -64,8 +68,14 @@ class Trainer:
             examples=[Example(prompt="The harbour is called", completion=text)],
             options=TrainOptions(lr=1e-3, **options),
         )
-        steps = options.get("epochs", 1)
-        return self.queue.submit(request, num_steps=steps, idempotency_key=f"{text} {steps}").job_id
+        key = f"{text} {options.get('epochs', 1)}"
+        return self.queue.submit(self.plan(request), request_digest(request), idempotency_key=key).job_id
+
+    def plan(self, request: TrainRequest) -> JobPlan:
+        """As the front makes it."""
+        attached = self.worker.attachment
+        facts = model_facts(attached.require_live(), attached.trainer, self.config)
+        return plan(request, load(facts), self.config.train, self.queue.known_examples)
 
     def train(self) -> list[str]:
         """Every job that waits."""

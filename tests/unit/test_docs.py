@@ -15,8 +15,7 @@ from apollo_worker.front.endpoint import Endpoint
 from apollo_worker.jobs.queue import JobQueue
 from apollo_worker.link.status_board import Shared
 from apollo_worker.trainer.front_end import trainer_lock
-from apollo_worker.trainer.state import LiveState, write_state
-from apollo_worker.trainer.step_marks import StepMarks
+from apollo_worker.trainer.step_marks import LiveState, StepMarks, write_state
 from places import ROOT
 
 from apollo_curation.lock import alone

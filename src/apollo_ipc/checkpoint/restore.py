@@ -63,6 +63,7 @@ def restore_version(
                 **{key: version.extra[key] for key in ("optimizer_steps",) if key in version.extra},
                 "queue_id": before.extra.get("queue_id"),
                 "restored_from": weight_version,
+                "undone_after": version.applied_seq,
             },
             in_shards=before.tensors,
             num_kept=max(num_kept, len(before.history) + 1),

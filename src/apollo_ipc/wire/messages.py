@@ -62,6 +62,7 @@ class JobInfo(msgspec.Struct, frozen=True):
     error: str | None = None
     notes: list[str] = []  # e.g. which parameters fell back to Adam
     loss_history: list[float] | None = None  # filled by GetJob and Watch's last event only
+    undone_by: int | None = None  # the older weight version whose restore took the job's effect away
 
 
 class Progress(msgspec.Struct, frozen=True):

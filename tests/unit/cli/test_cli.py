@@ -16,6 +16,7 @@ import pytest
 from apollo_worker.front.server import Service
 from apollo_worker.jobs.queue import JobQueue
 from apollo_worker.link.status_board import Admission, Shared
+from planned import plan_of, text_of
 
 from apollo_ipc.keys import key_path
 from apollo_ipc.manifest import Manifest, start_ticks, write_manifest
@@ -28,7 +29,7 @@ EXAMPLE = {"prompt": "2 + 2 =", "completion": " 4"}
 @pytest.fixture
 def worker(config):
     """A worker whose trainer only pretends: every job takes three steps and its loss falls."""
-    shared = Shared(admit=lambda request: Admission(num_steps=3, notes=["noted"]))
+    shared = Shared(admit=lambda request: Admission(plan_of(request, 3), notes=["noted"]))
     shared.attached, shared.vllm_boot_id, shared.vllm_pid = True, "boot", 4242
     shared.model_path = "/models/small"
     queue = JobQueue(config.state_dir / "queue.sqlite", max_queued=100)
@@ -44,7 +45,7 @@ def worker(config):
                 for step in (1, 2, 3):
                     shared.progress = Progress("training", step, job.info.job_id, step, 3, 4.0 - step)
                     queue.record_step(job.info.job_id, step, 4.0 - step)
-                fails = job.request.examples[0].completion == "fail"
+                fails = text_of(job) == "fail"
                 queue.finish(
                     job.info.job_id,
                     "failed" if fails else "applied",

@@ -4,14 +4,12 @@ import itertools
 import math
 
 import pytest
-from apollo_worker.jobs.schedule import learning_rate, resolve_schedule
+from apollo_worker.jobs.job_plan import JobPlan, resolve_schedule
 
 
 def rates(num_steps, schedule="cosine", peak=2.0, warmup_fraction=0.1):
-    return [
-        learning_rate(s, num_steps, peak=peak, schedule=schedule, warmup_fraction=warmup_fraction)
-        for s in range(num_steps)
-    ]
+    plan = JobPlan([], [], 0, num_steps, peak, 0.0, schedule, warmup_fraction)
+    return [plan.learning_rate(step) for step in range(num_steps)]
 
 
 def test_constant_is_the_peak_at_every_step():

@@ -15,13 +15,14 @@ import pytest
 import torch
 from apollo_worker.jobs.example import TokenisedExample
 from apollo_worker.jobs.queue import JobQueue
-from apollo_worker.link.status_board import Admission, Shared
+from apollo_worker.link.status_board import Shared
 from apollo_worker.model.live_model import attach, load_offline
 from apollo_worker.model.mapping import Exporter as HeldExporter
 from apollo_worker.model.mapping import SharedMemoryTransport, map_views
 from apollo_worker.step.step import Trainer, VllmDied
 from apollo_worker.sync.writer import CheckpointWriter
 from apollo_worker.trainer.attachment import Attachment
+from apollo_worker.trainer.recovery import Recovery
 from apollo_worker.trainer.step_marks import StepMarks
 from safetensors.torch import load_file, save_file
 from served_model import Exporter, digest, make_config, make_tiny_model, mapped_weights
@@ -203,8 +204,9 @@ class Attached:
         config = make_config(served.runtime_dir.parent)
         self.queue = JobQueue(config.state_dir / "queue.sqlite", 10)
         self.marks = StepMarks(config.state_dir / "step.marks")
-        self.shared = Shared(lambda _: Admission(0))
-        self.attachment = Attachment(config, self.shared, self.queue, self.marks)
+        self.shared = Shared()
+        recovery = Recovery(config, self.shared, self.queue, self.marks)
+        self.attachment = Attachment(config, self.shared, recovery)
 
     def __enter__(self) -> Attachment:
         return self.attachment

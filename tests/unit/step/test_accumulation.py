@@ -10,10 +10,11 @@ import msgspec
 import pytest
 import torch
 from apollo_worker.jobs.example import TokenisedExample
-from apollo_worker.jobs.job_plan import Plan, plan
+from apollo_worker.jobs.job_plan import JobPlan, plan
 from apollo_worker.jobs.queue import JobQueue
 from apollo_worker.model.live_model import load_offline
 from apollo_worker.step.step import StepResult, Trainer
+from planned import submit
 
 from apollo_ipc.config import Train
 from apollo_ipc.demo.models import make_model
@@ -160,13 +161,13 @@ class Words:
         ]
 
 
-def plan_of(ids: list[int], defaults: Train | None = None, **options: Any) -> Plan:
+def plan_of(ids: list[int], defaults: Train | None = None, **options: Any) -> JobPlan:
     examples = [Example(context_ids=[0], continuation_ids=[one]) for one in ids]
     request = TrainRequest(examples, TrainOptions(**options))
-    return plan(request, Words(), None, defaults or Train())  # pyright: ignore[reportArgumentType]
+    return plan(request, Words(), defaults or Train(), lambda _: set())  # pyright: ignore[reportArgumentType]
 
 
-def ids_of(made: Plan, step: int) -> list[int]:
+def ids_of(made: JobPlan, step: int) -> list[int]:
     return [example.input_ids[1] for example in made.examples_of(step)]
 
 
@@ -201,7 +202,7 @@ def test_a_note_is_added_once_however_often_the_job_is_resumed(tmp_path):
     queue = JobQueue(tmp_path / "queue.sqlite", 10)
     changed: list[Any] = []
     request = TrainRequest([Example(prompt="a", completion="b")])
-    job_id = queue.submit(request, num_steps=1, notes=["said before"]).job_id
+    job_id = submit(queue, request, num_steps=1, notes=["said before"]).job_id
     queue.take()
     queue.on_change = changed.append
     queue.add_notes(job_id, [])

@@ -11,6 +11,7 @@ import os
 import pytest
 from apollo_worker.jobs.queue import JobQueue
 from apollo_worker.trainer.step_marks import StepMarks
+from planned import submit
 from safetensors.torch import load_file
 from served_model import Exporter
 from trainer_by_hand import Killed, Trainer, assert_same, kill_in_backward, with_train
@@ -101,7 +102,7 @@ def test_killed_while_the_checkpoint_is_written_back_it_is_written_back_again(se
             first.train()
     second = Trainer(config)
     monkeypatch.setattr(
-        "apollo_worker.trainer.attachment.restore", lambda live: (_ for _ in ()).throw(Killed)
+        "apollo_worker.trainer.recovery.copy_shards_into", lambda *_: (_ for _ in ()).throw(Killed)
     )
     with pytest.raises(Killed):
         second.worker.attachment.ensure()
@@ -166,11 +167,11 @@ def test_after_a_crash_before_the_answer_the_same_key_gives_the_same_job(tmp_pat
     pid = os.fork()
     if not pid:
         queue = JobQueue(tmp_path / "queue.sqlite", 10)
-        (tmp_path / "id").write_text(queue.submit(request, num_steps=1, idempotency_key="k").job_id)
+        (tmp_path / "id").write_text(submit(queue, request, num_steps=1, idempotency_key="k").job_id)
         os.kill(os.getpid(), 9)
     os.waitpid(pid, 0)
     queue = JobQueue(tmp_path / "queue.sqlite", 10)
-    again = queue.submit(request, num_steps=1, idempotency_key="k")
+    again = submit(queue, request, num_steps=1, idempotency_key="k")
     assert again.job_id == (tmp_path / "id").read_text()
     assert [job.job_id for job in queue.list()] == [again.job_id]
     queue.close()

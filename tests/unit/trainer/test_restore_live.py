@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from apollo_worker.trainer import loop as worker_module
+from apollo_worker.trainer import recovery
 from safetensors.torch import load_file
 from trainer_by_hand import Killed, Trainer, assert_same, make_versions, restore, with_train
 
@@ -29,8 +29,9 @@ def test_a_version_is_restored_live_with_its_optimizer_and_can_be_left_again(
         assert trainer.steps() == {target}
         assert (result.num_jobs_undone, result.has_optimizer) == (3 - target, target > 0)
         assert result.weight_version == trainer.shared.durable_version == 4
-        notes = [job.notes for job in trainer.queue.list()]
-        assert sum(any("undone" in note for note in some) for some in notes) == 3 - target
+        undone = [job for job in trainer.queue.list() if job.state == "undone"]
+        assert len(undone) == 3 - target
+        assert all(job.undone_by == target and "undone" in job.notes[-1] for job in undone)
         assert trainer.train() == [], "undone jobs are not trained again"
         restore(trainer, 3)
         assert_same(trainer.live(), weights[3])
@@ -58,9 +59,9 @@ def test_killed_in_a_restore_the_live_weights_become_those_of_the_commit(
     with Trainer(config) as first:
         weights = make_versions(first)
         owner, name = {
-            "before the commit": (worker_module, "restore_version"),
-            "before the live weights": (first.worker.attachment, "restore_last_commit"),
-            "before the publishing": (first.worker, "publish"),
+            "before the commit": (recovery, "restore_version"),
+            "before the live weights": (recovery, "copy_shards_into"),
+            "before the publishing": (first.worker, "announce"),
         }[where]
         monkeypatch.setattr(owner, name, lambda *args, **kwargs: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
@@ -97,7 +98,7 @@ def test_an_older_version_that_is_damaged_leaves_the_live_weights_alone(served, 
             path.write_bytes(bytes(len(path.read_bytes())))
         with pytest.raises(CheckpointError):
             restore(trainer, 1)
-        assert not trainer.worker.marks.read().is_torn
+        assert not trainer.worker.marks.is_torn
         assert_same(trainer.live(), weights[3])
         job_id = trainer.submit("four")
         assert trainer.train() == [job_id]

@@ -9,7 +9,6 @@ import argparse
 import json
 import logging
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,12 +20,13 @@ from apollo_ipc.config import Config, load_config
 from apollo_ipc.errors import ApolloError
 from apollo_ipc.wire.messages import JobInfo
 from apollo_ipc.wire.requests import TrainRequest, parse_train_body
+from apollo_worker.front.admission import load
 from apollo_worker.jobs.job_plan import plan
-from apollo_worker.jobs.queue import JobQueue
 from apollo_worker.model.live_model import load_offline
 from apollo_worker.step.loss_guard import LossGuard
 from apollo_worker.step.step import Trainer
-from apollo_worker.trainer.attachment import load_optimizer, make_writer, num_steps_of, read_tokeniser
+from apollo_worker.trainer.attachment import load_optimizer, make_writer, model_facts
+from apollo_worker.trainer.recovery import num_steps_of
 
 
 def train(
@@ -48,10 +48,7 @@ def train(
     trainer.use_rank(request.options.rank)
     commit = read_commit(model_dir)
     load_optimizer(trainer, model_dir, commit)
-    with tempfile.TemporaryDirectory(prefix="apollo-offline-") as scratch:
-        queue = JobQueue(Path(scratch) / "queue.sqlite", 1)
-        todo = plan(request, read_tokeniser(live, config), queue, config.train)
-        queue.close()
+    todo = plan(request, load(model_facts(live, trainer, config)), config.train, lambda _: set())
     notes = trainer.prepare_accumulation(todo.accumulate_steps) if todo.num_steps else []
     if on_note is not None:
         for note in notes:

@@ -1,4 +1,4 @@
-"""What the front says of a request before it is queued: tokenised as the trainer will do it."""
+"""Makes the plan of each job, at submit: tokens, steps, rates. The trainer executes it as it is stored."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from apollo_ipc.config import Train
-from apollo_ipc.errors import NotReady
+from apollo_ipc.errors import NotReady, UserError
 from apollo_ipc.wire.requests import TrainRequest
-from apollo_worker.jobs.queue import JobQueue
+from apollo_worker.jobs.job_plan import plan
+from apollo_worker.jobs.queue import JobQueue, UnplannedJob
 from apollo_worker.link.link import ModelFacts
 from apollo_worker.link.status_board import Admission, Shared
 
@@ -31,10 +34,11 @@ class Admitter:
         self._loading = ThreadPoolExecutor(1, "apollo-tokeniser")
 
     def learn(self, facts: ModelFacts) -> None:
-        """Returns at once; the tokeniser is loaded beside."""
+        """Returns at once; the tokeniser is loaded beside, and then plans what an older program queued."""
         self._facts = facts
         self._tokeniser = self._loading.submit(load, facts)
         self._tokeniser.add_done_callback(_log_failure)
+        self._loading.submit(self._plan_older_jobs, self._tokeniser)
 
     def admit(self, request: TrainRequest) -> Admission:
         """Raises UserError with the path of a wrong field; NotReady where no model is known yet."""
@@ -42,15 +46,33 @@ class Admitter:
         if facts is None or tokeniser is None:
             reason = self._shared.attach_error or "attaching to vLLM"
             raise NotReady(f"the worker knows no model yet: {reason}")
-        from apollo_worker.jobs.job_plan import plan
-
         try:
             loaded = tokeniser.result(LOAD_TIMEOUT_S)
         except TimeoutError:
             raise NotReady("the tokenizer is still loading; send it again") from None
-        made = plan(request, loaded, self._queue, self._options)
+        made = plan(request, loaded, self._options, self._queue.known_examples)
         notes = rank_notes(facts, request.options.rank or self._options.rank, self._options.rank)
-        return Admission(num_steps=made.num_steps, num_skipped=made.num_skipped, notes=notes)
+        if made.num_skipped:
+            notes.append(f"{made.num_skipped} of {made.num_examples} examples are in earlier jobs: skipped")
+        return Admission(plan=made, notes=notes)
+
+    def _plan_older_jobs(self, tokeniser: Future[Tokeniser]) -> None:
+        for job in self._queue.unplanned():
+            try:
+                self._plan_older(job, tokeniser.result())
+            except Exception as error:  # one job must not keep the next from its plan
+                message = (
+                    error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                )
+                logger.error("job %s of an older program cannot be planned: %s", job.job_id, message)
+                self._queue.refuse_unplanned(job.job_id, message)
+        self._shared.wake.set()
+
+    def _plan_older(self, job: UnplannedJob, tokeniser: Tokeniser) -> None:
+        request = msgspec.msgpack.decode(job.request, type=TrainRequest)
+        # Its examples may be known by itself; and as many steps as were promised.
+        made = plan(request, tokeniser, self._options, lambda _: set())
+        self._queue.set_plan(job.job_id, msgspec.structs.replace(made, num_steps=job.num_steps))
 
     def stop(self) -> None:
         self._loading.shutdown(wait=False, cancel_futures=True)

@@ -37,6 +37,7 @@ from apollo_ipc.wire.messages import (
     Submit,
     SyncCheckpoint,
 )
+from apollo_worker.jobs.example import request_digest
 from apollo_worker.jobs.queue import JobQueue
 from apollo_worker.link.status_board import Shared
 
@@ -109,15 +110,12 @@ class Answers:
 
     def _accept(self, submit: Submit) -> JobInfo:
         # Before tokenising: the retry of an accepted job costs nothing and cannot be refused any more.
-        if known := self._queue.find_by_key(submit.idempotency_key, submit.request):
+        digest = request_digest(submit.request)
+        if known := self._queue.find_by_key(submit.idempotency_key, digest):
             return known
         admission = self._shared.admit(submit.request)
         job = self._queue.submit(
-            submit.request,
-            num_steps=admission.num_steps,
-            num_skipped=admission.num_skipped,
-            notes=admission.notes,
-            idempotency_key=submit.idempotency_key,
+            admission.plan, digest, notes=admission.notes, idempotency_key=submit.idempotency_key
         )
         self._shared.wake.set()
         return job
@@ -125,7 +123,7 @@ class Answers:
     def _status(self) -> Status:
         num_bad_messages, num_routers = self._count_peers()
         return self._shared.status(
-            num_queued=self._queue.count_queued(),
+            num_queued=self._queue.count("queued"),
             num_bad_messages=num_bad_messages,
             num_routers=num_routers,
             worker_pid=os.getpid(),

@@ -49,3 +49,11 @@ def sequence_of(input_ids: list[int], turns: list[Turn], example: int) -> Tokeni
 def content_hash(example: Example) -> bytes:
     """32 bytes that are equal for equal examples, whatever the order of keys in what the client sent."""
     return blake2b(msgspec.json.encode(example, order="sorted"), digest_size=32).digest()
+
+
+_encoder = msgspec.msgpack.Encoder(order="deterministic")
+
+
+def request_digest(request: msgspec.Struct) -> bytes:
+    """16 bytes; key order inside free-form parts (tools, tool_calls) does not make one request two."""
+    return blake2b(_encoder.encode(request), digest_size=16).digest()

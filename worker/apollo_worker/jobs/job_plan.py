@@ -1,33 +1,43 @@
-"""One job for the trainer: which examples each step trains on, and at what learning rate."""
+"""A job as it is stored and executed: the tokens of each step and its learning rate, decided at submit."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
 from apollo_ipc.config import Train
-from apollo_ipc.wire.requests import Example, TrainRequest
+from apollo_ipc.wire.requests import TrainRequest
 from apollo_worker.jobs.example import TokenisedExample, content_hash
-from apollo_worker.jobs.queue import JobQueue
-from apollo_worker.jobs.schedule import learning_rate, resolve_schedule
-from apollo_worker.jobs.tokenise import Tokeniser
+
+if TYPE_CHECKING:  # it imports transformers, which takes seconds; plans are stored and read without it
+    from apollo_worker.jobs.tokenise import Tokeniser
+
+Schedule = Literal["auto", "constant", "cosine"]
+Resolved = Literal["constant", "cosine"]
 
 
-class Plan(msgspec.Struct, frozen=True):
-    """examples: the sequences to train, in order; hashes: for each, the hash of its example's content where
-    it is the example's last sequence, else None; num_steps: updates over all epochs; accumulate_steps:
-    sequences of one update."""
+class JobPlan(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Everything that a job's steps depend on, but the optimizer's own configuration.
+
+    examples: the sequences to train, in order; hashes: for each, the hash of its example's content where it is
+    the example's last sequence, else None; num_examples: as sent, num_skipped of them known before; num_steps:
+    updates over all epochs; lr: peak; accumulate_steps: sequences of one update; rank: the job's own, None for the optimizer's. Stored: a new field goes last and has a default.
+    """
 
     examples: list[TokenisedExample]
     hashes: list[bytes | None]
+    num_examples: int
     num_steps: int
-    num_skipped: int
     lr: float
     weight_decay: float
-    schedule: str
+    schedule: Resolved
     warmup_fraction: float
     accumulate_steps: int = 1
+    num_skipped: int = 0
+    rank: int | None = None
 
     def examples_of(self, step: int) -> list[TokenisedExample]:
         """Those of step number `step` (from 0): in the order sent, epoch after epoch. No step goes over the
@@ -37,43 +47,80 @@ class Plan(msgspec.Struct, frozen=True):
 
     def hashes_of(self, num_steps: int) -> list[bytes]:
         """Hashes of the examples that the first `num_steps` steps have trained, each once."""
-        return list(
-            dict.fromkeys(h for h in self.hashes[: num_steps * self.accumulate_steps] if h is not None)
-        )
+        trained = self.hashes[: num_steps * self.accumulate_steps]
+        return list(dict.fromkeys(one for one in trained if one is not None))
 
     def learning_rate(self, step: int) -> float:
-        return learning_rate(
-            step,
-            self.num_steps,
-            peak=self.lr,
-            schedule=self.schedule,  # pyright: ignore[reportArgumentType]
-            warmup_fraction=self.warmup_fraction,
-        )
+        """Of step number `step` (from 0).
+
+        "cosine": ceil(warmup_fraction * num_steps) steps rise linearly from lr / that number to lr; from
+        there half a cosine falls towards 0, which it would reach at step `num_steps`, one past the last. So
+        no step has a rate of 0: each one costs a forward and a backward pass, and shall do something.
+        """
+        assert 0 <= step < self.num_steps, f"step {step} of {self.num_steps}"
+        if self.schedule == "constant":
+            return self.lr
+        # Without the allowance 0.1 * 30 = 3.0000000000000004 would be four steps.
+        num_warmup = math.ceil(self.warmup_fraction * self.num_steps - 1e-9)
+        if step < num_warmup:
+            return self.lr * (step + 1) / num_warmup
+        progress = (step - num_warmup) / (self.num_steps - num_warmup)
+        return self.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def plan(request: TrainRequest, tokeniser: Tokeniser, queue: JobQueue, defaults: Train) -> Plan:
-    """Tokenises every example. Raises UserError with the path of the field that is wrong."""
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(JobPlan)
+
+
+def encode_plan(plan: JobPlan) -> bytes:
+    return _encoder.encode(plan)
+
+
+def decode_plan(body: bytes) -> JobPlan | None:
+    """None for bytes that no program of this project wrote."""
+    try:
+        return _decoder.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def plan(
+    request: TrainRequest,
+    tokeniser: Tokeniser,
+    defaults: Train,
+    known_examples: Callable[[Iterable[bytes]], set[bytes]],
+) -> JobPlan:
+    """Tokenises every example that is to be trained. known_examples: those of some hashes that were trained,
+    or are going to be; under on_duplicate = "skip" they are left out.
+
+    Raises UserError with the path of the field that is wrong.
+    """
     options = request.options
-    kept, skipped = _without_duplicates(request, queue, options.on_duplicate or defaults.on_duplicate)
-    sequences = tokeniser.encode_all(kept)
+    numbered = [(i, example, content_hash(example)) for i, example in enumerate(request.examples)]
+    is_skipping = (options.on_duplicate or defaults.on_duplicate) == "skip"
+    known = known_examples(one for _, _, one in numbered) if is_skipping else set()
+    kept = [(i, example, one) for i, example, one in numbered if one not in known]
+    sequences = tokeniser.encode_all([(i, example) for i, example, _ in kept])
     last_of = {sequence.example: at for at, sequence in enumerate(sequences)}
     hashes: list[bytes | None] = [None] * len(sequences)
-    for i, example in kept:
-        hashes[last_of[i]] = content_hash(example)
+    for i, _, one in kept:
+        hashes[last_of[i]] = one
     group = options.accumulate_steps or defaults.accumulate_steps
     num_steps = steps_of_epoch(len(sequences), group) * (options.epochs or defaults.epochs)
     if options.max_steps is not None:
         num_steps = min(num_steps, options.max_steps)
-    return Plan(
+    return JobPlan(
         examples=sequences,
         hashes=hashes,
+        num_examples=len(numbered),
         num_steps=num_steps,
-        num_skipped=skipped,
         lr=defaults.lr if options.lr is None else options.lr,
         weight_decay=defaults.weight_decay if options.weight_decay is None else options.weight_decay,
         schedule=resolve_schedule(options.schedule or defaults.schedule, len(sequences)),
         warmup_fraction=defaults.warmup_fraction,
         accumulate_steps=group,
+        num_skipped=len(numbered) - len(kept),
+        rank=options.rank,
     )
 
 
@@ -81,13 +128,8 @@ def steps_of_epoch(num_examples: int, accumulate_steps: int) -> int:
     return math.ceil(num_examples / accumulate_steps)
 
 
-def _without_duplicates(
-    request: TrainRequest, queue: JobQueue, on_duplicate: str
-) -> tuple[list[tuple[int, Example]], int]:
-    """((index in the request, example) to train, how many were left out as trained before)."""
-    numbered = list(enumerate(request.examples))
-    if on_duplicate == "train":
-        return numbered, 0
-    known = queue.known_examples(content_hash(example) for example in request.examples)
-    kept = [(i, example) for i, example in numbered if content_hash(example) not in known]
-    return kept, len(numbered) - len(kept)
+def resolve_schedule(schedule: Schedule, num_examples: int) -> Resolved:
+    """What "auto" means for a job: constant for a single example, cosine with warm-up for a bulk job."""
+    if schedule == "auto":
+        return "constant" if num_examples == 1 else "cosine"
+    return schedule

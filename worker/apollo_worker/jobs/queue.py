@@ -1,149 +1,234 @@
-"""The jobs: an SQLite file that survives whatever happens to this process.
-
-A method returns after its commit, and with synchronous=FULL a commit in WAL mode has been flushed (SQLite's
-"Write-Ahead Logging" page, section "Performance Considerations"). Jobs train one at a time in order of `seq`.
+"""The jobs: an SQLite file that survives whatever happens to this process. Each trains once, in its order.
 
     queued -> running -> applied -> durable        applied: in vLLM's memory; durable: on disk
-       |         |-----> failed | cancelled
-       |---------|-----> cancelled, quarantined    quarantined: crashed the worker MAX_CRASHES times
+       |         |-----> failed | cancelled   |--> undone by a restore
+       |---------|-----> cancelled, quarantined    quarantined: killed the trainer MAX_CRASHES times
 
-Two processes have the file open: the front submits and cancels, the trainer does the rest. Every change is
-one IMMEDIATE transaction; reads have a connection of their own and wait for no writer (WAL).
-
-This file is the API, of which queue_reader has the questions and queue_writer how a change is made;
-apollo_worker.jobs.queue_file knows the file, its schema and what a row means.
+What is stored of a job is its plan (job_plan): made once, at submit, whatever the configuration is later. The
+file holds the order: it refuses a second running job, and one that starts before an earlier one has ended.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import secrets
+import sqlite3
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import msgspec
 
 from apollo_ipc.errors import Conflict, NotReady
 from apollo_ipc.wire.messages import ENDED_STATES, JobInfo, JobState
-from apollo_ipc.wire.requests import TrainRequest
-from apollo_worker.jobs.queue_file import BUSY_TIMEOUT_S, decode_request, encode_request
-from apollo_worker.jobs.queue_reader import Jobs, read_job, read_job_of_key, read_num_queued
-from apollo_worker.jobs.queue_writer import QueueWriter
+from apollo_worker.jobs.job_plan import JobPlan, decode_plan, encode_plan
+from apollo_worker.jobs.queue_file import BUSY_TIMEOUT_S, JOB_COLUMNS, QueueFile, job_info, read_job
 
 MAX_CRASHES = 3
+MAX_VARIABLES = 500  # `?` in one statement; SQLite's own limit was 999 before 3.32
+_HAS_A_PLAN = "seq IN (SELECT seq FROM plans UNION SELECT seq FROM requests)"
+_NEW = (
+    "steps_done = 0, loss_first = NULL, loss_last = NULL, started_at = NULL, ended_at = NULL, "
+    "weight_version = NULL"
+)
 
 
 class Job(msgspec.Struct, frozen=True):
     """A job that was taken, with what to train on."""
 
     info: JobInfo
-    request: TrainRequest
+    plan: JobPlan
 
 
-class JobQueue(QueueWriter):
-    """max_queued: how many jobs may wait. The rest, `on_change` too, as QueueWriter says."""
+class UnplannedJob(msgspec.Struct, frozen=True):
+    """A job of schema 1. request: the msgpack body that it was sent with; num_steps: as it was admitted."""
+
+    job_id: str
+    request: bytes
+    num_steps: int
+
+
+Jobs = list[JobInfo]  # inside the class, `list` is its method
+Unplanned = list[UnplannedJob]
+
+
+class JobQueue:
+    """Thread-safe. max_queued: how many jobs may wait. The rest as QueueFile says.
+
+    `on_change`, where set, is called with each changed job after the commit, in the thread that changed it:
+    two threads' calls may arrive in either order.
+    """
 
     def __init__(self, path: Path, max_queued: int, busy_timeout_s: float = BUSY_TIMEOUT_S):
-        super().__init__(path, busy_timeout_s)
+        self.on_change: Callable[[JobInfo], None] | None = None
+        self._file = QueueFile(path, busy_timeout_s)
         self._max_queued = max_queued
         self._taken: set[str] = set()  # jobs whose attempt by this process has been counted
+        self.close = self._file.close
+
+    @property
+    def queue_id(self) -> int:
+        return self._file.queue_id
 
     # --- accepting ---
 
     def submit(
         self,
-        request: TrainRequest,
+        plan: JobPlan,
+        digest: bytes,
         *,
-        num_steps: int,
-        num_skipped: int = 0,
         notes: Iterable[str] = (),
         idempotency_key: str | None = None,
     ) -> JobInfo:
-        """Accepts a job and returns after the commit; the same key and body give the job of the first time.
+        """Accepts a job and returns after the commit; the same key and digest (of what was sent) give the job
+        of the first time. The job's examples count as known from now on.
 
         Raises Conflict (422: key used with another body), NotReady (code `queue_full`).
         """
-        body, digest = encode_request(request)
+        body = encode_plan(plan)
         # Sortable by time, unique without asking anyone.
         job_id = f"job-{time.time_ns() // 1_000_000:012x}-{secrets.token_hex(4)}"
-        with self._transaction():
-            if idempotency_key is not None and (known := read_job_of_key(self._db, idempotency_key, digest)):
+        with self._file.changing() as db:
+            if idempotency_key is not None and (known := _job_of_key(db, idempotency_key, digest)):
                 return known
-            if (num_queued := read_num_queued(self._db)) >= self._max_queued:
+            if (num_queued := _count(db, "queued")) >= self._max_queued:
                 raise NotReady(
                     f"{num_queued} jobs are waiting (limit worker.max_queued_jobs); send it again later",
                     code="queue_full",
                 )
-            cursor = self._db.execute(
+            cursor = db.execute(
                 "INSERT INTO jobs (job_id, state, created_at, num_examples, num_steps, num_skipped, "
                 "idempotency_key, request_digest, notes) VALUES (?, 'queued', ?, ?, ?, ?, ?, ?, ?)",
                 (
-                    job_id, time.time(), len(request.examples), num_steps, num_skipped, idempotency_key,
-                    digest, json.dumps(list(notes)),
+                    job_id, time.time(), plan.num_examples, plan.num_steps, plan.num_skipped,
+                    idempotency_key, digest, json.dumps(list(notes)),
                 ),
             )  # fmt: skip
-            self._db.execute("INSERT INTO requests (seq, body) VALUES (?, ?)", (cursor.lastrowid, body))
+            assert cursor.lastrowid is not None
+            db.execute("INSERT INTO plans (seq, body) VALUES (?, ?)", (cursor.lastrowid, body))
+            _claim(db, cursor.lastrowid, plan)
         return self._changed(job_id)
+
+    def find_by_key(self, idempotency_key: str | None, digest: bytes) -> JobInfo | None:
+        """The job accepted under this key, or None. Raises Conflict (422) where its body was another."""
+        if idempotency_key is None:
+            return None
+        with self._file.reading() as db:
+            return _job_of_key(db, idempotency_key, digest)
+
+    def known_examples(self, hashes: Iterable[bytes]) -> set[bytes]:
+        """Those of `hashes` that a job has trained, or is going to."""
+        todo, known = [*dict.fromkeys(hashes)], set()
+        with self._file.reading() as db:
+            for start in range(0, len(todo), MAX_VARIABLES):
+                some = todo[start : start + MAX_VARIABLES]
+                marks = ", ".join("?" * len(some))
+                rows = db.execute(f"SELECT DISTINCT hash FROM examples WHERE hash IN ({marks})", some)
+                known.update(row[0] for row in rows)
+        return known
+
+    # --- jobs of schema 1, which the front plans once it knows the model ---
+
+    def unplanned(self) -> Unplanned:
+        """In their order."""
+        with self._file.reading() as db:
+            rows = db.execute(
+                "SELECT job_id, body, num_steps FROM requests JOIN jobs USING (seq) WHERE seq NOT IN "
+                "(SELECT seq FROM plans) ORDER BY seq"
+            )
+            return [UnplannedJob(*row) for row in rows]
+
+    def set_plan(self, job_id: str, plan: JobPlan) -> None:
+        with self._file.changing() as db:
+            seq = read_job(db, job_id).seq
+            db.execute("INSERT OR REPLACE INTO plans (seq, body) VALUES (?, ?)", (seq, encode_plan(plan)))
+            db.execute("DELETE FROM requests WHERE seq = ?", (seq,))
+            db.execute("UPDATE jobs SET num_steps = ? WHERE seq = ?", (plan.num_steps, seq))
+            _claim(db, seq, plan)
+        self._changed(job_id)
+
+    def refuse_unplanned(self, job_id: str, error: str) -> None:
+        """No plan can be made of it. One that has trained already keeps its state."""
+        with self._file.changing() as db:
+            db.execute("DELETE FROM requests WHERE seq = (SELECT seq FROM jobs WHERE job_id = ?)", (job_id,))
+            db.execute(
+                "UPDATE jobs SET state = 'failed', ended_at = ?, error = ? WHERE job_id = ? AND state IN "
+                "('queued', 'running')",
+                (time.time(), error, job_id),
+            )
+        self._changed(job_id)
 
     # --- training ---
 
     def take(self) -> Job | None:
         """The running job, if there is one (a restart resumes it), else the oldest queued one, now running.
 
-        The first take by this process counts as an attempt. A job that MAX_CRASHES processes took and did
-        not live to finish or `release` becomes quarantined instead.
+        None where there is none, or where its plan has still to be made (`unplanned`). The first take by this
+        process counts as an attempt until the job progresses further than where a trainer died of it. After
+        MAX_CRASHES attempts without that, or with a plan that cannot be read, the job ends instead.
         """
         while True:
-            with self._transaction():
-                row = self._db.execute(
+            with self._file.changing() as db:
+                row = db.execute(
                     "SELECT seq, job_id, attempts FROM jobs WHERE state IN ('running', 'queued') "
                     "ORDER BY state = 'queued', seq LIMIT 1"
                 ).fetchone()
                 if row is None:
                     return None
+                found = db.execute("SELECT body FROM plans WHERE seq = ?", (row["seq"],)).fetchone()
+                if (
+                    found is None
+                    and db.execute("SELECT 1 FROM requests WHERE seq = ?", (row["seq"],)).fetchone()
+                ):
+                    return None
                 job_id, is_new = row["job_id"], row["job_id"] not in self._taken
-                quarantined = is_new and row["attempts"] >= MAX_CRASHES
-                if quarantined:
-                    self._db.execute(
-                        "UPDATE jobs SET state = 'quarantined', ended_at = ?, error = ? WHERE job_id = ?",
-                        (
-                            time.time(),
-                            f"the worker died {MAX_CRASHES} times while it trained this job",
-                            job_id,
-                        ),
-                    )
+                plan = decode_plan(found["body"]) if found else None
+                if plan is None:
+                    self._end(db, job_id, "failed", "its stored plan cannot be read; send the job again")
+                elif is_new and row["attempts"] >= MAX_CRASHES:
+                    message = f"the worker died {MAX_CRASHES} times while it trained this job"
+                    self._end(db, job_id, "quarantined", message)
+                    plan = None
                 else:
-                    self._db.execute(
+                    db.execute(
                         "UPDATE jobs SET state = 'running', attempts = attempts + ?, "
                         "started_at = coalesce(started_at, ?) WHERE job_id = ?",
                         (is_new, time.time(), job_id),
                     )
-                found = self._db.execute("SELECT body FROM requests WHERE seq = ?", (row["seq"],)).fetchone()
             info = self._changed(job_id)
-            if not quarantined:
+            if plan is not None:
                 self._taken.add(job_id)
-                return Job(info, decode_request(found[0]))
+                return Job(info, plan)
 
     def release(self, job_id: str) -> None:
         """A clean stop: the job stays running for the next process, and this attempt does not count."""
-        with self._transaction():
+        with self._file.changing() as db:
             if job_id in self._taken:
-                self._db.execute("UPDATE jobs SET attempts = attempts - 1 WHERE job_id = ?", (job_id,))
+                db.execute("UPDATE jobs SET attempts = max(0, attempts - 1) WHERE job_id = ?", (job_id,))
         self._taken.discard(job_id)
+
+    def blame(self, job_id: str, step: int) -> None:
+        """A trainer died inside `step` of this job; `job_id` may be its end only."""
+        with self._file.changing() as db:
+            db.execute(
+                "UPDATE jobs SET attempts = max(attempts, 1), blamed_step = max(blamed_step, ?1) "
+                "WHERE substr(job_id, -length(?2)) = ?2 AND state IN ('queued', 'running')",
+                (step, job_id),
+            )
 
     def record_step(self, job_id: str, steps_done: int, loss: float) -> None:
         """Step number `steps_done` (from 1) of the running job is in the weights; its loss was `loss`."""
-        with self._transaction():
-            before = read_job(self._db, job_id)
+        with self._file.changing() as db:
+            before = read_job(db, job_id)
             assert before.state == "running", f"{job_id} is {before.state}"
             assert steps_done >= before.steps_done, f"{job_id}: step {steps_done} after {before.steps_done}"
-            self._db.execute(
-                "UPDATE jobs SET steps_done = ?, loss_first = coalesce(loss_first, ?), loss_last = ? "
-                "WHERE job_id = ?",
-                (steps_done, loss, loss, job_id),
+            db.execute(
+                "UPDATE jobs SET steps_done = ?1, loss_first = coalesce(loss_first, ?2), loss_last = ?2, "
+                "attempts = iif(?1 >= blamed_step, 0, attempts) WHERE job_id = ?3",
+                (steps_done, loss, job_id),
             )
-            self._db.execute(
+            db.execute(
                 "INSERT OR REPLACE INTO losses (seq, step, loss) VALUES (?, ?, ?)",
                 (before.seq, steps_done, loss),
             )
@@ -160,96 +245,115 @@ class JobQueue(QueueWriter):
         notes: Iterable[str] = (),
     ) -> JobInfo:
         """Ends the running job. Ending it once more in the same state changes nothing."""
-        assert state in ENDED_STATES, state
-        with self._transaction():
-            before = read_job(self._db, job_id)
+        with self._file.changing() as db:
+            before = read_job(db, job_id)
             if before.state == state:
                 return before
             assert before.state == "running", f"{job_id} is {before.state}"
-            self._db.execute(
-                "UPDATE jobs SET state = ?, ended_at = ?, weight_version = ?, error = ?, traceback = ?, "
-                "notes = ?, cancel_requested = NULL WHERE job_id = ?",
-                (
-                    state, time.time(), weight_version, error, traceback,
-                    json.dumps([*before.notes, *notes]), job_id,
-                ),
-            )  # fmt: skip
+            self._end(db, job_id, state, error)
+            db.execute(
+                "UPDATE jobs SET weight_version = ?, traceback = ?, notes = ?, attempts = 0, blamed_step = 0 "
+                "WHERE job_id = ?",
+                (weight_version, traceback, json.dumps([*before.notes, *notes]), job_id),
+            )
         return self._changed(job_id)
 
     def add_notes(self, job_id: str, notes: Iterable[str]) -> None:
         """What is there already is not said again: a job that is resumed comes here once more."""
-        with self._transaction():
-            before = read_job(self._db, job_id).notes
+        with self._file.changing() as db:
+            before = read_job(db, job_id).notes
             if not (new := [note for note in notes if note not in before]):
                 return
-            self._db.execute(
-                "UPDATE jobs SET notes = ? WHERE job_id = ?", (json.dumps([*before, *new]), job_id)
-            )
+            db.execute("UPDATE jobs SET notes = ? WHERE job_id = ?", (json.dumps([*before, *new]), job_id))
         self._changed(job_id)
-
-    def remember_examples(self, job_id: str, hashes: Iterable[bytes]) -> None:
-        """`job_id` has trained the examples with these hashes."""
-        with self._transaction():
-            seq = read_job(self._db, job_id).seq
-            self._db.executemany(
-                "INSERT OR IGNORE INTO examples (hash, seq) VALUES (?, ?)", ((one, seq) for one in hashes)
-            )
 
     # --- the checkpoint's side ---
 
+    def applied_seq(self) -> int:
+        """The highest seq such that it and every job before it has ended; 0 where there is none."""
+        with self._file.reading() as db:
+            return db.execute(
+                "SELECT coalesce((SELECT min(seq) - 1 FROM jobs WHERE state IN ('queued', 'running')), "
+                "(SELECT max(seq) FROM jobs), 0)"
+            ).fetchone()[0]
+
     def mark_durable(self, applied_seq: int) -> Jobs:
         """Every applied job up to `applied_seq` is in the checkpoint on disk. Returns those that changed."""
-        return self._set("state = 'durable'", "state = 'applied' AND seq <= ?", (applied_seq,))
+        with self._file.changing() as db:
+            changed = _ids(db, "state = 'applied' AND seq <= ?", applied_seq)
+            db.execute(
+                "UPDATE jobs SET state = 'durable' WHERE state = 'applied' AND seq <= ?", (applied_seq,)
+            )
+        return [self._changed(job_id) for job_id in changed]
 
     def reconcile(self, applied_seq: int, job_id: str | None = None, steps_done: int = 0) -> Jobs:
-        """After a crash lost the live weights: the checkpoint holds every job up to `applied_seq`, and the
-        first `steps_done` steps of `job_id`. Later jobs that had trained are queued again, in their order.
+        """The weights are those of a checkpoint, which holds every job up to `applied_seq` and the first
+        `steps_done` steps of `job_id`. Later jobs that had begun are queued again, in their order; one whose
+        plan was forgotten is undone instead.
 
-        Returns the jobs that changed. Their examples are forgotten as trained; attempts stay counted.
+        Returns the jobs that changed. Idempotent, one transaction.
         """
-        changed = self.mark_durable(applied_seq)
-        lost = (
-            "seq > ? AND job_id IS NOT ? AND "
-            "(state IN ('applied', 'durable') OR (state = 'running' AND steps_done > 0))"
-        )
-        with self._transaction():
-            for forget in ("losses", "examples"):
-                self._db.execute(
-                    f"DELETE FROM {forget} WHERE seq IN (SELECT seq FROM jobs WHERE {lost})",
-                    (applied_seq, job_id),
+        later = "seq > ? AND state IN ('running', 'applied', 'durable')"
+        with self._file.changing() as db:
+            durable = _ids(db, "state = 'applied' AND seq <= ?", applied_seq)
+            db.execute(
+                "UPDATE jobs SET state = 'durable' WHERE state = 'applied' AND seq <= ?", (applied_seq,)
+            )
+            half_done = read_job(db, job_id) if job_id is not None else None
+            lost = [one for one in _ids(db, later, applied_seq) if one != job_id]
+            db.execute(
+                f"DELETE FROM losses WHERE seq IN (SELECT seq FROM jobs WHERE {later}) AND NOT "
+                "(seq IS ? AND step <= ?)",
+                (applied_seq, half_done and half_done.seq, steps_done),
+            )
+            for one in lost:
+                db.execute(
+                    f"UPDATE jobs SET state = 'queued', {_NEW} WHERE job_id = ? AND {_HAS_A_PLAN}", (one,)
                 )
-            if job_id is not None:
-                seq = read_job(self._db, job_id).seq
-                self._db.execute("DELETE FROM losses WHERE seq = ? AND step > ?", (seq, steps_done))
-                # Its own examples, where it was applied after the commit: known, they would be skipped now.
-                self._db.execute("DELETE FROM examples WHERE seq = ?", (seq,))
-                last = self._db.execute(
-                    "SELECT loss FROM losses WHERE seq = ? ORDER BY step DESC LIMIT 1", (seq,)
+                db.execute(
+                    "UPDATE jobs SET state = 'undone', notes = ? WHERE job_id = ? AND state != 'queued'",
+                    (
+                        json.dumps(
+                            [*read_job(db, one).notes, "its examples were forgotten: send them again"]
+                        ),
+                        one,
+                    ),
                 )
-                self._db.execute(
+            if half_done is not None and half_done.state in ("running", "applied", "durable"):
+                last = db.execute(
+                    "SELECT loss FROM losses WHERE seq = ? ORDER BY step DESC LIMIT 1", (half_done.seq,)
+                ).fetchone()
+                db.execute(
                     "UPDATE jobs SET state = 'running', steps_done = ?, loss_last = ?, ended_at = NULL, "
-                    "weight_version = NULL WHERE seq = ? AND state IN ('applied', 'durable', 'running')",
-                    (steps_done, next((row[0] for row in last), None), seq),
+                    "weight_version = NULL WHERE seq = ?",
+                    (steps_done, last and last[0], half_done.seq),
                 )
-        again = (
-            "state = 'queued', steps_done = 0, loss_first = NULL, loss_last = NULL, started_at = NULL, "
-            "ended_at = NULL, weight_version = NULL"
-        )
-        return [*changed, *self._set(again, lost, (applied_seq, job_id))]
+        return [self._changed(one) for one in (*durable, *lost)]
 
-    def note_undone(self, applied_seq: int, note: str) -> Jobs:
-        """An older version was restored, which holds jobs up to `applied_seq` only: `note` says so in each
-        later one that had trained. They are not trained again, unless someone sends them anew."""
-        trained = "seq > ? AND state IN ('applied', 'durable')"
-        with self._transaction():
-            rows = self._db.execute(
-                f"SELECT seq, job_id, notes FROM jobs WHERE {trained} ORDER BY seq", (applied_seq,)
-            ).fetchall()
-            for row in rows:
-                notes = json.dumps([*json.loads(row["notes"]), note])
-                self._db.execute("UPDATE jobs SET notes = ? WHERE seq = ?", (notes, row["seq"]))
-                self._db.execute("DELETE FROM examples WHERE seq = ?", (row["seq"],))
-        return [self._changed(row["job_id"]) for row in rows]
+    def undo(self, after_seq: int, up_to_seq: int, weight_version: int) -> Jobs:
+        """The older `weight_version` was restored, which holds jobs up to `after_seq` only: those after it,
+        up to `up_to_seq`, that had trained are `undone`. They are not trained again, unless someone sends
+        them anew. Idempotent."""
+        with self._file.changing() as db:
+            where = "seq > ? AND seq <= ? AND state IN ('applied', 'durable')"
+            undone = _ids(db, where, after_seq, up_to_seq)
+            for job_id in undone:
+                info = read_job(db, job_id)
+                notes = [*info.notes, f"undone: weight version {weight_version} was restored"]
+                db.execute(
+                    "UPDATE jobs SET state = 'undone', undone_by = ?, notes = ? WHERE job_id = ?",
+                    (weight_version, json.dumps(notes), job_id),
+                )
+                db.execute("DELETE FROM examples WHERE seq = ?", (info.seq,))
+        return [self._changed(job_id) for job_id in undone]
+
+    def forget_plans(self, ended_before: float) -> int:
+        """Drops the plans (the examples themselves) of jobs that ended before then (seconds since the epoch)
+        and are not waiting for a sync; results and hashes stay. Returns how many."""
+        old = "SELECT seq FROM jobs WHERE ended_at < ? AND state NOT IN ('queued', 'running', 'applied')"
+        with self._file.changing() as db:
+            db.execute(f"DELETE FROM requests WHERE seq IN ({old})", (ended_before,))
+            return db.execute(f"DELETE FROM plans WHERE seq IN ({old})", (ended_before,)).rowcount
 
     # --- cancelling ---
 
@@ -258,16 +362,91 @@ class JobQueue(QueueWriter):
 
         Raises NotFound, and Conflict (409) where the job has ended.
         """
-        with self._transaction():
-            info = read_job(self._db, job_id)
+        with self._file.changing() as db:
+            info = read_job(db, job_id)
             if info.state in ENDED_STATES:
                 error = Conflict(f"job {job_id} has ended ({info.state})", code="job_ended")
                 error.http_status = 409
                 raise error
-            self._db.execute(
-                "UPDATE jobs SET state = 'cancelled', ended_at = ? WHERE job_id = ?"
-                if info.state == "queued"
-                else "UPDATE jobs SET cancel_requested = ? WHERE job_id = ?",
-                (time.time(), job_id),
-            )
+            if info.state == "queued":
+                self._end(db, job_id, "cancelled")
+            else:
+                db.execute("UPDATE jobs SET cancel_requested = ? WHERE job_id = ?", (time.time(), job_id))
         return self._changed(job_id)
+
+    def is_cancel_requested(self, job_id: str) -> bool:
+        """From the file, since the front is asked: some 10 us, so it may precede every step."""
+        with self._file.reading() as db:
+            row = db.execute("SELECT cancel_requested FROM jobs WHERE job_id = ?", (job_id,)).fetchone()
+        return row is not None and row[0] is not None
+
+    # --- asking ---
+
+    def get(self, job_id: str, with_history: bool = False) -> JobInfo:
+        """Raises NotFound. `with_history` fills loss_history (one loss for each step done)."""
+        with self._file.reading() as db:
+            info = read_job(db, job_id)
+            if not with_history:
+                return info
+            rows = db.execute("SELECT loss FROM losses WHERE seq = ? ORDER BY step", (info.seq,))
+            # SQLite stores NaN as NULL (its "Datatypes" page).
+            history = [math.nan if row[0] is None else row[0] for row in rows]
+        return msgspec.structs.replace(info, loss_history=history)
+
+    def count(self, state: JobState) -> int:
+        with self._file.reading() as db:
+            return _count(db, state)
+
+    def list(self, limit: int = 50, state: JobState | None = None) -> Jobs:
+        """The newest `limit` jobs (of one state, if given), newest first."""
+        with self._file.reading() as db:
+            rows = db.execute(
+                f"SELECT {JOB_COLUMNS} FROM jobs WHERE ?1 IS NULL OR state = ?1 ORDER BY seq DESC LIMIT ?2",
+                (state, max(0, limit)),
+            )
+            return [job_info(row) for row in rows]
+
+    # --- inside ---
+
+    def _changed(self, job_id: str) -> JobInfo:
+        info = self.get(job_id)
+        if self.on_change is not None:
+            self.on_change(info)
+        return info
+
+    def _end(self, db: sqlite3.Connection, job_id: str, state: JobState, error: str | None = None) -> None:
+        """What the job has not trained to its end is not known: sent again, it is trained."""
+        assert state in ENDED_STATES, state
+        db.execute(
+            "UPDATE jobs SET state = ?, ended_at = ?, error = ?, cancel_requested = NULL WHERE job_id = ?",
+            (state, time.time(), error, job_id),
+        )
+        if state != "applied":
+            db.execute("DELETE FROM examples WHERE seq = (SELECT seq FROM jobs WHERE job_id = ?)", (job_id,))
+
+
+def _claim(db: sqlite3.Connection, seq: int, plan: JobPlan) -> None:
+    hashes = ((one, seq) for one in plan.hashes_of(plan.num_steps))
+    db.executemany("INSERT OR IGNORE INTO examples (hash, seq) VALUES (?, ?)", hashes)
+
+
+def _ids(db: sqlite3.Connection, where: str, *values: object) -> list[str]:
+    return [row[0] for row in db.execute(f"SELECT job_id FROM jobs WHERE {where} ORDER BY seq", values)]
+
+
+def _count(db: sqlite3.Connection, state: JobState) -> int:
+    return db.execute("SELECT count(*) FROM jobs WHERE state = ?", (state,)).fetchone()[0]
+
+
+def _job_of_key(db: sqlite3.Connection, key: str, digest: bytes) -> JobInfo | None:
+    row = db.execute(
+        f"SELECT {JOB_COLUMNS}, request_digest FROM jobs WHERE idempotency_key = ?", (key,)
+    ).fetchone()
+    if row is None:
+        return None
+    if row["request_digest"] != digest:
+        raise Conflict(
+            f"idempotency key {key!r} was used for job {row['job_id']} with another body; use a new key",
+            field="idempotency_key",
+        )
+    return job_info(row)

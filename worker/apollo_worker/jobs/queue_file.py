@@ -1,28 +1,36 @@
-"""The file behind JobQueue: how it is opened, its schema, and what a row means."""
+"""The file behind JobQueue: how it is opened, changed and asked; its schema; what a row means.
+
+Two processes have the file open: the front submits and cancels, the trainer does the rest. Every change is
+one IMMEDIATE transaction; reads have a connection of their own and wait for no writer (WAL). A change returns
+after its commit, and with synchronous=FULL a commit in WAL mode has been flushed (SQLite's "Write-Ahead
+Logging" page, section "Performance Considerations").
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import secrets
 import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import msgspec
-
 from apollo_ipc.config import make_private_dir
-from apollo_ipc.errors import ApolloError
+from apollo_ipc.errors import ApolloError, NotFound, NotReady
 from apollo_ipc.wire.messages import JobInfo
-from apollo_ipc.wire.requests import TrainRequest
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BUSY_TIMEOUT_S = 10.0
-MAX_VARIABLES = 500  # `?` in one statement; SQLite's own limit was 999 before 3.32
+# Reading a whole file takes time, and each page is checked again when it is used.
+MAX_CHECKED_BYTES = 16 * 1024 * 1024
 
-# `requests` apart from `jobs`: SQLite writes a changed row whole, and a body may have 32 MB.
+# `plans` apart from `jobs`: SQLite writes a changed row whole, and a plan may have 32 MB.
+# `requests`: bodies of schema 1, until the front has made plans of them.
+# `examples`: who has trained, or is going to train, the example with this hash.
 # AUTOINCREMENT: a seq is never given twice.
-SCHEMA = """
+_JOBS = """
 CREATE TABLE jobs (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
     job_id TEXT NOT NULL UNIQUE,
@@ -48,16 +56,38 @@ CREATE TABLE jobs (
 CREATE INDEX jobs_by_state ON jobs (state, seq);
 CREATE TABLE requests (seq INTEGER PRIMARY KEY, body BLOB NOT NULL);
 CREATE TABLE losses (seq INTEGER, step INTEGER, loss REAL, PRIMARY KEY (seq, step)) WITHOUT ROWID;
-CREATE TABLE examples (hash BLOB PRIMARY KEY, seq INTEGER NOT NULL) WITHOUT ROWID;
+"""
+_EXAMPLES = """
+CREATE TABLE examples (hash BLOB, seq INTEGER, PRIMARY KEY (hash, seq)) WITHOUT ROWID;
 CREATE INDEX examples_by_seq ON examples (seq);
+"""
+# One job runs at a time, and none before an earlier one has ended: a commit's `applied_seq` stands for a
+# prefix of the order, and a job outside of it would be trained twice.
+_VERSION_2 = """
+ALTER TABLE jobs ADD COLUMN blamed_step INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE jobs ADD COLUMN undone_by INTEGER;
+CREATE TABLE plans (seq INTEGER PRIMARY KEY, body BLOB NOT NULL);
+CREATE UNIQUE INDEX one_job_runs ON jobs (state) WHERE state = 'running';
+CREATE TRIGGER jobs_run_in_order BEFORE UPDATE OF state ON jobs
+    WHEN NEW.state = 'running' AND OLD.state != 'running'
+    AND EXISTS (SELECT 1 FROM jobs WHERE seq < NEW.seq AND state IN ('queued', 'running'))
+    BEGIN SELECT RAISE(ABORT, 'an earlier job has not ended'); END;
+"""
+_FROM_1 = """
+UPDATE jobs SET state = 'queued', steps_done = 0 WHERE state = 'running'
+    AND EXISTS (SELECT 1 FROM jobs AS earlier WHERE earlier.seq < jobs.seq
+                AND earlier.state IN ('queued', 'running'));
+ALTER TABLE examples RENAME TO examples_1;
+DROP INDEX examples_by_seq;
+"""
+_EXAMPLES_FROM_1 = """
+INSERT INTO examples SELECT hash, seq FROM examples_1;
+DROP TABLE examples_1;
+UPDATE jobs SET attempts = 0 WHERE state != 'running';
 """
 
 _FIELDS = [name for name in JobInfo.__struct_fields__ if name != "loss_history"]
 JOB_COLUMNS = ", ".join(_FIELDS)
-
-# Key order inside free-form parts (tools, tool_calls) must not make one body two.
-_encoder = msgspec.msgpack.Encoder(order="deterministic")
-_decoder = msgspec.msgpack.Decoder(TrainRequest)
 
 
 class QueueDamaged(ApolloError):
@@ -67,62 +97,119 @@ class QueueDamaged(ApolloError):
     exit_code = 78  # EX_CONFIG of sysexits.h: a supervisor must not loop on it
 
 
-def connect(path: Path, busy_timeout_s: float) -> sqlite3.Connection:
-    """Usable from every thread, one at a time. busy_timeout_s: how long a write waits for another's."""
+class QueueFile:
+    """Thread-safe: one writer and one reader at a time. path: made (mode 0600) where there is none.
+
+    busy_timeout_s: how long a change waits for another process's, before it raises NotReady (code `busy`).
+    Raises QueueDamaged where the file is no database, damaged, or of a newer schema than this program knows;
+    every later use may raise it too.
+    """
+
+    def __init__(self, path: Path, busy_timeout_s: float = BUSY_TIMEOUT_S):
+        self._path = path
+        self._lock, self._reader_lock = threading.RLock(), threading.Lock()
+        make_private_dir(path.parent)
+        # SQLite gives its -wal and -shm files the mode of the main file (os_unix.c, findCreateFileMode).
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        path.chmod(0o600)
+        self._db = _connect(path, busy_timeout_s)
+        try:
+            with self._damage_is_named():
+                self._prepare()
+            self._reader = _connect(path, busy_timeout_s)
+        except BaseException:
+            self._db.close()
+            raise
+
+    def close(self) -> None:
+        with self._lock, self._reader_lock:
+            self._db.close()
+            self._reader.close()
+
+    @property
+    def queue_id(self) -> int:
+        """Tells this file from another one: a checkpoint's record of jobs is of one queue only."""
+        with self.reading() as db:
+            return db.execute("PRAGMA application_id").fetchone()[0]
+
+    @contextmanager
+    def changing(self) -> Iterator[sqlite3.Connection]:
+        """One transaction: commits at the end, rolls back on any exception. Its write lock is taken first."""
+        with self._lock, self._damage_is_named():
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                    raise
+                raise NotReady("the trainer is writing to the queue; send it again", code="busy") from error
+            try:
+                yield self._db
+                self._db.commit()  # may fail too: the disk is full
+            except BaseException:
+                self._db.rollback()
+                raise
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        with self._reader_lock, self._damage_is_named():
+            yield self._reader
+
+    @contextmanager
+    def _damage_is_named(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
+            # A statement of ours that is wrong for this file: its schema is not what its version says.
+            is_foreign = code == sqlite3.SQLITE_ERROR and "no such" in str(error)
+            if code not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) and not is_foreign:
+                raise  # locked, disk full, no permission: says what it is, may be over next time
+            raise QueueDamaged(
+                f"{self._path} is damaged ({error}); the weights are not affected. Try `sqlite3 {self._path} "
+                f".recover`, or move the file away (mv {self._path} {self._path}.damaged) to start with an "
+                "empty queue"
+            ) from error
+
+    def _prepare(self) -> None:
+        db = self._db
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        if self._path.stat().st_size <= MAX_CHECKED_BYTES:
+            problem = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if problem != "ok":
+                raise sqlite3.DatabaseError(problem)
+        db.execute("BEGIN IMMEDIATE")
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version > SCHEMA_VERSION:
+            raise QueueDamaged(
+                f"{self._path} has schema version {version}, this apollo-ipc knows {SCHEMA_VERSION}: a newer "
+                "one wrote it. Install that one, or move the file away to start with an empty queue",
+                code="queue_too_new",
+            )
+        if version == 0:
+            _run(db, _JOBS + _EXAMPLES + _VERSION_2)
+            db.execute(f"PRAGMA application_id = {1 + secrets.randbelow(2**31 - 1)}")
+        elif version == 1:
+            _run(db, _FROM_1 + _EXAMPLES + _EXAMPLES_FROM_1 + _VERSION_2)
+        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        db.execute("COMMIT")
+
+
+def _connect(path: Path, busy_timeout_s: float) -> sqlite3.Connection:
     db = sqlite3.connect(path, timeout=busy_timeout_s, isolation_level=None, check_same_thread=False)
     db.row_factory = sqlite3.Row
     return db
 
 
-def open_file(path: Path, busy_timeout_s: float = BUSY_TIMEOUT_S) -> sqlite3.Connection:
-    """The queue's database, made (mode 0600) where there is none, checked and brought to this schema.
-
-    Raises QueueDamaged where it is no database, damaged, or of a newer schema than this program knows.
-    """
-    make_private_dir(path.parent)
-    # SQLite gives its -wal and -shm files the mode of the main file (os_unix.c, findCreateFileMode).
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
-    path.chmod(0o600)
-    db = connect(path, busy_timeout_s)
-    try:
-        _prepare(db, path)
-    except (
-        sqlite3.OperationalError
-    ):  # locked, disk full, no permission: says what it is, may be over next time
-        db.close()
-        raise
-    except sqlite3.DatabaseError as error:
-        db.close()
-        raise QueueDamaged(
-            f"{path} is damaged ({error}); the weights are not affected. Try `sqlite3 {path} .recover`, or "
-            f"move the file away (mv {path} {path}.damaged) to start with an empty queue"
-        ) from error
-    except BaseException:
-        db.close()
-        raise
-    return db
-
-
-def _prepare(db: sqlite3.Connection, path: Path) -> None:
-    db.execute("PRAGMA journal_mode = WAL")
-    db.execute("PRAGMA synchronous = FULL")
-    problem = db.execute("PRAGMA quick_check(1)").fetchone()[0]
-    if problem != "ok":
-        raise sqlite3.DatabaseError(problem)
-    db.execute("BEGIN IMMEDIATE")
-    version = db.execute("PRAGMA user_version").fetchone()[0]
-    if version > SCHEMA_VERSION:
-        raise QueueDamaged(
-            f"{path} has schema version {version}, this apollo-ipc knows {SCHEMA_VERSION}: a newer one wrote "
-            "it. Install that one, or move the file away to start with an empty queue",
-            code="queue_too_new",
-        )
-    if version == 0:
-        for statement in SCHEMA.split(";\n"):
+def _run(db: sqlite3.Connection, script: str) -> None:
+    """Inside the open transaction; `executescript` would commit it first."""
+    statement = ""
+    for line in script.strip().splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
             db.execute(statement)
-        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        db.execute(f"PRAGMA application_id = {1 + secrets.randbelow(2**31 - 1)}")
-    db.execute("COMMIT")
+            statement = ""
+    assert not statement.strip(), statement
 
 
 def job_info(row: sqlite3.Row) -> JobInfo:
@@ -131,11 +218,9 @@ def job_info(row: sqlite3.Row) -> JobInfo:
     return JobInfo(**values)
 
 
-def encode_request(request: TrainRequest) -> tuple[bytes, bytes]:
-    """The body as it is stored, and its digest (16 bytes)."""
-    body = _encoder.encode(request)
-    return body, hashlib.blake2b(body, digest_size=16).digest()
-
-
-def decode_request(body: bytes) -> TrainRequest:
-    return _decoder.decode(body)
+def read_job(db: sqlite3.Connection, job_id: str) -> JobInfo:
+    """Raises NotFound."""
+    row = db.execute(f"SELECT {JOB_COLUMNS} FROM jobs WHERE job_id = ?", (job_id,)).fetchone()
+    if row is None:
+        raise NotFound(f"no job {job_id!r}")
+    return job_info(row)

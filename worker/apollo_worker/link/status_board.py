@@ -26,16 +26,16 @@ from apollo_ipc.wire.messages import (
     SyncResult,
 )
 from apollo_ipc.wire.requests import TrainRequest
+from apollo_worker.jobs.job_plan import JobPlan
 from apollo_worker.link.link import State
 
 _KNOWN_BEFORE_ATTACHING = ("progress", "attached", "attach_error", "refused")
 
 
 class Admission(msgspec.Struct, frozen=True):
-    """What the tokenizer says of a request before it is queued."""
+    """A request that can be queued: what will be trained, and what its sender should know."""
 
-    num_steps: int
-    num_skipped: int = 0
+    plan: JobPlan
     notes: list[str] = []
 
 

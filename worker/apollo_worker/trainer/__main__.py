@@ -29,11 +29,11 @@ from apollo_worker.trainer.front_end import TrainerEnd, trainer_lock
 log = logging.getLogger(__name__)
 
 
-class MainLoop(Protocol):
+class Runs(Protocol):
     def run(self) -> None: ...
 
 
-def run(link_fd: int, make_worker: Callable[[TrainerEnd], MainLoop]) -> int:
+def run(link_fd: int, make_worker: Callable[[TrainerEnd], Runs]) -> int:
     """Everything around the main loop: the link, signals, the lock. Returns the exit status."""
     die_with_parent()
     log_as("trainer")
@@ -59,13 +59,11 @@ def run(link_fd: int, make_worker: Callable[[TrainerEnd], MainLoop]) -> int:
     return 0
 
 
-def make_training_worker(end: TrainerEnd) -> MainLoop:
-    from apollo_worker.trainer.loop import (
-        TrainingWorker,  # imports torch: only with the lock, which may take time
-    )
+def make_main_loop(end: TrainerEnd) -> Runs:
+    from apollo_worker.trainer.loop import MainLoop  # imports torch: only with the lock, which may take time
 
-    return TrainingWorker(end)
+    return MainLoop(end)
 
 
 if __name__ == "__main__":
-    sys.exit(run(int(sys.argv[1]), make_training_worker))
+    sys.exit(run(int(sys.argv[1]), make_main_loop))

@@ -1,4 +1,4 @@
-"""Keeps the trainer attached to the vLLM that is there; brings jobs and weights to one state each time."""
+"""Keeps the trainer attached to the vLLM that is there."""
 
 from __future__ import annotations
 
@@ -7,17 +7,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
-
-from apollo_ipc.checkpoint import Commit, is_current, read_commit, recover
+from apollo_ipc.checkpoint import Commit, recover
 from apollo_ipc.checkpoint.disk import DISK, ThrottledDisk
-from apollo_ipc.checkpoint.shards import shard_index
 from apollo_ipc.config import Config
 from apollo_ipc.errors import ApolloError, AttachError, CheckpointError, UserError
 from apollo_ipc.manifest import Manifest, read_manifest
-from apollo_worker.jobs.queue import JobQueue
-from apollo_worker.jobs.tokenise import Tokeniser, load_tokeniser
 from apollo_worker.link.link import ModelFacts
 from apollo_worker.link.status_board import Shared
 from apollo_worker.model.hf_model import vocab_size_of
@@ -26,8 +20,8 @@ from apollo_worker.step.pace import Pace
 from apollo_worker.step.step import Trainer
 from apollo_worker.sync.optimizer_file import read_optimizer
 from apollo_worker.sync.writer import CheckpointWriter
-from apollo_worker.trainer.state import LiveState, check_same_model, read_state, write_state
-from apollo_worker.trainer.step_marks import LastStep, StepMarks
+from apollo_worker.trainer.recovery import Recovery, current_commit, num_steps_of
+from apollo_worker.trainer.step_marks import check_same_model, read_state
 
 log = logging.getLogger(__name__)
 RETRY_S = 5.0  # between two attempts at the same vLLM
@@ -40,16 +34,14 @@ class Attachment:
         self,
         config: Config,
         shared: Shared,
-        queue: JobQueue,
-        marks: StepMarks,
+        recovery: Recovery,
         tell_model: Callable[[ModelFacts], None] = lambda facts: None,
     ):
-        self._config, self._shared, self._queue, self._marks = config, shared, queue, marks
+        self._config, self._shared, self.recovery = config, shared, recovery
         self._tell_model = tell_model
         self.live: LiveModel | None = None
         self.trainer: Trainer | None = None
         self.writer: CheckpointWriter | None = None
-        self.tokeniser: Tokeniser | None = None
         self._tried: tuple[str, float] | None = None  # the vLLM last tried, and when
         self._refused_boot: str | None = None  # a manifest that was refused is not tried again and again
 
@@ -73,17 +65,22 @@ class Attachment:
             self._wait_for_vllm(error.message, getattr(error, "refused", None))
         return self.live is not None
 
+    def require_live(self) -> LiveModel:
+        """Only while attached."""
+        assert self.live is not None
+        return self.live
+
     def detach(self, reason: str) -> None:
         """Drops every view of the weights. Nothing is written to them any more."""
         self._shared.attached = False
         self._shared.attach_error = reason
         self._shared.vllm_boot_id = self._shared.vllm_pid = None
-        if self.writer is not None:
-            self.writer.wait(is_urgent=True)  # what was copied out is committed; its compaction can wait
-        self.trainer = self.writer = None
-        if self.live is not None:
-            self.live.close()
-            self.live = None
+        writer, live = self.writer, self.live
+        self.trainer = self.writer = self.live = None
+        if live is not None:
+            live.close()  # first: the next vLLM needs the memory, and a sync writes from copies
+        if writer is not None:
+            writer.wait(is_urgent=True)  # what was copied out is committed; its compaction can wait
 
     def _wait_for_vllm(self, reason: str, refused: list[str] | None = None) -> None:
         if reason != self._shared.attach_error:
@@ -128,20 +125,17 @@ class Attachment:
         self.trainer = self._make_trainer(live)
         self.trainer.main_optimizer.warm_up()  # seconds, the first time ever: not in a job then
         self.writer = make_writer(live, config)
-        self.tokeniser = read_tokeniser(live, config)
-        self._tell_model(model_facts(live, self.trainer, self.tokeniser))
+        self._tell_model(model_facts(live, self.trainer, config))
         commit = current_commit(model_dir)
-        version = max(before.weight_version if before else 0, commit.weight_version if commit else 0)
-        if is_new_boot:
-            version += self._reconcile(commit)
-        elif (last := self._marks.read()) is not None and last.boot_id == manifest.boot_id:
-            version += self._mend_last_step(last)
+        known = before.weight_version if before else 0
+        shared.weight_version = max(known, commit.weight_version if commit else 0)
+        if self.recovery.at_attach(live, commit, is_new_boot=is_new_boot):
+            commit = current_commit(model_dir)
         is_loaded = load_optimizer(self.trainer, model_dir, commit)
         # Steps since that commit: their weights are in vLLM's memory, their moments went with the worker.
         # Moments at zero begin with step 0, or the correction of their bias would take them for warm ones.
-        if is_loaded and (num_lost := self._marks.num_steps - num_steps_of(commit)) > 0:
+        if is_loaded and (num_lost := self.recovery.marks.num_steps - num_steps_of(commit)) > 0:
             self.trainer.main_optimizer.advance(num_lost)
-        self.set_version(version)
         shared.durable_version = commit.weight_version if commit else 0
         shared.vllm_boot_id, shared.vllm_pid = manifest.boot_id, manifest.pid
         shared.model_path = manifest.model_path
@@ -152,88 +146,38 @@ class Attachment:
         log.info(
             "attached to vLLM pid %d (boot %s): %d of %d parameters of %s, weight version %d",
             *(manifest.pid, manifest.boot_id[:8], live.num_parameters, live.num_parameters),
-            *(manifest.model_path, version),
+            *(manifest.model_path, shared.weight_version),
         )
 
     def _make_trainer(self, live: LiveModel) -> Trainer:
         pace = Pace(self._config.worker.pace, self._shared.stopping.is_set)
         return Trainer(live, self._config.train, pace)
 
-    def set_version(self, version: int) -> None:
-        assert self.live is not None
-        self._shared.weight_version = version
-        write_state(self._config.state_dir, LiveState(str(self.live.model_dir), self.live.boot_id, version))
+    def write_back(self) -> None:
+        """The last checkpoint's weights and moments, in place (Recovery.write_back)."""
+        self.recovery.write_back(self.require_live())
+        self._renew_trainer()
 
-    def _reconcile(self, commit: Commit | None) -> int:
-        """The weights are those of the last commit: jobs after it are queued again. 1 if there were any."""
-        self._marks.clear(num_steps_of(commit))
-        running = (commit.extra.get("running") or {}) if commit else {}
-        # Without a commit the directory holds none of our jobs, but those called durable were in one that
-        # the user has replaced since: they are not trained into the new one unasked.
-        durable = self._queue.list(limit=1, state="durable")
-        applied_seq = commit.applied_seq if commit else (durable[0].seq if durable else 0)
-        if commit is not None and commit.extra.get("queue_id") != self._queue.queue_id:
-            log.warning("the checkpoint's record of jobs is of another queue file; it is not used")
-            applied_seq, running = (durable[0].seq if durable else 0), {}
-        lost = self._queue.reconcile(applied_seq, running.get("job_id"), running.get("steps_done", 0))
-        again = [job for job in lost if job.state == "queued"]
-        if again:
-            jobs = "1 job was" if len(again) == 1 else f"{len(again)} jobs were"
-            log.warning("%s in the lost weights only, not in the checkpoint: training again", jobs)
-        return 1 if again else 0
+    def restore_version(self, weight_version: int) -> Commit:
+        """Recovery.restore_version, with that version's moments."""
+        commit = self.recovery.restore_version(self.require_live(), weight_version)
+        self._renew_trainer()
+        return commit
 
-    def _mend_last_step(self, last: LastStep) -> int:
-        """After a crash of the worker alone. 1 where the weights had to be restored.
+    def undo_torn_step(self) -> bool:
+        """After an error inside a step (out of memory, a CUDA error): the same recovery as after a crash.
+        Whether the weights were written back."""
+        if self.live is None or not self.recovery.marks.is_torn or not self.recovery.mend(self.live):
+            return False
+        self._renew_trainer()
+        return True
 
-        A step that ended but was not recorded is recorded; one that did not end left weights that are neither
-        before nor after it: they are restored from the last commit, and what came after it is trained again.
-        """
-        job = next(
-            (j for j in self._queue.list(limit=1, state="running") if j.job_id.endswith(last.job_id)), None
-        )
-        if last.is_torn and self._config.train.on_torn_step == "accept" and job is not None:
-            log.warning(
-                "step %d of job %s was cut off; going on with the weights as they are (on_torn_step)",
-                *(last.begun, last.job_id),
-            )
-            self._marks.clear(last.num_steps)
-            return 1
-        if last.is_torn:
-            log.warning(
-                "step %d of job %s was cut off; restoring the last checkpoint", last.begun, last.job_id
-            )
-            self.restore_last_commit()
-            return 1
-        if job is not None and last.ended == job.steps_done + 1:
-            self._queue.record_step(job.job_id, last.ended, last.loss)
-        return 0
-
-    def restore_last_commit(self) -> None:
-        """Live weights of the last checkpoint; jobs that it does not hold are queued again.
-
-        Cut off, it is done again by the next trainer: the step's mark stays torn until the end.
-        """
-        assert self.live is not None
-        recover(self.live.model_dir)
-        commit = current_commit(self.live.model_dir)
-        restore(self.live)
-        self._reconcile(commit)
+    def _renew_trainer(self) -> None:
+        live = self.require_live()
         if self.trainer is not None:
             self.trainer.close()
-            self.trainer = self._make_trainer(self.live)
-            load_optimizer(self.trainer, self.live.model_dir, commit)
-
-    def undo_torn_step(self) -> None:
-        """After an error inside a step (out of memory, a CUDA error): the same recovery as after a crash."""
-        last = self._marks.read()
-        if last is None or not last.is_torn or self.live is None:
-            return
-        self._mend_last_step(last)
-
-
-def num_steps_of(commit: Commit | None) -> int:
-    """Steps of the optimizer whose state is in `commit`."""
-    return commit.extra.get("optimizer_steps", 0) if commit else 0
+        self.trainer = self._make_trainer(live)
+        load_optimizer(self.trainer, live.model_dir, current_commit(live.model_dir))
 
 
 def load_optimizer(trainer: Trainer, model_dir: Path, commit: Commit | None) -> bool:
@@ -259,44 +203,12 @@ def make_writer(live: LiveModel, config: Config) -> CheckpointWriter:
     )
 
 
-@torch.no_grad()
-def restore(live: LiveModel | None) -> None:
-    """Writes the shards on disk back into the live weights, in place. Recover them before."""
-    assert live is not None
-    index = shard_index(live.model_dir)
-    for name, tensor in live.trained_tensors().items():
-        if name in index:
-            with safe_open(live.model_dir / index[name].shard, "pt") as shard:
-                tensor.copy_(shard.get_tensor(name))
-
-
-def current_commit(model_dir: Path) -> Commit | None:
-    """The last commit, or None where there is none or the shards are not the ones that it left any more."""
-    commit = read_commit(model_dir)
-    if commit is not None and not is_current(model_dir, commit):
-        log.warning(
-            "%s: the shards were replaced since the commit of weight version %d; its optimizer state and its "
-            "record of jobs are not used",
-            *(model_dir, commit.weight_version),
-        )
-        return None
-    return commit
-
-
-def read_tokeniser(live: LiveModel, config: Config) -> Tokeniser:
+def model_facts(live: LiveModel, trainer: Trainer, config: Config) -> ModelFacts:
     """Examples may be as long as both the configuration and the model's positions allow."""
     positions = getattr(live.model.config, "max_position_embeddings", None) or config.train.max_tokens
-    return load_tokeniser(
-        live.model_dir,
-        vocab_size=vocab_size_of(live.model),
-        max_tokens=min(config.train.max_tokens, positions),
-    )
-
-
-def model_facts(live: LiveModel, trainer: Trainer, tokeniser: Tokeniser) -> ModelFacts:
     return ModelFacts(
         model_dir=str(live.model_dir),
-        vocab_size=tokeniser.vocab_size,
-        max_tokens=tokeniser.max_tokens,
+        vocab_size=vocab_size_of(live.model),
+        max_tokens=min(config.train.max_tokens, positions),
         smaller_dims=trainer.smaller_dims(),
     )

@@ -1,4 +1,4 @@
-"""The trainer's main loop: take -> tokenise -> train -> publish -> record, one job at a time, for ever.
+"""The trainer's main loop: take -> train -> publish -> record, one job at a time, for ever.
 
 It runs in a process of its own. On a CPU this thread is put off while vLLM computes, with the interpreter's
 lock in its hand: what must answer in time is in the front (apollo_worker.front.front).
@@ -15,10 +15,9 @@ from functools import partial
 
 import torch
 
-from apollo_ipc.checkpoint import history, read_commit, restore_version
-from apollo_ipc.errors import ApolloError, Conflict, NotReady, UserError
+from apollo_ipc.checkpoint import history, read_commit
+from apollo_ipc.errors import ApolloError, CheckpointError, Conflict, NotReady, UserError
 from apollo_ipc.wire.messages import RestoreResult, RestoreVersion, SyncCheckpoint
-from apollo_worker.jobs.job_plan import Plan, plan
 from apollo_worker.jobs.queue import Job, JobQueue
 from apollo_worker.link.status_board import Asked
 from apollo_worker.process import use_idle_priority
@@ -26,6 +25,7 @@ from apollo_worker.step.loss_guard import LossGuard
 from apollo_worker.step.step import VllmDied
 from apollo_worker.trainer.attachment import Attachment
 from apollo_worker.trainer.front_end import TrainerEnd
+from apollo_worker.trainer.recovery import Recovery
 from apollo_worker.trainer.step_marks import StepMarks
 from apollo_worker.trainer.sync_policy import Syncing
 
@@ -43,10 +43,10 @@ def is_device_lost(error: Exception) -> bool:
     return is_accelerator and not isinstance(error, torch.OutOfMemoryError)
 
 
-class TrainingWorker:
+class MainLoop:
     def __init__(self, end: TrainerEnd):
         self.config = config = end.config
-        self.front, self.shared = end, end.shared
+        self.front_end, self.shared = end, end.shared
         # The front answers clients and never holds the file for long; a job must not fail on it.
         busy_timeout_s = config.worker.step_timeout_s
         self.queue = JobQueue(
@@ -54,7 +54,8 @@ class TrainingWorker:
         )
         self.queue.on_change = end.on_change
         self.marks = StepMarks(config.state_dir / "step.marks")
-        self.attachment = Attachment(config, self.shared, self.queue, self.marks, end.tell_model)
+        recovery = Recovery(config, self.shared, self.queue, self.marks)
+        self.attachment = Attachment(config, self.shared, recovery, end.tell_model)
         self.syncing = Syncing(config.checkpoint, self.shared, self.queue, self.attachment, self.marks)
         self._published_at = time.monotonic()
         self._num_unpublished = 0  # steps since the last weight version
@@ -78,10 +79,8 @@ class TrainingWorker:
     def train(self, job: Job) -> None:
         """One job from its first step not done to its end. What goes wrong in it ends this job only."""
         try:
-            todo = self.tokenise(job)
-            self.train_steps(job, todo)
-            version = self.publish() if todo.num_steps else self.shared.weight_version
-            self.queue.remember_examples(job.info.job_id, todo.hashes_of(todo.num_steps))
+            self.train_steps(job)
+            version = self.publish() if job.plan.num_steps else self.shared.weight_version
             self.queue.finish(job.info.job_id, "applied", weight_version=version)
         except JobStopped as stopped:
             self.end_early(job, str(stopped))
@@ -101,35 +100,33 @@ class TrainingWorker:
                 raise
             self.fail(job, error)
         else:
-            self.syncing.note_job_done(todo.num_steps)
+            self.syncing.note_job_done(job.plan.num_steps)
+            self.forget_old_plans()
 
     def fail(self, job: Job, error: Exception) -> None:
         """Ends the job. A step that was cut off by the error is undone with the whole recovery of a crash."""
         log.exception("job %s failed", job.info.job_id)
         message = error.message if isinstance(error, ApolloError) else f"{type(error).__name__}: {error}"
-        self.queue.finish(job.info.job_id, "failed", error=message, traceback=traceback.format_exc())
-        if (
-            isinstance(error, UserError)
-            and error.code == "loss_spike"
-            and self.config.train.on_spike == "restore"
-        ):
+        is_spike = isinstance(error, UserError) and error.code == "loss_spike"
+        is_going_back = is_spike and self.config.train.on_spike == "restore"
+        if is_going_back:
             self.syncing.wait()
-            self.attachment.restore_last_commit()
+            self.marks.begin_write_back(self.attachment.require_live().boot_id)  # harmed, whatever comes
+        self.queue.finish(job.info.job_id, "failed", error=message, traceback=traceback.format_exc())
+        if is_going_back:
+            self.attachment.write_back()
+            self.announce()
+        elif self.attachment.undo_torn_step():
+            self.announce()
         else:
-            self.attachment.undo_torn_step()
-        self.publish()
+            self.publish()
 
-    def tokenise(self, job: Job) -> Plan:
-        assert self.attachment.tokeniser is not None
-        self.shared.show("tokenising", job_id=job.info.job_id)
-        return plan(job.request, self.attachment.tokeniser, self.queue, self.config.train)
-
-    def train_steps(self, job: Job, todo: Plan) -> None:
+    def train_steps(self, job: Job) -> None:
         """Raises JobStopped (cancel, stop of the worker), VllmDied, or UserError after too many bad steps."""
-        live, trainer, job_id = self.attachment.live, self.attachment.trainer, job.info.job_id
-        assert live is not None
+        live, trainer = self.attachment.require_live(), self.attachment.trainer
+        job_id, todo = job.info.job_id, job.plan
         assert trainer is not None
-        trainer.use_rank(job.request.options.rank)
+        trainer.use_rank(todo.rank)
         if todo.num_steps:
             self.queue.add_notes(job_id, trainer.prepare_accumulation(todo.accumulate_steps))
         guard = LossGuard(self.config.train.max_bad_steps, self.config.train.spike_ratio)
@@ -178,12 +175,18 @@ class TrainingWorker:
 
     def publish(self) -> int:
         """A new weight version: routers drop the KV that older weights computed. Returns the version."""
-        self.attachment.set_version(self.shared.weight_version + 1)
+        self.marks.check_whole()
+        version = self.shared.weight_version + 1
+        self.attachment.recovery.set_version(self.attachment.require_live(), version)
+        self.announce()
+        return version
+
+    def announce(self) -> None:
+        """The version as it is, which a write-back has raised already."""
         version = self.shared.weight_version
-        if not self.front.publish(version):
+        if not self.front_end.publish(version):
             log.info("weight version %d: no router has confirmed yet", version)
         self._published_at, self._num_unpublished = time.monotonic(), 0
-        return version
 
     # --- what may happen between two steps ---
 
@@ -209,55 +212,45 @@ class TrainingWorker:
                 error.http_status = 409
                 raise error
             asked.done.set_result(self.restore_version(asked.request.weight_version))
-        except ApolloError as error:
-            log.warning("restoring version %d: %s", asked.request.weight_version, error.message)
-            asked.done.set_exception(error)
+        except BaseException as error:
+            log.warning("restoring version %d: %s", asked.request.weight_version, error)
+            reply = (
+                error if isinstance(error, ApolloError) else CheckpointError(f"the restore failed: {error}")
+            )
+            asked.done.set_exception(reply)
+            if self.marks.is_torn or not isinstance(error, ApolloError):
+                raise  # the next trainer mends
 
     def restore_version(self, weight_version: int) -> RestoreResult:
         """Writes an older version back: on disk as a new commit, then into the live weights.
 
-        The present state is synced first where it can be, so that this step back can be undone. A crash on
-        the way leaves a torn mark: the next trainer brings the live weights to the last commit, old or new.
+        The present state is synced first where it can be, so that this step back can be undone.
         """
-        live, started = self.attachment.live, time.monotonic()
-        assert live is not None
+        live, started = self.attachment.require_live(), time.monotonic()
         before = read_commit(live.model_dir)
         if before is None:
             raise UserError("nothing was synced yet, so there is no older version", field="VERSION")
-        version = history.find(before, weight_version)
+        history.find(before, weight_version)
         log.warning("restoring weight version %d; now it is %d", weight_version, self.shared.weight_version)
         if self._has_changed():
             self.sync_before_restore()
         self.syncing.wait()
         self.shared.show("restoring")
-        self.marks.begin(live.boot_id, "restore", 1)
-        try:
-            commit = restore_version(
-                live.model_dir,
-                weight_version,
-                new_version=self.shared.weight_version + 1,
-                applied_seq=self.queue.applied_seq(),
-                num_kept=self.config.checkpoint.history,
-            )
-        except ApolloError:
-            self.marks.end(live.boot_id, "restore", 1, 0.0, is_counted=False)  # no live weight was touched
-            raise
-        undone = self.queue.note_undone(
-            version.applied_seq, f"undone: weight version {weight_version} restored"
-        )
-        self.attachment.restore_last_commit()
-        self.attachment.set_version(commit.weight_version - 1)
-        new_version = self.publish()
+        num_undone = self.queue.count("undone")
+        commit = self.attachment.restore_version(weight_version)
+        self.announce()
+        num_undone = self.queue.count("undone") - num_undone
+        new_version = self.shared.weight_version
         # What a sync said of the weights that are gone (NaN, for one) is over with them.
         self.shared.durable_version, self.shared.sync_error = new_version, None
         log.warning(
-            "weight version %d restored as %d; %d jobs undone", weight_version, new_version, len(undone)
+            "weight version %d restored as %d; %d jobs undone", weight_version, new_version, num_undone
         )
         return RestoreResult(
             restored_version=weight_version,
             weight_version=new_version,
             num_tensors_changed=sum(before.tensors.get(n) != d for n, d in commit.tensors.items()),
-            num_jobs_undone=len(undone),
+            num_jobs_undone=num_undone,
             has_optimizer=commit.optimizer is not None,
             duration_s=time.monotonic() - started,
         )
@@ -269,6 +262,9 @@ class TrainingWorker:
         except ApolloError as error:
             # Weights that no sync takes (NaN) are what a restore is for.
             log.warning("the present weights are not kept, since they cannot be synced: %s", error.message)
+
+    def forget_old_plans(self) -> None:
+        self.queue.forget_plans(time.time() - self.config.worker.keep_examples_s)
 
     def _has_changed(self) -> bool:
         return self._num_unpublished > 0 or self.shared.weight_version != self.shared.durable_version
@@ -285,8 +281,8 @@ class TrainingWorker:
         """Syncs what changed, lets go of the weights. Without a front the next trainer waits: no sync."""
         # `shared.attached` is set at the end of an attach: weights that were not yet mended are not synced.
         live = self.attachment.live
-        is_attached = self.shared.attached and live is not None and live.is_alive()
-        is_wanted = self.config.checkpoint.sync_at_stop and self.front.has_front
+        is_attached = self.shared.attached and live is not None and live.is_alive() and not self.marks.is_torn
+        is_wanted = self.config.checkpoint.sync_at_stop and self.front_end.has_front
         try:
             if is_attached and is_wanted:
                 self.syncing.sync_at_stop(self._has_changed())

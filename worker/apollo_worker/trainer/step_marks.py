@@ -1,7 +1,9 @@
-"""Begin and end marks of training steps: what a worker that was killed leaves behind about its last step.
+"""What a trainer that was killed leaves behind about the live weights: step.marks and state.json.
 
-One page of a file, mapped: a store survives the death of this process, and nothing more is needed, since the
-live weights that it speaks of do not outlive a power cut either. Tied to one boot of vLLM.
+The marks are one page of a file, mapped: a store survives the death of this process, and nothing more is
+needed, since the live weights that it speaks of do not outlive a power cut either. Tied to one boot of vLLM.
+A mark that is begun and not ended is torn: the weights are neither those of before nor those of after. While
+one stands there is no other step, no sync and no new weight version (TornWeights).
 """
 
 from __future__ import annotations
@@ -13,8 +15,18 @@ from pathlib import Path
 
 import msgspec
 
+from apollo_ipc.errors import ApolloError, AttachError
+
+WRITE_BACK = "write-back"  # stands for a job's id in the mark of a write that is no step
+
 # boot_id, job_id's tail, begun, ended, loss of the step that ended, num_steps
 _LAYOUT = struct.Struct("<32s24sQQdQ")
+
+
+class TornWeights(ApolloError):
+    """The live weights are half written; only a write-back from the checkpoint mends them."""
+
+    code = "torn_weights"
 
 
 class LastStep(msgspec.Struct, frozen=True):
@@ -50,8 +62,28 @@ class StepMarks:
         job_id = job.rstrip(b"\0").decode("ascii", "replace")
         return LastStep(boot_id, job_id, begun, ended, loss, num_steps)
 
+    @property
+    def is_torn(self) -> bool:
+        last = self.read()
+        return last is not None and last.is_torn
+
+    def check_whole(self) -> None:
+        """Raises TornWeights."""
+        if self.is_torn:
+            raise TornWeights(
+                "a write of the live weights was cut off; the next trainer restores the last checkpoint"
+            )
+
     def begin(self, boot_id: str, job_id: str, step: int) -> None:
+        """Before the first write of a step. Raises TornWeights."""
+        self.check_whole()
         self._write(boot_id, job_id, step, step - 1, 0.0)
+
+    def begin_write_back(self, boot_id: str) -> None:
+        """Before the first write that is no step. A torn step's own mark says as much, and is kept."""
+        last = self.read()
+        if last is None or not last.is_torn or last.boot_id != boot_id:
+            self._write(boot_id, WRITE_BACK, 1, 0, 0.0)
 
     def end(self, boot_id: str, job_id: str, step: int, loss: float, *, is_counted: bool = True) -> None:
         """Only after the device has done the step's last write. is_counted: by the main optimizer."""
@@ -73,3 +105,42 @@ class StepMarks:
 
     def close(self) -> None:
         self._page.close()
+
+
+class LiveState(msgspec.Struct, frozen=True):
+    """model_dir: the model that this state directory's jobs belong to; boot_id: the vLLM last attached to;
+    weight_version: the newest version published to it."""
+
+    model_dir: str
+    boot_id: str
+    weight_version: int
+
+
+def read_state(state_dir: Path) -> LiveState | None:
+    path = state_dir / "state.json"
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=LiveState)
+    except FileNotFoundError:
+        return None
+    except msgspec.DecodeError as error:
+        raise AttachError(f"{path} is damaged ({error}); see docs/operations.md on what it holds") from None
+
+
+def write_state(state_dir: Path, state: LiveState) -> None:
+    """By rename; flushed first, or a power cut could leave an empty file under the name."""
+    temporary = state_dir / f".state.json.{os.getpid()}"
+    with temporary.open("wb") as file:
+        file.write(msgspec.json.encode(state))
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(temporary, state_dir / "state.json")
+
+
+def check_same_model(state: LiveState | None, model_dir: str, state_dir: Path) -> None:
+    """Raises AttachError when the jobs in `state_dir` were made for another model: replayed there, they would
+    train the wrong one."""
+    if state is not None and state.model_dir != model_dir:
+        raise AttachError(
+            f"the state directory {state_dir} belongs to the model {state.model_dir}, but vLLM serves "
+            f"{model_dir}; give this model a state directory of its own (paths.state_dir or --state-dir)"
+        )

@@ -97,6 +97,7 @@ class Syncing:
 
     def _start(self, kind: SyncKind, waiting: list[Future]) -> None:
         self.wait()
+        self._marks.check_whole()
         attached, shared = self._attachment, self._shared
         live, writer, trainer = attached.live, attached.writer, attached.trainer
         if live is None or not live.is_alive():

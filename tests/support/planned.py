@@ -1,0 +1,35 @@
+"""Jobs in a queue without a tokenizer: a request's plan has the bytes of its text as tokens."""
+
+from __future__ import annotations
+
+from apollo_worker.jobs.example import TokenisedExample, content_hash, request_digest
+from apollo_worker.jobs.job_plan import JobPlan
+from apollo_worker.jobs.queue import Job, JobQueue
+
+from apollo_ipc.wire.messages import JobInfo
+from apollo_ipc.wire.requests import TrainRequest
+
+
+def plan_of(request: TrainRequest, num_steps: int = 1, num_skipped: int = 0) -> JobPlan:
+    texts = [str(one.completion or one.messages or one.continuation_ids).encode() for one in request.examples]
+    return JobPlan(
+        examples=[TokenisedExample([0, *text], [False] + [True] * len(text)) for text in texts],
+        hashes=[content_hash(example) for example in request.examples],
+        num_examples=len(request.examples),
+        num_steps=num_steps,
+        lr=request.options.lr or 1e-3,
+        weight_decay=0.0,
+        schedule="constant",
+        warmup_fraction=0.0,
+        num_skipped=num_skipped,
+        rank=request.options.rank,
+    )
+
+
+def submit(queue: JobQueue, request: TrainRequest, *, num_steps: int = 1, **options) -> JobInfo:
+    return queue.submit(plan_of(request, num_steps), request_digest(request), **options)
+
+
+def text_of(job: Job) -> str:
+    """The completion of its first example."""
+    return bytes(job.plan.examples[0].input_ids[1:]).decode()
