@@ -22,9 +22,10 @@ Resolved = Literal["constant", "cosine"]
 class JobPlan(msgspec.Struct, frozen=True, omit_defaults=True):
     """Everything that a job's steps depend on, but the optimizer's own configuration.
 
-    examples: the sequences to train, in order; hashes: for each, the hash of its example's content where it is
-    the example's last sequence, else None; num_examples: as sent, num_skipped of them known before; num_steps:
-    updates over all epochs; lr: peak; accumulate_steps: sequences of one update; rank: the job's own, None for the optimizer's. Stored: a new field goes last and has a default.
+    examples: the sequences to train, in order; hashes: for each, the hash of its example's content where it
+    is the example's last sequence, else None; num_examples: as sent, num_skipped of them known before;
+    num_steps: updates over all epochs; lr: peak; accumulate_steps: sequences of one update; rank: the job's
+    own, None for the optimizer's. Stored: a new field goes last and has a default.
     """
 
     examples: list[TokenisedExample]
