@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 
-
 import msgspec
 import pytest
 from apollo_worker.jobs.example import content_hash, request_digest
@@ -76,6 +75,7 @@ def test_the_file_and_its_companions_are_private(queue, path):
 CHILD = """
 import sys
 sys.path.insert(0, sys.argv[3])
+from pathlib import Path
 
 from apollo_ipc.wire.requests import Example, TrainRequest
 from apollo_worker.jobs.queue import JobQueue
