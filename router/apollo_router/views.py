@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from apollo_ipc.checkpoint import ShardTensor
 from apollo_ipc.manifest import Refusal, View
+from apollo_router.derived import storage_of
 
 aten = torch.ops.aten
 # safetensors' names; any other is a quantized format, whose tensors only need a shape to be told apart
@@ -55,7 +56,7 @@ def record_loading(model: nn.Module, checkpoint: Mapping[str, ShardTensor]) -> R
         for name, t in checkpoint.items()
     }
     recording = Recording({n: tuple(t.shape) for n, t in sources.items()}, defaultdict(list), {})
-    live = {_storage(t) for t in _all_tensors(model)}
+    live = {storage_of(t) for t in _all_tensors(model)}
     with torch.no_grad(), _Recorder(sources, live, recording):
         try:
             model.load_weights(iter(sources.items()))  # pyright: ignore[reportCallIssue]
@@ -69,18 +70,13 @@ def _all_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
     yield from model.buffers()
 
 
-def _storage(tensor: torch.Tensor) -> int:
-    """Identity of the storage, shared by a tensor and its views; unlike an address it exists on meta too."""
-    return tensor.untyped_storage()._cdata
-
-
 class _Recorder(TorchDispatchMode):
     def __init__(self, sources: Mapping[str, torch.Tensor], live: set[int], recording: Recording):
         super().__init__()
         self._recording = recording
         self._live = live
         # meta storage -> (checkpoint name, element of it at the storage's start)
-        self._origin = {_storage(t): (name, 0) for name, t in sources.items()}
+        self._origin = {storage_of(t): (name, 0) for name, t in sources.items()}
         self._changed: dict[int, tuple[str, str]] = {}  # meta storage -> (name, operation that changed it)
         self._kept: list[torch.Tensor] = list(sources.values())  # a freed storage's address would be reused
         self._scalar_from: str | None = None
@@ -105,7 +101,7 @@ class _Recorder(TorchDispatchMode):
         return out
 
     def _is_live(self, tensor: Any) -> bool:
-        return isinstance(tensor, torch.Tensor) and _storage(tensor) in self._live
+        return isinstance(tensor, torch.Tensor) and storage_of(tensor) in self._live
 
     def _live_target(self, func, args, kwargs) -> torch.Tensor | None:
         for argument, value in zip(func._schema.arguments, args, strict=False):
@@ -116,21 +112,21 @@ class _Recorder(TorchDispatchMode):
     def _name_of(self, tensor: Any) -> str | None:
         if not isinstance(tensor, torch.Tensor) or tensor.device.type != "meta":
             return None
-        origin = self._origin.get(_storage(tensor))
+        origin = self._origin.get(storage_of(tensor))
         return origin[0] if origin else None
 
     def _follow(self, func, args, out) -> None:
         """Notes for new meta storages which checkpoint tensor they came from, and whether still as it was."""
         if not isinstance(out, torch.Tensor) or out.device.type != "meta":
             return
-        key = _storage(out)
+        key = storage_of(out)
         if key in self._origin or key in self._changed:
             return
         inputs = [a for arg in args for a in (arg if isinstance(arg, list | tuple) else [arg])]
         for tensor in inputs:
             if not isinstance(tensor, torch.Tensor) or tensor.device.type != "meta":
                 continue
-            source = _storage(tensor)
+            source = storage_of(tensor)
             if source in self._origin:
                 name, start = self._origin[source]
                 self._kept.append(out)
@@ -147,7 +143,7 @@ class _Recorder(TorchDispatchMode):
     def _note(self, dst: torch.Tensor, src: Any) -> None:
         if not isinstance(src, torch.Tensor) or src.device.type != "meta":
             return
-        key = _storage(src)
+        key = storage_of(src)
         if key in self._changed:
             name, operation = self._changed[key]
             self._recording.derived[name] = operation
@@ -158,7 +154,7 @@ class _Recorder(TorchDispatchMode):
         src = src.expand(dst.shape) if src.shape != dst.shape else src
         self._recording.copies[name].append(
             Copy(
-                dst_storage=_storage(dst),
+                dst_storage=storage_of(dst),
                 dst_offset=int(dst.storage_offset()),
                 dst_stride=dst.stride(),
                 src_offset=start + src.storage_offset(),
@@ -170,7 +166,7 @@ class _Recorder(TorchDispatchMode):
     def _note_scalar(self, dst: torch.Tensor) -> None:
         name, self._scalar_from = self._scalar_from, None
         assert name is not None
-        self._recording.copies[name].append(Copy(_storage(dst), int(dst.storage_offset()), (), 0, (), ()))
+        self._recording.copies[name].append(Copy(storage_of(dst), int(dst.storage_offset()), (), 0, (), ()))
 
 
 def derive_views(
@@ -186,7 +182,7 @@ def derive_views(
         return {}, [Refusal("*", f"replaying the model's load_weights failed: {recording.error}")]
     by_storage: dict[int, str] = {}
     for name, parameter in parameters.items():
-        by_storage.setdefault(_storage(parameter), name)
+        by_storage.setdefault(storage_of(parameter), name)
     views: dict[str, View] = {}
     refused: list[Refusal] = []
     for name, shape in recording.shapes.items():

@@ -85,10 +85,14 @@ def write_manifest(manifest: Manifest, runtime_dir: Path) -> Path:
     path = manifest_path(runtime_dir, manifest.rank)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.unlink(missing_ok=True)
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(fd, "wb") as file:
-        file.write(msgspec.json.encode(manifest))
-    os.rename(temporary, path)
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(fd, "wb") as file:
+            file.write(msgspec.json.encode(manifest))
+        os.rename(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # a full disk needs the room
+        raise
     return path
 
 
@@ -128,13 +132,19 @@ def read_manifest(runtime_dir: Path, rank: int = 0) -> Manifest | None:
 
 
 def start_ticks(pid: int) -> int | None:
-    """When process `pid` started, in clock ticks since boot (proc(5), field 22), or None if it is gone."""
+    """When process `pid` started, in clock ticks since boot (proc(5), field 22), or None if it has ended."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return None
     # The command name (field 2) may hold spaces and brackets: count from the last one.
-    return int(text.rpartition(")")[2].split()[19])
+    fields = text.rpartition(")")[2].split()
+    return None if fields[0] in "ZX" else int(fields[19])  # a zombie only waits for its parent
+
+
+def is_running(manifest: Manifest) -> bool:
+    """Whether the process that owns the memory still runs."""
+    return start_ticks(manifest.pid) == manifest.pid_start_ticks
 
 
 def is_served(runtime_dir: Path, model_dir: Path) -> bool:
@@ -142,4 +152,4 @@ def is_served(runtime_dir: Path, model_dir: Path) -> bool:
     manifest = read_manifest(runtime_dir)
     if manifest is None or Path(manifest.model_path).resolve() != model_dir.resolve():
         return False
-    return start_ticks(manifest.pid) == manifest.pid_start_ticks
+    return is_running(manifest)

@@ -163,6 +163,12 @@ def test_systemd_finds_nothing_wrong_with_the_units(tmp_path):
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
+def test_a_stop_is_told_to_the_main_process_alone(unit):
+    """The others (the trainer, a compiler at work for it) are ended by it, in order."""
+    assert "\nKillMode=mixed\n" in unit.read_text() or "\nType=oneshot\n" in unit.read_text()
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
 def test_the_units_let_the_worker_reach_vllms_memory(unit):
     settings = [
         line.partition("=")[::2] for line in unit.read_text().splitlines() if "=" in line and line[0] != "#"

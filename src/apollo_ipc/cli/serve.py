@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +17,7 @@ from apollo_ipc.cli.processes import has_vllm, vllm_environment, worker_command,
 from apollo_ipc.config import Config, load_config, make_private_dir
 from apollo_ipc.errors import AlreadyRunning, ConfigError, UserError
 from apollo_ipc.keys import train_key
-from apollo_ipc.manifest import read_manifest, start_ticks
+from apollo_ipc.manifest import is_running, read_manifest
 from apollo_ipc.model_dir import check_model_dir
 from apollo_ipc.process.notify import notify
 from apollo_ipc.process.serving import vllm_command
@@ -34,11 +36,14 @@ CANNOT_WORK = {
     "--pipeline-parallel-size": "weights split over several devices are not supported",
     "--data-parallel-size": "several copies of the weights are not supported",
 }
+# Flags that only `vllm serve` reads; we start the server behind it (vllm.entrypoints.openai.api_server).
+IS_IGNORED = {"--api-server-count": "one API server is started"}
 _SHORT = {
     "-q": "--quantization",
     "-tp": "--tensor-parallel-size",
     "-pp": "--pipeline-parallel-size",
     "-dp": "--data-parallel-size",
+    "-asc": "--api-server-count",
 }
 
 
@@ -67,6 +72,7 @@ def serve(
     config = load_config(config_file)
     model_dir = check_model_dir(model_dir)
     flags = check_vllm_flags(context.args)
+    check_front_end(os.environ)
     check_port_is_free(host, port)
     make_private_dir(config.runtime_dir)
     check_nobody_serves(config)
@@ -103,7 +109,18 @@ def check_vllm_flags(flags: list[str]) -> list[str]:
             )
         if flag in CANNOT_WORK and value != "1":
             say(f"warning: with {flag} training will be refused: {CANNOT_WORK[flag]}")
+        if flag in IS_IGNORED and value != "1":
+            say(f"warning: {flag} has no effect: {IS_IGNORED[flag]}")
     return flags
+
+
+def check_front_end(environ: Mapping[str, str]) -> None:
+    """Raises ConfigError: vLLM's front end in Rust serves fixed routes, without /train."""
+    if environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
+        raise ConfigError(
+            "that front end has no /train and drops no prefix cache for new weights; unset it",
+            field="VLLM_USE_RUST_FRONTEND",
+        )
 
 
 def _named(flags: list[str]) -> list[tuple[str, str | None]]:
@@ -134,7 +151,7 @@ def check_port_is_free(host: str, port: int) -> None:
 def check_nobody_serves(config: Config) -> None:
     """Raises AlreadyRunning where a living vLLM has this runtime directory: its worker would be ours."""
     manifest = read_manifest(config.runtime_dir)
-    if manifest is not None and start_ticks(manifest.pid) == manifest.pid_start_ticks:
+    if manifest is not None and is_running(manifest):
         raise AlreadyRunning(
             f"a vLLM (process {manifest.pid}, {manifest.model_path}) already shares its weights in "
             f"{config.runtime_dir}; stop it, or give this one a paths.runtime_dir of its own",

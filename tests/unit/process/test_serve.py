@@ -18,6 +18,7 @@ import pytest
 from apollo_ipc.cli import serve
 from apollo_ipc.cli.processes import vllm_environment, worker_command, worker_environment
 from apollo_ipc.config import Config, Paths, load_config
+from apollo_ipc.errors import ConfigError
 from apollo_ipc.process import supervise
 from apollo_ipc.process.serving import vllm_command
 
@@ -226,6 +227,19 @@ def test_flags_under_which_training_cannot_work_are_named(capsys, flags, warned)
     serve.check_vllm_flags(flags)
     said = capsys.readouterr().err
     assert (f"with {warned} training will be refused" in said) if warned else said == ""
+
+
+@pytest.mark.parametrize("flags", [["--api-server-count", "2"], ["-asc=2"], ["--api_server_count=2"]])
+def test_a_flag_that_has_no_effect_is_told(capsys, flags):
+    serve.check_vllm_flags(flags)
+    assert "--api-server-count has no effect: one API server is started" in capsys.readouterr().err
+
+
+def test_vllms_front_end_in_rust_is_refused_by_name():
+    serve.check_front_end({"VLLM_USE_RUST_FRONTEND": "0"})
+    with pytest.raises(ConfigError, match="that front end has no /train") as refused:
+        serve.check_front_end({"VLLM_USE_RUST_FRONTEND": "1"})
+    assert refused.value.field == "VLLM_USE_RUST_FRONTEND"
 
 
 def test_start_up_is_told_as_it_goes(capsys):
