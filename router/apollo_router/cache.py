@@ -1,4 +1,4 @@
-"""Dropping what vLLM computed with older weights.
+"""Dropping what vLLM computed with older weights, when the worker asks for it.
 
 KV blocks in the prefix cache belong to the weights that computed them. Seen on vLLM 0.32: without
 `reset_running_requests` the reset clears nothing while any block is in use, so never under load; with it,
@@ -10,39 +10,60 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Any
 
 from apollo_ipc.errors import ApolloError, NotReady
+from apollo_ipc.wire.messages import CacheDropped
 from apollo_router import metrics
 from apollo_router.log import logger
 
+DROP_TIMEOUT_S = 30.0
+
 
 class CacheDropper:
-    """Drops this engine's caches on the worker's request; one drop at a time."""
+    """Drops this engine's caches on the worker's request; one drop at a time, and the newest version wins."""
 
     def __init__(self) -> None:
         self._engine_client: Any = None  # vllm.engine.protocol.EngineClient, from init_state on
-        self._lock = asyncio.Lock()
+        self._wanted: int | None = None
+        self._needed = asyncio.Event()
 
     def set_engine(self, engine_client: Any) -> None:
         self._engine_client = engine_client
+
+    def want(self, weight_version: int) -> None:
+        """`run` drops soon."""
+        self._wanted = weight_version
+        self._needed.set()
+
+    async def run(self, answer: Callable[[CacheDropped], Any]) -> None:
+        """For ever. answer: sends it to the worker, which asks again for what failed or was not answered."""
+        while True:
+            await self._needed.wait()
+            self._needed.clear()
+            version, error = self._wanted, None
+            assert version is not None
+            try:
+                await asyncio.wait_for(self.drop(version), DROP_TIMEOUT_S)
+            except Exception as failure:
+                metrics.cache_drop_failures.inc()
+                logger.warning("could not drop the cache for weights %d: %r", version, failure)
+                error = f"{type(failure).__name__}: {failure}"
+            if self._wanted == version:  # asked for once more meanwhile: this drop was the answer
+                self._needed.clear()
+            answer(CacheDropped(version, ok=error is None, error=error))
 
     async def drop(self, weight_version: int) -> None:
         """When this returns, no request that starts from now on reuses KV of older weights.
 
         Raises NotReady before vLLM has an engine client, ApolloError where vLLM says that it kept blocks.
         """
-        engine_client = self._engine_client
-        if engine_client is None:
+        if self._engine_client is None:
             raise NotReady("vLLM has no engine yet")
-        async with self._lock:
-            started = time.perf_counter()
-            try:
-                await _drop(engine_client)
-            except BaseException:
-                metrics.cache_drop_failures.inc()
-                raise
-            duration_s = time.perf_counter() - started
+        started = time.perf_counter()
+        await _drop(self._engine_client)
+        duration_s = time.perf_counter() - started
         metrics.cache_drop_seconds.observe(duration_s)
         logger.info("weights %d: prefix cache dropped in %.1f ms", weight_version, duration_s * 1e3)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable
-from contextlib import asynccontextmanager, suppress
-from typing import TypeVar
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from starlette.requests import ClientDisconnect, Request
@@ -48,18 +48,16 @@ class Gateway:
     @asynccontextmanager
     async def open(self, app: FastAPI) -> AsyncIterator[None]:
         async with WorkerClient(
-            self.config.socket_path, "router", self.cache.drop, lambda: self.served.boot_id
+            self.config.socket_path, "router", self.cache.want, lambda: self.served.boot_id
         ) as client:
             self._client = client
-            ticking = asyncio.create_task(self._tick(app))
+            tasks = [asyncio.create_task(self._tick(app)), asyncio.create_task(self.cache.run(client.tell))]
             try:
                 yield
             finally:
                 self._client = None
                 self._stopping.set()
-                ticking.cancel()
-                with suppress(asyncio.CancelledError):
-                    await ticking
+                await _end(*tasks)
 
     async def until_gone(self, work: Awaitable[T], request: Request | None = None) -> T:
         """`work`'s result. Raises NotReady when the server stops first, ClientDisconnect when the client of
@@ -79,8 +77,7 @@ class Gateway:
                 raise NotReady("the server is stopping; the worker goes on")
             raise ClientDisconnect
         finally:
-            for task in (working, stop, gone):
-                task.cancel()
+            await _end(working, stop, gone)
 
     async def _tick(self, app: FastAPI) -> None:
         while True:
@@ -100,6 +97,13 @@ class Gateway:
         metrics.worker_up.set(client.is_alive)
         if client.heartbeat is not None:
             metrics.weight_version.set(client.heartbeat.weight_version)
+
+
+async def _end(*tasks: asyncio.Future[Any]) -> None:
+    """Cancels them and waits for their ends: what they use may be closed only then."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _disconnected(request: Request) -> None:

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -22,7 +22,6 @@ import zmq
 import zmq.asyncio
 
 from apollo_ipc.errors import ApolloError, ConfigError, NotReady
-from apollo_ipc.follow import CacheFollower
 from apollo_ipc.wire.messages import (
     ACK_TIMEOUT_S,
     HELLO_INTERVAL_S,
@@ -85,8 +84,7 @@ class _Watch:
 class WorkerClient:
     """`async with WorkerClient(path, "cli") as client: reply = await client.request(GetStatus(""))`.
 
-    on_drop_cache: called with a weight version after the weights changed, one call at a time; once it has
-    returned, no request that starts may reuse KV of older weights. It is called again after it raised.
+    on_drop_cache: routers: called with the version of each DropCache; answered by `tell(CacheDropped(...))`.
     vllm_boot_id: routers: the vLLM they live in (None while unknown).
 
     Every method belongs to the event loop that entered the context. Raises ConfigError (path too long).
@@ -96,7 +94,7 @@ class WorkerClient:
         self,
         socket_path: Path,
         role: Literal["router", "cli"],
-        on_drop_cache: Callable[[int], Awaitable[None]] | None = None,
+        on_drop_cache: Callable[[int], None] | None = None,
         vllm_boot_id: Callable[[], str | None] | None = None,
     ):
         self.heartbeat: Heartbeat | None = None
@@ -108,7 +106,7 @@ class WorkerClient:
         self._refusal: ApolloError | None = None  # the worker speaks another protocol version
         self._requests: dict[str, _Request] = {}
         self._watches: dict[str, _Watch] = {}
-        self._cache = CacheFollower(on_drop_cache, lambda dropped: self._send(encode(dropped)))
+        self._on_drop_cache = on_drop_cache
 
     async def __aenter__(self) -> Self:
         self._said_hello = asyncio.Event()
@@ -121,9 +119,7 @@ class WorkerClient:
         self._socket.setsockopt(zmq.RCVHWM, MAX_WAITING_MESSAGES)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         self._socket.connect(self._address)
-        self._tasks = [
-            asyncio.create_task(task) for task in (self._read(), self._say_hello(), self._cache.run())
-        ]
+        self._tasks = [asyncio.create_task(task) for task in (self._read(), self._say_hello())]
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -250,6 +246,10 @@ class WorkerClient:
 
     # --- sending ---
 
+    def tell(self, message: Any) -> bool:
+        """Sends what gets no reply. Whether a connected worker's queue took it; never waits."""
+        return self._send(encode(message))
+
     def _send(self, data: bytes) -> bool:
         """Whether a connected worker's queue took it; never waits."""
         if self._socket.closed:
@@ -272,7 +272,6 @@ class WorkerClient:
                 role=self._role,
                 pid=os.getpid(),
                 vllm_boot_id=self._vllm_boot_id(),
-                cache_version=self._cache.version or 0,
             )
             if self._send(encode(hello)):
                 self._said_hello.set()
@@ -297,7 +296,6 @@ class WorkerClient:
         match message:
             case Heartbeat():
                 self.heartbeat, self._heard_at, self._refusal = message, time.monotonic(), None
-                self._cache.on_heartbeat(message)
             case Ack():
                 if request := self._requests.get(message.request_id):
                     request.acked.set()
@@ -308,7 +306,8 @@ class WorkerClient:
                     watch.latest = message
                     watch.changed.set()
             case DropCache():
-                self._cache.want(message.weight_version)
+                if self._on_drop_cache is not None:
+                    self._on_drop_cache(message.weight_version)
 
     def _on_reply(self, reply: Reply) -> None:
         if not reply.request_id and reply.error is not None:

@@ -190,7 +190,6 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     role: Literal["router", "cli"]
     pid: int
     vllm_boot_id: str | None = None  # routers: the vLLM they live in, once its manifest is written
-    cache_version: int = 0  # routers: the newest weight version for which they dropped the prefix cache
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
@@ -295,7 +294,7 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     worker_boot_id: str
     vllm_boot_id: str | None
     attached: bool
-    weight_version: int  # routers drop the prefix cache when this passes their cache_version
+    weight_version: int
     progress: Progress
 
 
@@ -326,7 +325,8 @@ class JobEvent(msgspec.Struct, frozen=True, tag=True):
 
 
 class DropCache(msgspec.Struct, frozen=True, tag=True):
-    """To one router: the weights are now at this version; drop the KV that older ones computed."""
+    """To one router: the weights are now at this version; drop the KV that older ones computed. Asked again,
+    of one router after another, until a CacheDropped confirms it."""
 
     weight_version: int
 

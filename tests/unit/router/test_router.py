@@ -274,7 +274,7 @@ def test_publishing_drops_the_prefix_cache_and_is_counted(config, worker):
 
 def test_a_cache_that_vllm_keeps_is_not_reported_as_dropped(config, worker):
     share_weights(config, "boot-a")
-    worker.shared.vllm_boot_id = "boot-a"
+    worker.shared.vllm_boot_id, worker.shared.attached = "boot-a", True
     with Server(FakeEngine(clears=False)) as server:
         worker.shared.weight_version = 1
         wait_until(lambda: len(server.engine.calls) > 0)

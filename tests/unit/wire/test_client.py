@@ -37,24 +37,6 @@ def served(directory):
         yield parts
 
 
-class Dropper:
-    """A prefix cache: remembers which versions it was dropped for, and whether two drops ever overlapped."""
-
-    def __init__(self, num_failures=0, takes_s=0.0):
-        self.versions, self.num_failures, self.takes_s = [], num_failures, takes_s
-        self.num_running = self.most_running = 0
-
-    async def drop(self, version):
-        self.num_running += 1
-        self.most_running = max(self.most_running, self.num_running)
-        await asyncio.sleep(self.takes_s)
-        self.num_running -= 1
-        if self.num_failures > 0:
-            self.num_failures -= 1
-            raise RuntimeError("blocks are in use")
-        self.versions.append(version)
-
-
 def test_a_request_is_answered_and_one_client_may_have_many_open(served, path):
     async def main():
         async with WorkerClient(path, "cli") as client:
@@ -207,65 +189,6 @@ def test_a_worker_that_refuses_the_protocol_version_is_quoted(path):
             assert caught.value.code == "protocol_mismatch"
             with pytest.raises(NotReady, match="protocol version 1"):
                 await anext(client.watch("job-1"))
-
-    asyncio.run(main())
-
-
-def test_publishing_drops_the_cache_of_this_vllm_s_router_before_it_returns(served, path):
-    service, shared, _ = served
-    shared.vllm_boot_id = "here"
-
-    async def main():
-        here, other = Dropper(takes_s=0.1), Dropper()
-        async with (
-            WorkerClient(path, "router", other.drop, lambda: "elsewhere") as far,
-            WorkerClient(path, "router", here.drop, lambda: "here") as near,
-        ):
-            await until(lambda: near.is_alive and far.is_alive)
-            for version in (1, 2, 3):
-                shared.weight_version = version
-                assert await asyncio.to_thread(service.publish, version)
-                assert here.versions[-1] == version
-            await asyncio.sleep(0.5)
-            assert here.versions == [1, 2, 3]  # not once more for the heartbeat
-            assert here.most_running == 1
-
-    asyncio.run(main())
-
-
-def test_a_router_that_comes_late_or_failed_to_drop_is_mended_by_the_heartbeat(served, path):
-    service, shared, _ = served
-    shared.weight_version = 4
-
-    async def main():
-        dropper = Dropper(num_failures=1)
-        async with WorkerClient(path, "router", dropper.drop) as client:
-            await until(lambda: dropper.versions == [4], 3.0)  # the first failed, a heartbeat asks again
-            assert await asyncio.to_thread(service.publish, 4)
-            dropper.num_failures = 1
-            shared.weight_version = 5
-            await asyncio.to_thread(service.publish, 5)
-            await until(lambda: dropper.versions == [4, 5], 3.0)
-            assert client.is_alive
-
-    asyncio.run(main())
-
-
-def test_drops_never_overlap_and_the_newest_version_wins(path):
-    async def main():
-        dropper = Dropper(takes_s=0.2)
-        async with WorkerClient(path, "router", dropper.drop), scripted(path) as worker:
-            await until(lambda: worker.kinds(m.Hello))
-            for version in (1, 2, 3):
-                await worker.beat(version)
-                await worker.send(m.DropCache(version))
-                await asyncio.sleep(0.03)
-            await until(lambda: m.CacheDropped(3, ok=True) in worker.received)
-            assert dropper.versions == [1, 3]
-            assert dropper.most_running == 1
-            # A new worker may have restored older weights: its version says nothing about what is cached.
-            await worker.beat(2, boot_id="boot-2")
-            await until(lambda: m.CacheDropped(2, ok=True) in worker.received)
 
     asyncio.run(main())
 

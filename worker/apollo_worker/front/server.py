@@ -28,7 +28,6 @@ from apollo_ipc.wire.messages import (
     Ack,
     BadMessage,
     CacheDropped,
-    DropCache,
     Heartbeat,
     Hello,
     JobEvent,
@@ -43,6 +42,7 @@ from apollo_ipc.wire.remote import error_info
 from apollo_worker.front.answers import Answers
 from apollo_worker.front.endpoint import Endpoint
 from apollo_worker.front.peers import Peers, Watches
+from apollo_worker.front.publishing import Publisher
 from apollo_worker.jobs.queue import JobQueue
 from apollo_worker.link.status_board import Shared
 
@@ -72,7 +72,6 @@ class Service:
         self._peers = Peers()
         self._watches = Watches()
         self._requests: set[asyncio.Task[None]] = set()
-        self._confirming: dict[bytes, tuple[int, asyncio.Future[bool]]] = {}  # router -> version awaited
         self._thread: threading.Thread | None = None
 
     # --- the main thread's side ---
@@ -106,7 +105,7 @@ class Service:
         version and after setting `shared.weight_version`.
 
         True once a router confirmed. False when none is there (at once) or none confirmed in `timeout_s`:
-        heartbeats go on telling routers the version, so they drop as soon as they can.
+        they are asked again, as soon as one is there.
         """
         return self.start_publishing(weight_version, timeout_s).result()
 
@@ -116,7 +115,8 @@ class Service:
             stopped: Future[bool] = Future()
             stopped.set_result(False)
             return stopped
-        return asyncio.run_coroutine_threadsafe(self._publish(weight_version, timeout_s), self._loop)
+        publishing = self._publisher.publish(weight_version, timeout_s)
+        return asyncio.run_coroutine_threadsafe(publishing, self._loop)
 
     def note_change(self, job_id: str) -> None:
         """This job has changed in the queue's file, here or in the trainer: its watchers are told."""
@@ -134,13 +134,14 @@ class Service:
         try:
             self._loop = asyncio.get_running_loop()
             self._stopped = asyncio.Event()
+            self._publisher = Publisher(self._shared, self._peers, self._send)
             self._socket = self._endpoint.bind(context)
         except BaseException as error:
             context.destroy(linger=0)
             started.set_exception(error)
             return
         started.set_result(None)
-        work = (self._read, self._beat, self._push_events)
+        work = (self._read, self._beat, self._push_events, self._publisher.keep_up)
         tasks = [asyncio.create_task(self._forever(step)) for step in work]
         await self._stopped.wait()
         for task in (*tasks, *self._requests):
@@ -229,7 +230,7 @@ class Service:
                 elif self._peers.greet(identity, message, time.monotonic()):
                     self._send(identity, self._heartbeat())  # the first: a client should not wait for it
             case CacheDropped():
-                self._on_cache_dropped(identity, message)
+                self._publisher.on_cache_dropped(identity, message)
             case Unwatch():
                 self._watches.remove(identity, message.request_id)
             case _:
@@ -263,30 +264,3 @@ class Service:
         await self._answers.job(message.job_id)  # NotFound, if it is unknown
         self._watches.add(identity, message.request_id, message.job_id)
         return None
-
-    # --- publishing ---
-
-    async def _publish(self, weight_version: int, timeout_s: float) -> bool:
-        deadline = time.monotonic() + timeout_s
-        routers = self._peers.routers(self._shared.vllm_boot_id, time.monotonic())
-        for i, identity in enumerate(routers):
-            # Equal shares of what is left, so that a router which hangs leaves time for the next one.
-            share_s = max(0.0, deadline - time.monotonic()) / (len(routers) - i)
-            confirmed: asyncio.Future[bool] = self._loop.create_future()
-            self._confirming[identity] = (weight_version, confirmed)
-            try:
-                if self._send(identity, DropCache(weight_version)):
-                    await asyncio.wait({confirmed}, timeout=share_s)
-                if confirmed.done() and confirmed.result():
-                    return True
-            finally:
-                del self._confirming[identity]
-        return False
-
-    def _on_cache_dropped(self, identity: bytes, message: CacheDropped) -> None:
-        if not message.ok:
-            logger.warning("a router could not drop its cache: %s", message.error)
-        if identity in self._confirming:
-            version, confirmed = self._confirming[identity]
-            if message.weight_version >= version and not confirmed.done():
-                confirmed.set_result(message.ok)

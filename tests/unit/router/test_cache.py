@@ -1,0 +1,173 @@
+"""Old KV is dropped once a weight version, whatever the number of API servers and of what goes wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import pytest
+from apollo_router.cache import CacheDropper
+from fake_worker import serving, short_dir
+from router_harness import FakeEngine
+from scripted_worker import scripted, until
+
+from apollo_ipc.wire import messages as m
+from apollo_ipc.wire.client import WorkerClient
+
+
+class Engine(FakeEngine):
+    """num_failures: so many drops fail first; takes_s: how long one takes."""
+
+    def __init__(self, num_failures: int = 0, takes_s: float = 0.0):
+        super().__init__()
+        self.num_failures, self.takes_s = num_failures, takes_s
+        self.num_running = self.most_running = self.num_drops = 0
+
+    async def reset_prefix_cache(self, reset_running_requests=False, reset_connector=False) -> bool:
+        self.num_running += 1
+        self.most_running = max(self.most_running, self.num_running)
+        await asyncio.sleep(self.takes_s)
+        self.num_running -= 1
+        if self.num_failures:
+            self.num_failures -= 1
+            return False
+        self.num_drops += 1
+        return True
+
+
+@asynccontextmanager
+async def api_server(path, engine, vllm_boot_id="here"):
+    """As much of one as drops caches."""
+    cache = CacheDropper()
+    cache.set_engine(engine)
+    async with WorkerClient(path, "router", cache.want, lambda: vllm_boot_id) as client:
+        running = asyncio.create_task(cache.run(client.tell))
+        await until(lambda: client.is_alive)
+        yield client
+        running.cancel()
+
+
+@pytest.fixture
+def worker():
+    with short_dir() as directory, serving(directory) as (server, shared, _):
+        shared.vllm_boot_id, shared.attached = "here", True
+        yield directory / "worker.sock", server, shared
+
+
+def publish(server, shared, version):
+    shared.weight_version = version
+    return asyncio.to_thread(server.publish, version)
+
+
+@pytest.mark.parametrize("num_servers", [1, 2, 4])
+def test_a_version_is_dropped_once_whatever_the_number_of_api_servers(worker, num_servers):
+    path, server, shared = worker
+
+    async def main():
+        engine = Engine()
+        async with AsyncExitStack() as stack:
+            for _ in range(num_servers):
+                await stack.enter_async_context(api_server(path, engine))
+            for version in (1, 2, 3):
+                assert await publish(server, shared, version)
+                assert engine.num_drops == version
+            shared.weight_version = 4  # an attach raises the version without publishing it
+            await until(lambda: engine.num_drops == 4)
+            await asyncio.sleep(3 * m.HEARTBEAT_INTERVAL_S)
+            assert engine.num_drops == 4
+
+    asyncio.run(main())
+
+
+def test_only_a_router_of_the_vllm_that_is_attached_is_asked(worker):
+    path, server, shared = worker
+
+    async def main():
+        here, elsewhere = Engine(), Engine()
+        async with api_server(path, elsewhere, "elsewhere"), api_server(path, here):
+            assert await publish(server, shared, 1)
+            assert (here.num_drops, elsewhere.num_drops) == (1, 0)
+
+    asyncio.run(main())
+
+
+def test_a_version_that_was_not_dropped_is_asked_for_again(worker):
+    path, server, shared = worker
+    shared.weight_version = 4
+
+    async def main():
+        engine = Engine(num_failures=1)
+        async with api_server(path, engine):  # it comes late
+            await until(lambda: engine.num_drops == 1)
+            assert await publish(server, shared, 4)
+            assert engine.num_drops == 1, "done already"
+            engine.num_failures = 1
+            assert not await publish(server, shared, 5)
+            await until(lambda: engine.num_drops == 2)
+
+    asyncio.run(main())
+
+
+def test_a_new_vllm_starts_with_nothing_dropped(worker):
+    path, _, shared = worker
+    shared.weight_version = 4
+
+    async def main():
+        first, second = Engine(), Engine()
+        async with api_server(path, first):
+            await until(lambda: first.num_drops == 1)
+        shared.vllm_boot_id = "next"
+        async with api_server(path, second, "next"):
+            await until(lambda: second.num_drops == 1)
+
+    asyncio.run(main())
+
+
+def test_a_new_worker_asks_for_a_drop_whatever_the_version(monkeypatch):
+    """It may have restored older weights."""
+
+    async def main(path, shared, engine):
+        async with api_server(path, engine):
+            await until(lambda: engine.num_drops == 1)
+
+    for _ in range(2):
+        with short_dir() as directory, serving(directory) as (_, shared, _):
+            shared.vllm_boot_id, shared.attached, shared.weight_version = "here", True, 3
+            asyncio.run(main(directory / "worker.sock", shared, Engine()))
+
+
+def test_a_drop_that_takes_longer_than_the_wait_counts_when_it_is_done(worker):
+    path, server, shared = worker
+
+    async def main():
+        engine = Engine(takes_s=0.8)
+        async with api_server(path, engine):
+            started = time.monotonic()
+            shared.weight_version = 1
+            assert not await asyncio.to_thread(server.publish, 1, 0.2)
+            assert time.monotonic() - started < 0.7
+            await until(lambda: engine.num_drops == 1)
+            await asyncio.sleep(1.5)
+            assert engine.num_drops == 1
+
+    asyncio.run(main())
+
+
+def test_drops_never_overlap_and_the_newest_version_wins():
+    async def main(path):
+        engine, cache = Engine(takes_s=0.2), CacheDropper()
+        cache.set_engine(engine)
+        async with scripted(path) as worker, WorkerClient(path, "router", cache.want) as client:
+            running = asyncio.create_task(cache.run(client.tell))
+            await until(lambda: worker.kinds(m.Hello))
+            for version in (1, 2, 3):
+                await worker.send(m.DropCache(version))
+                await asyncio.sleep(0.03)
+            await until(lambda: m.CacheDropped(3, ok=True) in worker.received)
+            assert (engine.num_drops, engine.most_running) == (2, 1)
+            assert worker.kinds(m.CacheDropped) == [m.CacheDropped(1, ok=True), m.CacheDropped(3, ok=True)]
+            running.cancel()
+
+    with short_dir() as directory:
+        asyncio.run(main(directory / "worker.sock"))
