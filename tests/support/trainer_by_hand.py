@@ -63,12 +63,12 @@ class Trainer:
         self.queue.close()
         self.worker.marks.close()
 
-    def submit(self, text: str, **options) -> str:
+    def submit(self, text: str, *, key: str | None = None, **options) -> str:
         request = TrainRequest(
             examples=[Example(prompt="The harbour is called", completion=text)],
-            options=TrainOptions(lr=1e-3, **options),
+            options=TrainOptions(**{"lr": 1e-3, **options}),
         )
-        key = f"{text} {options.get('epochs', 1)}"
+        key = key or f"{text} {options.get('epochs', 1)}"
         return self.queue.submit(self.plan(request), request_digest(request), idempotency_key=key).job_id
 
     def plan(self, request: TrainRequest) -> JobPlan:

@@ -11,27 +11,21 @@ file holds the order: it refuses a second running job, and one that starts befor
 from __future__ import annotations
 
 import json
-import math
 import secrets
 import sqlite3
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import msgspec
 
 from apollo_ipc.errors import Conflict, NotReady
 from apollo_ipc.wire.messages import ENDED_STATES, JobInfo, JobState
+from apollo_worker.jobs import checkpoint_side
 from apollo_worker.jobs.job_plan import JobPlan, decode_plan, encode_plan
-from apollo_worker.jobs.queue_file import BUSY_TIMEOUT_S, JOB_COLUMNS, QueueFile, job_info, read_job
+from apollo_worker.jobs.queue_file import BUSY_TIMEOUT_S, Jobs, QueueFile, count_of, job_of_key, read_job
 
 MAX_CRASHES = 3
-MAX_VARIABLES = 500  # `?` in one statement; SQLite's own limit was 999 before 3.32
-_HAS_A_PLAN = "seq IN (SELECT seq FROM plans UNION SELECT seq FROM requests)"
-_NEW = (
-    "steps_done = 0, loss_first = NULL, loss_last = NULL, started_at = NULL, ended_at = NULL, "
-    "weight_version = NULL"
-)
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -49,11 +43,7 @@ class UnplannedJob(msgspec.Struct, frozen=True):
     num_steps: int
 
 
-Jobs = list[JobInfo]  # inside the class, `list` is its method
-Unplanned = list[UnplannedJob]
-
-
-class JobQueue:
+class JobQueue(QueueFile):
     """Thread-safe. max_queued: how many jobs may wait. The rest as QueueFile says.
 
     `on_change`, where set, is called with each changed job after the commit, in the thread that changed it:
@@ -62,14 +52,9 @@ class JobQueue:
 
     def __init__(self, path: Path, max_queued: int, busy_timeout_s: float = BUSY_TIMEOUT_S):
         self.on_change: Callable[[JobInfo], None] | None = None
-        self._file = QueueFile(path, busy_timeout_s)
+        super().__init__(path, busy_timeout_s)
         self._max_queued = max_queued
         self._taken: set[str] = set()  # jobs whose attempt by this process has been counted
-        self.close = self._file.close
-
-    @property
-    def queue_id(self) -> int:
-        return self._file.queue_id
 
     # --- accepting ---
 
@@ -89,10 +74,10 @@ class JobQueue:
         body = encode_plan(plan)
         # Sortable by time, unique without asking anyone.
         job_id = f"job-{time.time_ns() // 1_000_000:012x}-{secrets.token_hex(4)}"
-        with self._file.changing() as db:
-            if idempotency_key is not None and (known := _job_of_key(db, idempotency_key, digest)):
+        with self.changing() as db:
+            if idempotency_key is not None and (known := job_of_key(db, idempotency_key, digest)):
                 return known
-            if (num_queued := _count(db, "queued")) >= self._max_queued:
+            if (num_queued := count_of(db, "queued")) >= self._max_queued:
                 raise NotReady(
                     f"{num_queued} jobs are waiting (limit worker.max_queued_jobs); send it again later",
                     code="queue_full",
@@ -110,29 +95,11 @@ class JobQueue:
             _claim(db, cursor.lastrowid, plan)
         return self._changed(job_id)
 
-    def find_by_key(self, idempotency_key: str | None, digest: bytes) -> JobInfo | None:
-        """The job accepted under this key, or None. Raises Conflict (422) where its body was another."""
-        if idempotency_key is None:
-            return None
-        with self._file.reading() as db:
-            return _job_of_key(db, idempotency_key, digest)
-
-    def known_examples(self, hashes: Iterable[bytes]) -> set[bytes]:
-        """Those of `hashes` that a job has trained, or is going to."""
-        todo, known = [*dict.fromkeys(hashes)], set()
-        with self._file.reading() as db:
-            for start in range(0, len(todo), MAX_VARIABLES):
-                some = todo[start : start + MAX_VARIABLES]
-                marks = ", ".join("?" * len(some))
-                rows = db.execute(f"SELECT DISTINCT hash FROM examples WHERE hash IN ({marks})", some)
-                known.update(row[0] for row in rows)
-        return known
-
     # --- jobs of schema 1, which the front plans once it knows the model ---
 
-    def unplanned(self) -> Unplanned:
+    def unplanned(self) -> Sequence[UnplannedJob]:
         """In their order."""
-        with self._file.reading() as db:
+        with self.reading() as db:
             rows = db.execute(
                 "SELECT job_id, body, num_steps FROM requests JOIN jobs USING (seq) WHERE seq NOT IN "
                 "(SELECT seq FROM plans) ORDER BY seq"
@@ -140,7 +107,7 @@ class JobQueue:
             return [UnplannedJob(*row) for row in rows]
 
     def set_plan(self, job_id: str, plan: JobPlan) -> None:
-        with self._file.changing() as db:
+        with self.changing() as db:
             seq = read_job(db, job_id).seq
             db.execute("INSERT OR REPLACE INTO plans (seq, body) VALUES (?, ?)", (seq, encode_plan(plan)))
             db.execute("DELETE FROM requests WHERE seq = ?", (seq,))
@@ -150,7 +117,7 @@ class JobQueue:
 
     def refuse_unplanned(self, job_id: str, error: str) -> None:
         """No plan can be made of it. One that has trained already keeps its state."""
-        with self._file.changing() as db:
+        with self.changing() as db:
             db.execute("DELETE FROM requests WHERE seq = (SELECT seq FROM jobs WHERE job_id = ?)", (job_id,))
             db.execute(
                 "UPDATE jobs SET state = 'failed', ended_at = ?, error = ? WHERE job_id = ? AND state IN "
@@ -169,7 +136,7 @@ class JobQueue:
         MAX_CRASHES attempts without that, or with a plan that cannot be read, the job ends instead.
         """
         while True:
-            with self._file.changing() as db:
+            with self.changing() as db:
                 row = db.execute(
                     "SELECT seq, job_id, attempts FROM jobs WHERE state IN ('running', 'queued') "
                     "ORDER BY state = 'queued', seq LIMIT 1"
@@ -203,14 +170,14 @@ class JobQueue:
 
     def release(self, job_id: str) -> None:
         """A clean stop: the job stays running for the next process, and this attempt does not count."""
-        with self._file.changing() as db:
+        with self.changing() as db:
             if job_id in self._taken:
                 db.execute("UPDATE jobs SET attempts = max(0, attempts - 1) WHERE job_id = ?", (job_id,))
         self._taken.discard(job_id)
 
     def blame(self, job_id: str, step: int) -> None:
         """A trainer died inside `step` of this job; `job_id` may be its end only."""
-        with self._file.changing() as db:
+        with self.changing() as db:
             db.execute(
                 "UPDATE jobs SET attempts = max(attempts, 1), blamed_step = max(blamed_step, ?1) "
                 "WHERE substr(job_id, -length(?2)) = ?2 AND state IN ('queued', 'running')",
@@ -219,7 +186,7 @@ class JobQueue:
 
     def record_step(self, job_id: str, steps_done: int, loss: float) -> None:
         """Step number `steps_done` (from 1) of the running job is in the weights; its loss was `loss`."""
-        with self._file.changing() as db:
+        with self.changing() as db:
             before = read_job(db, job_id)
             assert before.state == "running", f"{job_id} is {before.state}"
             assert steps_done >= before.steps_done, f"{job_id}: step {steps_done} after {before.steps_done}"
@@ -245,7 +212,7 @@ class JobQueue:
         notes: Iterable[str] = (),
     ) -> JobInfo:
         """Ends the running job. Ending it once more in the same state changes nothing."""
-        with self._file.changing() as db:
+        with self.changing() as db:
             before = read_job(db, job_id)
             if before.state == state:
                 return before
@@ -260,7 +227,7 @@ class JobQueue:
 
     def add_notes(self, job_id: str, notes: Iterable[str]) -> None:
         """What is there already is not said again: a job that is resumed comes here once more."""
-        with self._file.changing() as db:
+        with self.changing() as db:
             before = read_job(db, job_id).notes
             if not (new := [note for note in notes if note not in before]):
                 return
@@ -269,89 +236,33 @@ class JobQueue:
 
     # --- the checkpoint's side ---
 
-    def applied_seq(self) -> int:
-        """The highest seq such that it and every job before it has ended; 0 where there is none."""
-        with self._file.reading() as db:
-            return db.execute(
-                "SELECT coalesce((SELECT min(seq) - 1 FROM jobs WHERE state IN ('queued', 'running')), "
-                "(SELECT max(seq) FROM jobs), 0)"
-            ).fetchone()[0]
-
     def mark_durable(self, applied_seq: int) -> Jobs:
         """Every applied job up to `applied_seq` is in the checkpoint on disk. Returns those that changed."""
-        with self._file.changing() as db:
-            changed = _ids(db, "state = 'applied' AND seq <= ?", applied_seq)
-            db.execute(
-                "UPDATE jobs SET state = 'durable' WHERE state = 'applied' AND seq <= ?", (applied_seq,)
-            )
+        with self.changing() as db:
+            changed = checkpoint_side.mark_durable(db, applied_seq)
         return [self._changed(job_id) for job_id in changed]
 
     def reconcile(self, applied_seq: int, job_id: str | None = None, steps_done: int = 0) -> Jobs:
         """The weights are those of a checkpoint, which holds every job up to `applied_seq` and the first
         `steps_done` steps of `job_id`. Later jobs that had begun are queued again, in their order; one whose
-        plan was forgotten is undone instead.
-
-        Returns the jobs that changed. Idempotent, one transaction.
-        """
-        later = "seq > ? AND state IN ('running', 'applied', 'durable')"
-        with self._file.changing() as db:
-            durable = _ids(db, "state = 'applied' AND seq <= ?", applied_seq)
-            db.execute(
-                "UPDATE jobs SET state = 'durable' WHERE state = 'applied' AND seq <= ?", (applied_seq,)
-            )
-            half_done = read_job(db, job_id) if job_id is not None else None
-            lost = [one for one in _ids(db, later, applied_seq) if one != job_id]
-            db.execute(
-                f"DELETE FROM losses WHERE seq IN (SELECT seq FROM jobs WHERE {later}) AND NOT "
-                "(seq IS ? AND step <= ?)",
-                (applied_seq, half_done and half_done.seq, steps_done),
-            )
-            for one in lost:
-                db.execute(
-                    f"UPDATE jobs SET state = 'queued', {_NEW} WHERE job_id = ? AND {_HAS_A_PLAN}", (one,)
-                )
-                db.execute(
-                    "UPDATE jobs SET state = 'undone', notes = ? WHERE job_id = ? AND state != 'queued'",
-                    (
-                        json.dumps(
-                            [*read_job(db, one).notes, "its examples were forgotten: send them again"]
-                        ),
-                        one,
-                    ),
-                )
-            if half_done is not None and half_done.state in ("running", "applied", "durable"):
-                last = db.execute(
-                    "SELECT loss FROM losses WHERE seq = ? ORDER BY step DESC LIMIT 1", (half_done.seq,)
-                ).fetchone()
-                db.execute(
-                    "UPDATE jobs SET state = 'running', steps_done = ?, loss_last = ?, ended_at = NULL, "
-                    "weight_version = NULL WHERE seq = ?",
-                    (steps_done, last and last[0], half_done.seq),
-                )
-        return [self._changed(one) for one in (*durable, *lost)]
+        plan was forgotten is undone instead. Returns the jobs that changed. Idempotent, one transaction."""
+        with self.changing() as db:
+            changed = checkpoint_side.reconcile(db, applied_seq, job_id, steps_done)
+        return [self._changed(one) for one in changed]
 
     def undo(self, after_seq: int, up_to_seq: int, weight_version: int) -> Jobs:
         """The older `weight_version` was restored, which holds jobs up to `after_seq` only: those after it,
         up to `up_to_seq`, that had trained are `undone`. They are not trained again, unless someone sends
         them anew. Idempotent."""
-        with self._file.changing() as db:
-            where = "seq > ? AND seq <= ? AND state IN ('applied', 'durable')"
-            undone = _ids(db, where, after_seq, up_to_seq)
-            for job_id in undone:
-                info = read_job(db, job_id)
-                notes = [*info.notes, f"undone: weight version {weight_version} was restored"]
-                db.execute(
-                    "UPDATE jobs SET state = 'undone', undone_by = ?, notes = ? WHERE job_id = ?",
-                    (weight_version, json.dumps(notes), job_id),
-                )
-                db.execute("DELETE FROM examples WHERE seq = ?", (info.seq,))
+        with self.changing() as db:
+            undone = checkpoint_side.undo(db, after_seq, up_to_seq, weight_version)
         return [self._changed(job_id) for job_id in undone]
 
     def forget_plans(self, ended_before: float) -> int:
         """Drops the plans (the examples themselves) of jobs that ended before then (seconds since the epoch)
         and are not waiting for a sync; results and hashes stay. Returns how many."""
         old = "SELECT seq FROM jobs WHERE ended_at < ? AND state NOT IN ('queued', 'running', 'applied')"
-        with self._file.changing() as db:
+        with self.changing() as db:
             db.execute(f"DELETE FROM requests WHERE seq IN ({old})", (ended_before,))
             return db.execute(f"DELETE FROM plans WHERE seq IN ({old})", (ended_before,)).rowcount
 
@@ -362,7 +273,7 @@ class JobQueue:
 
         Raises NotFound, and Conflict (409) where the job has ended.
         """
-        with self._file.changing() as db:
+        with self.changing() as db:
             info = read_job(db, job_id)
             if info.state in ENDED_STATES:
                 error = Conflict(f"job {job_id} has ended ({info.state})", code="job_ended")
@@ -373,38 +284,6 @@ class JobQueue:
             else:
                 db.execute("UPDATE jobs SET cancel_requested = ? WHERE job_id = ?", (time.time(), job_id))
         return self._changed(job_id)
-
-    def is_cancel_requested(self, job_id: str) -> bool:
-        """From the file, since the front is asked: some 10 us, so it may precede every step."""
-        with self._file.reading() as db:
-            row = db.execute("SELECT cancel_requested FROM jobs WHERE job_id = ?", (job_id,)).fetchone()
-        return row is not None and row[0] is not None
-
-    # --- asking ---
-
-    def get(self, job_id: str, with_history: bool = False) -> JobInfo:
-        """Raises NotFound. `with_history` fills loss_history (one loss for each step done)."""
-        with self._file.reading() as db:
-            info = read_job(db, job_id)
-            if not with_history:
-                return info
-            rows = db.execute("SELECT loss FROM losses WHERE seq = ? ORDER BY step", (info.seq,))
-            # SQLite stores NaN as NULL (its "Datatypes" page).
-            history = [math.nan if row[0] is None else row[0] for row in rows]
-        return msgspec.structs.replace(info, loss_history=history)
-
-    def count(self, state: JobState) -> int:
-        with self._file.reading() as db:
-            return _count(db, state)
-
-    def list(self, limit: int = 50, state: JobState | None = None) -> Jobs:
-        """The newest `limit` jobs (of one state, if given), newest first."""
-        with self._file.reading() as db:
-            rows = db.execute(
-                f"SELECT {JOB_COLUMNS} FROM jobs WHERE ?1 IS NULL OR state = ?1 ORDER BY seq DESC LIMIT ?2",
-                (state, max(0, limit)),
-            )
-            return [job_info(row) for row in rows]
 
     # --- inside ---
 
@@ -428,25 +307,3 @@ class JobQueue:
 def _claim(db: sqlite3.Connection, seq: int, plan: JobPlan) -> None:
     hashes = ((one, seq) for one in plan.hashes_of(plan.num_steps))
     db.executemany("INSERT OR IGNORE INTO examples (hash, seq) VALUES (?, ?)", hashes)
-
-
-def _ids(db: sqlite3.Connection, where: str, *values: object) -> list[str]:
-    return [row[0] for row in db.execute(f"SELECT job_id FROM jobs WHERE {where} ORDER BY seq", values)]
-
-
-def _count(db: sqlite3.Connection, state: JobState) -> int:
-    return db.execute("SELECT count(*) FROM jobs WHERE state = ?", (state,)).fetchone()[0]
-
-
-def _job_of_key(db: sqlite3.Connection, key: str, digest: bytes) -> JobInfo | None:
-    row = db.execute(
-        f"SELECT {JOB_COLUMNS}, request_digest FROM jobs WHERE idempotency_key = ?", (key,)
-    ).fetchone()
-    if row is None:
-        return None
-    if row["request_digest"] != digest:
-        raise Conflict(
-            f"idempotency key {key!r} was used for job {row['job_id']} with another body; use a new key",
-            field="idempotency_key",
-        )
-    return job_info(row)

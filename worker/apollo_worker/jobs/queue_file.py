@@ -9,22 +9,26 @@ Logging" page, section "Performance Considerations").
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
+
 from apollo_ipc.config import make_private_dir
-from apollo_ipc.errors import ApolloError, NotFound, NotReady
-from apollo_ipc.wire.messages import JobInfo
+from apollo_ipc.errors import ApolloError, Conflict, NotFound, NotReady
+from apollo_ipc.wire.messages import JobInfo, JobState
 
 SCHEMA_VERSION = 2
 BUSY_TIMEOUT_S = 10.0
 # Reading a whole file takes time, and each page is checked again when it is used.
 MAX_CHECKED_BYTES = 16 * 1024 * 1024
+MAX_VARIABLES = 500  # `?` in one statement; SQLite's own limit was 999 before 3.32
 
 # `plans` apart from `jobs`: SQLite writes a changed row whole, and a plan may have 32 MB.
 # `requests`: bodies of schema 1, until the front has made plans of them.
@@ -97,6 +101,9 @@ class QueueDamaged(ApolloError):
     exit_code = 78  # EX_CONFIG of sysexits.h: a supervisor must not loop on it
 
 
+Jobs = list[JobInfo]  # inside the class, `list` is its method
+
+
 class QueueFile:
     """Thread-safe: one writer and one reader at a time. path: made (mode 0600) where there is none.
 
@@ -153,6 +160,66 @@ class QueueFile:
     def reading(self) -> Iterator[sqlite3.Connection]:
         with self._reader_lock, self._damage_is_named():
             yield self._reader
+
+    # --- what can be asked ---
+
+    def get(self, job_id: str, with_history: bool = False) -> JobInfo:
+        """Raises NotFound. `with_history` fills loss_history (one loss for each step done)."""
+        with self.reading() as db:
+            info = read_job(db, job_id)
+            if not with_history:
+                return info
+            rows = db.execute("SELECT loss FROM losses WHERE seq = ? ORDER BY step", (info.seq,))
+            # SQLite stores NaN as NULL (its "Datatypes" page).
+            history = [math.nan if row[0] is None else row[0] for row in rows]
+        return msgspec.structs.replace(info, loss_history=history)
+
+    def count(self, state: JobState) -> int:
+        with self.reading() as db:
+            return count_of(db, state)
+
+    def list(self, limit: int = 50, state: JobState | None = None) -> Jobs:
+        """The newest `limit` jobs (of one state, if given), newest first."""
+        with self.reading() as db:
+            rows = db.execute(
+                f"SELECT {JOB_COLUMNS} FROM jobs WHERE ?1 IS NULL OR state = ?1 ORDER BY seq DESC LIMIT ?2",
+                (state, max(0, limit)),
+            )
+            return [job_info(row) for row in rows]
+
+    def is_cancel_requested(self, job_id: str) -> bool:
+        """From the file, since the front is asked: some 10 us, so it may precede every step."""
+        with self.reading() as db:
+            row = db.execute("SELECT cancel_requested FROM jobs WHERE job_id = ?", (job_id,)).fetchone()
+        return row is not None and row[0] is not None
+
+    def find_by_key(self, idempotency_key: str | None, digest: bytes) -> JobInfo | None:
+        """The job accepted under this key, or None. Raises Conflict (422) where its body was another."""
+        if idempotency_key is None:
+            return None
+        with self.reading() as db:
+            return job_of_key(db, idempotency_key, digest)
+
+    def known_examples(self, hashes: Iterable[bytes]) -> set[bytes]:
+        """Those of `hashes` that a job has trained, or is going to."""
+        todo, known = [*dict.fromkeys(hashes)], set()
+        with self.reading() as db:
+            for start in range(0, len(todo), MAX_VARIABLES):
+                some = todo[start : start + MAX_VARIABLES]
+                marks = ", ".join("?" * len(some))
+                rows = db.execute(f"SELECT DISTINCT hash FROM examples WHERE hash IN ({marks})", some)
+                known.update(row[0] for row in rows)
+        return known
+
+    def applied_seq(self) -> int:
+        """The highest seq such that it and every job before it has ended; 0 where there is none."""
+        with self.reading() as db:
+            return db.execute(
+                "SELECT coalesce((SELECT min(seq) - 1 FROM jobs WHERE state IN ('queued', 'running')), "
+                "(SELECT max(seq) FROM jobs), 0)"
+            ).fetchone()[0]
+
+    # --- inside ---
 
     @contextmanager
     def _damage_is_named(self) -> Iterator[None]:
@@ -223,4 +290,22 @@ def read_job(db: sqlite3.Connection, job_id: str) -> JobInfo:
     row = db.execute(f"SELECT {JOB_COLUMNS} FROM jobs WHERE job_id = ?", (job_id,)).fetchone()
     if row is None:
         raise NotFound(f"no job {job_id!r}")
+    return job_info(row)
+
+
+def count_of(db: sqlite3.Connection, state: JobState) -> int:
+    return db.execute("SELECT count(*) FROM jobs WHERE state = ?", (state,)).fetchone()[0]
+
+
+def job_of_key(db: sqlite3.Connection, key: str, digest: bytes) -> JobInfo | None:
+    row = db.execute(
+        f"SELECT {JOB_COLUMNS}, request_digest FROM jobs WHERE idempotency_key = ?", (key,)
+    ).fetchone()
+    if row is None:
+        return None
+    if row["request_digest"] != digest:
+        raise Conflict(
+            f"idempotency key {key!r} was used for job {row['job_id']} with another body; use a new key",
+            field="idempotency_key",
+        )
     return job_info(row)
