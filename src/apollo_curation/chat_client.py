@@ -28,13 +28,15 @@ class ModelAway(NotReady):
     code = "model_away"
 
 
-class Refused(UserError):
-    """A server said no, and would again. said: its own sentence; status: of HTTP; field: what it named."""
+class ServerRefused(UserError):
+    """A server said no, and would again. said: its own sentence; status: of HTTP; field: what it named;
+    is_of_this_request: another one may be taken."""
 
     def __init__(self, message: str, *, said: str, status: int, field: str | None, code: str | None):
         super().__init__(message, field=field, code=code)
         self.said = said
         self.status = status
+        self.is_of_this_request = status in (400, 413, 422)
 
 
 class Load(msgspec.Struct, frozen=True):
@@ -45,19 +47,19 @@ class Load(msgspec.Struct, frozen=True):
     num_ended: int
 
 
-class Answer(msgspec.Struct, frozen=True):
+class ChatAnswer(msgspec.Struct, frozen=True):
     """is_cut_off: max_tokens came before its end."""
 
     message: Message
     is_cut_off: bool = False
 
 
-class ServedModel:
+class ChatClient:
     """url: of an OpenAI-compatible server; model: empty for the first one that it lists.
 
     patience_s: a server that does not answer, or answers 502 to 504 or 429, is asked again for so long, then
-    ModelAway is raised. Any other refusal is a Refused (a UserError) with what the server said. Safe for
-    several threads. stop: asked between two attempts; when it answers true, ModelAway is raised at once.
+    ModelAway is raised. Any other refusal is a ServerRefused (a UserError) with what the server said. Safe
+    for several threads. stop: asked between two attempts; when it answers true, ModelAway is raised at once.
     """
 
     def __init__(
@@ -102,7 +104,7 @@ class ServedModel:
         schema: dict[str, Any] | None = None,
         tools: list[dict[str, Any]] | None = None,
         seed: int | None = None,
-    ) -> Answer:
+    ) -> ChatAnswer:
         """The model's next turn, without its thoughts. schema: JSON Schema that the answer must follow, by
         guided decoding."""
         body: dict[str, Any] = {
@@ -126,7 +128,7 @@ class ServedModel:
             content=(message.get("content") or "").rpartition(THOUGHT_END)[2].lstrip("\n"),
             tool_calls=message.get("tool_calls") or None,
         )
-        return Answer(said, is_cut_off=choice.get("finish_reason") == "length")
+        return ChatAnswer(said, is_cut_off=choice.get("finish_reason") == "length")
 
     def answer_logprobs(
         self, context: list[Message], answer: Message, tools: list[dict[str, Any]] | None = None
@@ -240,12 +242,13 @@ def request_patiently(
     patience_s: float,
     stop: Callable[[], bool] = lambda: False,
     headers: dict[str, str] | None = None,
+    timeout_s: float = REQUEST_TIMEOUT_S,
 ) -> httpx.Response:
-    """The answer, once there is one (see ServedModel). Only for requests that may be sent twice."""
+    """The answer, once there is one (see ChatClient). Only for requests that may be sent twice."""
     deadline = time.monotonic() + patience_s
     while True:
         try:
-            response = http.request(method, path, json=body, headers=headers)
+            response = http.request(method, path, json=body, headers=headers, timeout=timeout_s)
         except httpx.TransportError as error:
             problem = f"{type(error).__name__}: {error}"
         else:
@@ -253,7 +256,7 @@ def request_patiently(
                 return response
             problem = f"{response.status_code}: {_said(response)}"
             if response.status_code not in (429, 502, 503, 504):
-                raise Refused(
+                raise ServerRefused(
                     f"{str(http.base_url).rstrip('/')}{path} answered {problem}",
                     said=_said(response),
                     status=response.status_code,
@@ -288,15 +291,15 @@ def _named(response: httpx.Response, name: str) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def learner(config: CurationConfig, stop: Callable[[], bool] = lambda: False) -> ServedModel:
+def learner(config: CurationConfig, stop: Callable[[], bool] = lambda: False) -> ChatClient:
     """The served model that learns."""
     own = config.curation
-    return ServedModel(own.url, own.model, own.api_key, patience_s=own.patience_s, stop=stop)
+    return ChatClient(own.url, own.model, own.api_key, patience_s=own.patience_s, stop=stop)
 
 
-def judging(config: CurationConfig, stop: Callable[[], bool] = lambda: False) -> ServedModel:
+def judging(config: CurationConfig, stop: Callable[[], bool] = lambda: False) -> ChatClient:
     """The model that judges: the learner, unless another server is configured."""
     own = config.judge
     if not own.url:
         return learner(config, stop)
-    return ServedModel(own.url, own.model, own.api_key, patience_s=config.curation.patience_s, stop=stop)
+    return ChatClient(own.url, own.model, own.api_key, patience_s=config.curation.patience_s, stop=stop)

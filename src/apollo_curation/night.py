@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from apollo_curation.chat_client import ServedModel, judging, learner
+from apollo_curation.chat_client import ChatClient, judging, learner
 from apollo_curation.dreams import dream as dreaming
 from apollo_curation.dreams.bridge import open_bridge
 from apollo_curation.dreams.seeds import Seed, read_seeds
@@ -32,7 +32,7 @@ from apollo_curation.quality.report import write_html
 from apollo_curation.quality.watch import describe_breaches
 from apollo_curation.settings import CurationConfig
 from apollo_curation.store import Store
-from apollo_curation.train_client import Training
+from apollo_curation.train_client import TrainClient
 from apollo_curation.training.batches import Batch, Batches, Each, ignore
 from apollo_curation.training.schedule import TIERS, Learning
 from apollo_ipc.errors import AlreadyRunning, ApolloError, NotReady
@@ -96,7 +96,7 @@ def run_night(
             stack.enter_context(alone(config.state_dir / "curation.night.lock", stop=lambda: True))
         except NotReady:
             raise AlreadyRunning("another night is under way in this state directory") from None
-        model, other, training = learner(config, stop), judging(config, stop), Training(config, stop)
+        model, other, training = learner(config, stop), judging(config, stop), TrainClient(config, stop)
         for part in (model, other, training):
             stack.callback(part.close)
         night = _Night(config, store, model, other, training, is_auto, stop, say)
@@ -108,9 +108,9 @@ class _Night:
         self,
         config: CurationConfig,
         store: Store,
-        model: ServedModel,
-        other: ServedModel,
-        training: Training,
+        model: ChatClient,
+        other: ChatClient,
+        training: TrainClient,
         is_auto: bool,
         stop: Callable[[], bool],
         say: Callable[[str], None],

@@ -80,7 +80,7 @@ class Judge(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_parallel: Count = 4  # requests at a time
 
 
-class Dream(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Dreaming(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Situations made from seeds, until a pattern holds."""
 
     seeds: list[str] = []  # text files and JSONL: reflections, lessons, memories
@@ -136,7 +136,7 @@ class CurationConfig(Config, frozen=True, forbid_unknown_fields=True):
 
     curation: Curation = Curation()
     judge: Judge = Judge()
-    dream: Dream = Dream()
+    dream: Dreaming = Dreaming()
     quality: Quality = Quality()
     tier_direct: DirectTier = DirectTier()
     tier_dream: DreamTier = DreamTier()

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from apollo_curation.chat_client import ServedModel
+from apollo_curation.chat_client import ChatClient
 from apollo_ipc.wire.requests import Message
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -27,7 +27,7 @@ class Counts:
 
 def ask_for(
     kind: type[T],
-    model: ServedModel,
+    model: ChatClient,
     messages: list[Message],
     *,
     max_tokens: int,
@@ -39,7 +39,7 @@ def ask_for(
 
     kind: a Struct of plain JSON types; its JSON Schema goes to the server for guided decoding.
     A server that ignores the schema is served too: the JSON may stand in a fenced block. Raises as
-    ServedModel.chat does.
+    ChatClient.chat does.
     """
     counts = counts or Counts()
     schema = plain_schema(kind)

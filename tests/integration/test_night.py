@@ -19,7 +19,7 @@ import httpx
 import pytest
 from live_server import wait_for
 
-from apollo_curation.chat_client import ServedModel
+from apollo_curation.chat_client import ChatClient
 from apollo_curation.demo import night as demo
 from apollo_curation.demo import night_corpus as corpus
 from apollo_curation.demo.scripted_model import ScriptedModel
@@ -151,7 +151,7 @@ def stages(done: subprocess.CompletedProcess) -> dict[str, dict]:
 
 def english(place: Place) -> float:
     """Mean loss of held-out text, nats a token, of the weights that are served."""
-    model = ServedModel(place.url)
+    model = ChatClient(place.url)
     texts = corpus.prose(random.Random(1), 4, is_heldout=True)
     losses = [logprob for text in texts for logprob in model.token_logprobs(model.text_tokens(text))]
     model.close()
@@ -196,7 +196,7 @@ def test_the_tiny_model_as_its_own_judge_answers_json_or_is_dropped_and_counted(
             moments.add(
                 [Moment("praise", "direct", context, answer, source, "t", "the user was pleased", 0.5)]
             )
-        model = ServedModel(place.url)
+        model = ChatClient(place.url)
         settings = Judge(rubric="Judge.", max_tokens=200, num_parallel=2)
         counts = judge(moments, model, settings)
         model.close()

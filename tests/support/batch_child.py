@@ -22,7 +22,7 @@ from apollo_curation import chat_client as served_model
 from apollo_curation import train_client as training
 from apollo_curation.moments.moments import Moments
 from apollo_curation.store import Store, store_path
-from apollo_curation.train_client import Training
+from apollo_curation.train_client import TrainClient
 from apollo_curation.training.batches import Batches, StopTraining
 
 FIRST_KILL = 25  # the request has been sent
@@ -38,7 +38,7 @@ class Points:
         self.left -= 1
 
 
-def run(config, client: Training, number: int, scenario: str) -> None:
+def run(config, client: TrainClient, number: int, scenario: str) -> None:
     with Store(store_path(config)) as store:
         moments = Moments(store)
         batches = Batches(store, moments, client, config)
@@ -60,7 +60,7 @@ def run(config, client: Training, number: int, scenario: str) -> None:
 def main() -> None:
     directory, url, scenario = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     training.POLL_S = served_model.RETRY_S = 0.005
-    client = Training(fixtures.config_in(directory, url))  # not connected yet; making one takes long
+    client = TrainClient(fixtures.config_in(directory, url))  # not connected yet; making one takes long
     for number in range(1000):
         config = fixtures.config_in(directory / str(number), url)
         # What one server has trained of each run is told apart by the run's number.
@@ -72,7 +72,7 @@ def main() -> None:
             return
 
 
-def is_killed(config, client: Training, kill_at: int, scenario: str) -> bool:
+def is_killed(config, client: TrainClient, kill_at: int, scenario: str) -> bool:
     pid = os.fork()
     if pid == 0:
         try:

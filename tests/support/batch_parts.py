@@ -10,8 +10,9 @@ from batch_fixtures import moment
 from apollo_curation.moments.moments import Moment, Moments
 from apollo_curation.settings import CurationConfig
 from apollo_curation.store import Store, store_path
-from apollo_curation.train_client import Training
+from apollo_curation.train_client import TrainClient
 from apollo_curation.training.batches import Batches
+from apollo_ipc.wire.requests import TrainRequest
 
 
 class Parts(NamedTuple):
@@ -23,13 +24,17 @@ class Parts(NamedTuple):
     def add(self, *answers: str, **changes) -> list[Moment]:
         return self.moments.add([moment(answer, **changes) for answer in answers])
 
+    def request(self) -> TrainRequest:
+        """Of all moments."""
+        return TrainRequest([one.example() for one in self.moments.list()])
+
     def states(self) -> dict[str, str]:
         return {one.answer.content: one.state for one in self.moments.list() if one.answer}
 
 
 @contextmanager
-def opened(config: CurationConfig, stop=lambda: False, client: Training | None = None):
-    own = client or Training(config, stop)
+def opened(config: CurationConfig, stop=lambda: False, client: TrainClient | None = None):
+    own = client or TrainClient(config, stop)
     with Store(store_path(config)) as store:
         moments = Moments(store)
         yield Parts(store, moments, Batches(store, moments, own, config, stop), config)

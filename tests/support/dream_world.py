@@ -9,12 +9,12 @@ from contextlib import contextmanager
 
 import msgspec
 
-from apollo_curation.chat_client import Answer, ServedModel
+from apollo_curation.chat_client import ChatAnswer, ChatClient
 from apollo_curation.demo.scripted_model import ScriptedModel
 from apollo_curation.dreams.bridge import Bridge
 from apollo_curation.dreams.judge import Dreamer
 from apollo_curation.dreams.seeds import Seed, seed_id
-from apollo_curation.dreams.table import Dreams
+from apollo_curation.dreams.table import Dream, Dreams
 from apollo_curation.logs.conversation import Source
 from apollo_curation.moments.moments import Moments
 from apollo_curation.store import Store
@@ -54,12 +54,12 @@ class Learner:
         self.asked: list[list[Message]] = []
         self._clockwork = clockwork
 
-    def answer(self, messages, *, max_tokens, temperature=0.0) -> Answer:
+    def answer(self, messages, *, max_tokens, temperature=0.0) -> ChatAnswer:
         self._clockwork.tick()
         self.asked.append(messages)
         has_learned = len(self.taught) >= self.needs or messages[0].role == "system"
         said = f"{GOOD if has_learned else 'I guess:'} {messages[-1].content[-20:]}"
-        return Answer(Message("assistant", said), self.is_cut_off)
+        return ChatAnswer(Message("assistant", said), self.is_cut_off)
 
 
 class FakeTraining:
@@ -101,7 +101,7 @@ class FakeTraining:
 class TickingModel:
     """The dreamer's model, whose every call may crash."""
 
-    def __init__(self, model: ServedModel, clockwork: Clockwork):
+    def __init__(self, model: ChatClient, clockwork: Clockwork):
         self._model = model
         self._clockwork = clockwork
 
@@ -149,7 +149,7 @@ def new_text(number: int) -> str:
 class World:
     """One store with everything around it. `restart()` is a new process on the same store."""
 
-    def __init__(self, config, server: ScriptedModel, model: ServedModel, script: Script, needs: int):
+    def __init__(self, config, server: ScriptedModel, model: ChatClient, script: Script, needs: int):
         self.config = config
         self.server = server
         self._model = model
@@ -177,6 +177,10 @@ class World:
             config=self.config,
         )
 
+    def all_dreams(self) -> list[Dream]:
+        """The newest first."""
+        return self.dreams._select("ORDER BY position DESC")
+
     def jobs(self) -> list[list[str]]:
         """The answers of each job, in the order of training."""
         return [[one.messages[-1].content for one in job.examples] for job in self.training.requests.values()]
@@ -202,11 +206,11 @@ def dream_world(config, needs: int = 0, **sections):
 
 
 @functools.cache
-def _shared() -> tuple[ScriptedModel, ServedModel]:
+def _shared() -> tuple[ScriptedModel, ChatClient]:
     """One server and one client for all worlds of a process: making a client takes a tenth of a second."""
     server = ScriptedModel(lambda body: 500)
     server.__enter__()  # its threads are daemons
-    return server, ServedModel(server.url, "scripted")
+    return server, ChatClient(server.url, "scripted")
 
 
 def make_seed(text: str = LESSON, at: float = 0.0) -> Seed:

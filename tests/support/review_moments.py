@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
+from unittest.mock import patch
 
 from rich.console import Console
 
 from apollo_curation.logs.conversation import Source
 from apollo_curation.moments.moments import Moment
-from apollo_curation.moments.review_screen import Keys, run
+from apollo_curation.moments.review_screen import run
 from apollo_ipc.wire.requests import Message
 
 WRONG, RIGHT = Message("assistant", "It is 41."), Message("assistant", "It is 42.")
@@ -35,8 +37,8 @@ def screen(review, lines, **environ):
     """What a review on a pipe shows."""
     out = io.StringIO()
     console = Console(file=out, width=200, highlight=False, markup=False)
-    with Keys(io.StringIO(lines)) as keys:
-        run(review, console, keys, environ)
+    with patch.dict(os.environ, environ):
+        run(review, console, io.StringIO(lines))
     return out.getvalue()
 
 

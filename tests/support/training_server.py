@@ -32,6 +32,8 @@ class TrainingServer:
         self.refuse: str | None = None
         self.job_end = "applied"
         self.num_syncs = 0
+        self.restored: list[int] = []
+        self.pinned: int | None = None
         self.jobs: dict[str, dict[str, Any]] = {}
         self.keys: dict[str, str] = {}
         self.lock = threading.Lock()
@@ -115,6 +117,22 @@ class TrainingServer:
         job["state"] = "cancelled"
         return 200, job
 
+    def restore(self, version: int) -> tuple[int, dict[str, Any]]:
+        if any(job["info"]["state"] == "running" for job in self.jobs.values()):
+            return 409, error("a job is being trained", "job_running")
+        if version > self.weight_version:
+            return 400, error(f"version {version} is not kept", "invalid_request", "version")
+        self.restored.append(version)
+        self.weight_version += 1
+        return 200, {
+            "restored_version": version, "weight_version": self.weight_version, "num_tensors_changed": 1,
+            "num_jobs_undone": 0, "has_optimizer": True, "duration_s": 0.1,
+        }  # fmt: skip
+
+    def pin(self, version: int) -> tuple[int, dict[str, Any]]:
+        before, self.pinned = self.pinned, version
+        return 200, {"model_dir": "/models/mine", "pinned": version, "pinned_before": before}
+
     def _end(self, job_id: str) -> None:
         job, examples = self.jobs[job_id]["info"], self.jobs[job_id]["body"]["examples"]
         job["state"] = self.job_end
@@ -154,6 +172,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         text = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path == "/checkpoint/restore":
+            self._answer(lambda: self.own.restore(json.loads(text)["version"]))
+            return
+        if self.path == "/checkpoint/pin":
+            self._answer(lambda: self.own.pin(json.loads(text)["version"]))
+            return
         if self.path == "/checkpoint":
             self.own.num_syncs += 1
             facts = {

@@ -2,6 +2,6 @@
 
 from importlib.util import find_spec
 
-for _name in ("ijson", "jsonpath"):  # of the extra `curation`
+for _name in ("click", "jsonpath"):  # of the extra `curation`
     if find_spec(_name) is None:
         raise ImportError(f"{_name} is not installed; `pip install 'apollo-ipc[curation]'`")

@@ -1,73 +1,27 @@
-"""`apollo-ipc curate read | strip`: what is in the logs, and what stripping takes out of them."""
+"""`apollo-ipc curate strip | flag`: what is in the logs, what goes out of them, and what is noticed."""
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from apollo_curation.settings import CurationConfig, load_curation_config
+from apollo_curation.cli.common import Paths, open_moments, sources, stop_by_signal
+from apollo_curation.settings import load_curation_config
 from apollo_ipc.cli.options import AsJson, ConfigFile
-from apollo_ipc.cli.output import console, print_json, say
+from apollo_ipc.cli.output import console, print_json, print_json_line, say
 from apollo_ipc.errors import UserError
 
-Paths = Annotated[
-    list[Path] | None,
-    typer.Argument(metavar="PATH", help="Files and directories. Default: curation.sources."),
-]
+if TYPE_CHECKING:
+    from apollo_curation.logs.strip_report import StripReport
+    from apollo_curation.moments.signals.intake import Taken
 
-
-def read(
-    paths: Paths = None,
-    num_examples: Annotated[
-        int, typer.Option("--examples", min=0, help="Broken records shown of each reason.")
-    ] = 3,
-    config_file: ConfigFile = None,
-    as_json: AsJson = False,
-) -> None:
-    """Read logs as the curation does, and say what is there and what is broken. Changes nothing."""
-    from apollo_curation.logs import readers
-    from apollo_curation.logs.conversation import Broken
-    from apollo_curation.logs.strip import pruner
-
-    config = load_curation_config(config_file)
-    files = sources(paths, config)
-    num_conversations = num_messages = 0
-    topics: Counter[str] = Counter()
-    reasons: Counter[str] = Counter()
-    examples: list[Broken] = []
-    limit, prune = config.curation.max_record_bytes, pruner(config.curation.strip)
-    for record in readers.read(files, max_record_bytes=limit, prune=prune):
-        if isinstance(record, Broken):
-            reasons[record.reason] += 1
-            if reasons[record.reason] <= num_examples:
-                examples.append(record)
-            continue
-        num_conversations += 1
-        num_messages += len(record.messages)
-        topics[record.topic] += 1
-    if as_json:
-        print_json(
-            {
-                "num_conversations": num_conversations,
-                "num_messages": num_messages,
-                "num_broken": reasons.total(),
-                "broken": dict(reasons.most_common()),
-                "examples": examples,
-                "topics": dict(topics.most_common()),
-            }
-        )
-        return
-    print(f"{num_conversations} conversations, {num_messages} messages, {len(topics)} topics")
-    if reasons:
-        print(f"{reasons.total()} broken records, which are passed over:")
-    for reason, num in reasons.most_common():
-        print(f"{num:>7}  {reason}")
-        for record in examples:
-            if record.reason == reason:
-                print(f"         {record.source}: {record.message}")
+POLL_S = 2.0  # how often --follow looks for more
+STOP_S = 0.1  # within which Ctrl-C is heard meanwhile
+NUM_BROKEN_SHOWN = 3  # of each reason
 
 
 def strip(
@@ -84,14 +38,13 @@ def strip(
     config_file: ConfigFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Strip by the rules of curation.strip, and report what share of the tokens went."""
+    """Say what the logs hold, what cannot be read, and what share of it curation.strip takes out. Keeps
+    nothing."""
     from apollo_curation.chat_client import learner
     from apollo_curation.logs import readers
     from apollo_curation.logs import strip as stripping
     from apollo_curation.logs.conversation import Broken
-    from apollo_curation.logs.preview import print_diff
-    from apollo_curation.logs.strip_report import Tally
-    from apollo_curation.logs.stripped_file import StrippedFile
+    from apollo_curation.logs.strip_report import StrippedFile, Tally, print_diff
 
     config = load_curation_config(config_file)
     files, rules = sources(paths, config), config.curation.strip
@@ -104,14 +57,17 @@ def strip(
         pruned[:] = prune(record) if prune else []
         return pruned
 
-    num_broken = num_shown = 0
+    broken: dict[str, list[Broken]] = {}
+    topics: Counter[str] = Counter()
+    num_shown = 0
     screen = console(stderr=as_json)
     limit = config.curation.max_record_bytes
     with StrippedFile(out, readers.find_files(files)) as written:
         for record in readers.read(files, max_record_bytes=limit, prune=keep_pruned):
             if isinstance(record, Broken):
-                num_broken += 1
+                broken.setdefault(record.reason, []).append(record)
                 continue
+            topics[record.topic] += 1
             stripped = stripping.strip(record, rules)
             tally.add(stripped, pruned)
             if stripped.problem is None:
@@ -122,13 +78,91 @@ def strip(
                 screen.print()
     report = tally.report()
     if as_json:
-        print_json({"report": report, "num_broken": num_broken, "num_written": written.num_written})
+        print_json(
+            {
+                "report": report,
+                "num_broken": sum(map(len, broken.values())),
+                "broken": {reason: len(records) for reason, records in broken.items()},
+                "examples": [one for records in broken.values() for one in records[:NUM_BROKEN_SHOWN]],
+                "topics": dict(topics.most_common()),
+                "num_written": written.num_written,
+            }
+        )
         return
+    _print_report(report, len(topics))
+    for reason, records in broken.items():
+        print(f"{len(records):>7}  broken and passed over, {reason}:")
+        for record in records[:NUM_BROKEN_SHOWN]:
+            print(f"         {record.source}: {record.message}")
+    if out is not None:
+        print(f"{written.num_written} conversations written to {out}")
+
+
+def flag(
+    paths: Paths = None,
+    from_beginning: Annotated[
+        bool, typer.Option("--all", help="Read all of it again, not only what is new.")
+    ] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on as the logs grow, until Ctrl-C.")] = False,
+    config_file: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read what is new in the logs, and keep the moments that the rules notice, each once."""
+    from apollo_curation.logs import readers
+    from apollo_curation.logs.follow import Follower
+    from apollo_curation.moments.signals import intake
+
+    config = load_curation_config(config_file)
+    files = sources(paths, config)
+    if follow and from_beginning:
+        raise UserError("--follow goes on from where it was read; leave --all away", field="--all")
+    if paths or not follow:
+        readers.find_files(files)  # names what is not there; a followed source may come later
+    taken = intake.Taken()
+    with open_moments(config) as (store, moments), stop_by_signal() as stop:
+        follower = Follower(store, files, config.curation, from_beginning=from_beginning)
+        while True:
+            num_before = taken.num_conversations, taken.added.total()
+            intake.take_new(store, moments, follower, config.curation, taken, stop=stop)
+            num_now = taken.num_conversations, taken.added.total()
+            if not follow or stop():
+                break
+            if as_json and num_now != num_before:
+                print_json_line(dict(zip(("num_conversations", "num_added"), num_now, strict=True)))
+            elif num_now[1] != num_before[1]:
+                say(describe_taken(taken))
+            looks_again = time.monotonic() + POLL_S
+            while time.monotonic() < looks_again and not stop():
+                time.sleep(STOP_S)
+    if as_json:
+        (print_json_line if follow else print_json)(taken.as_data())
+        return
+    print(describe_taken(taken))
+    for record in taken.first_broken.values():
+        say(f"{taken.broken[record.reason]} broken, {record.reason}: {record.source}: {record.message}")
+
+
+def describe_taken(taken: Taken) -> str:
+    kinds = ", ".join(f"{num} {kind}" for kind, num in taken.added.most_common())
+    parts = [f"{taken.num_conversations} conversations", f"{taken.added.total()} new moments"]
+    parts[-1] += f" ({kinds})" if kinds else ""
+    for num, words in (
+        (taken.num_known, "known already"),
+        (taken.num_improved, "of them with more to learn now"),
+        (taken.problems.total(), "of no use after stripping"),
+        (taken.broken.total(), "broken records"),
+    ):
+        if num:
+            parts.append(f"{num} {words}")
+    return ", ".join(parts)
+
+
+def _print_report(report: StripReport, num_topics: int) -> None:
     about = "about " if report.is_estimate else ""
     print(
         f"{report.num_conversations} conversations, {report.num_changed} changed, "
-        f"{report.num_refused} refused; {about}{report.num_removed_tokens:,} of {report.num_tokens:,} tokens "
-        f"({report.share:.1%}) stripped"
+        f"{report.num_refused} refused, {num_topics} topics; {about}{report.num_removed_tokens:,} of "
+        f"{report.num_tokens:,} tokens ({report.share:.1%}) stripped"
     )
     for rule in report.rules:
         print(f"{rule.share:>7.1%}  {rule.num_tokens:>9,} tokens in {rule.num_parts} parts  {rule.rule}")
@@ -136,18 +170,3 @@ def strip(
         print(f"{num:>7}  {text}")
     if report.is_estimate:
         print("tokens are estimated by words; --model-tokens asks the served model")
-    if num_broken:
-        say(f"{num_broken} broken records were passed over; `apollo-ipc curate read` names them")
-    if out is not None:
-        print(f"{written.num_written} conversations written to {out}")
-
-
-def sources(paths: list[Path] | None, config: CurationConfig) -> list[Path]:
-    """What the command line names, else what the configuration does. Raises UserError where neither does."""
-    found = paths or [Path(source).expanduser() for source in config.curation.sources]
-    if not found:
-        raise UserError(
-            "nothing to read: name files or directories, or set `sources` in [curation] of the configuration",
-            field="PATH",
-        )
-    return found

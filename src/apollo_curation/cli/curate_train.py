@@ -1,29 +1,31 @@
-"""`apollo-ipc curate train | run | batches | status`: approved moments become training jobs."""
+"""`apollo-ipc curate train | run | dream | night`: approved moments and dreams become training jobs."""
 
 from __future__ import annotations
 
-import signal
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
-from rich.table import Column, Table
 
+from apollo_curation.cli.common import open_learning, open_moments, short, stop_by_signal
+from apollo_curation.cli.curate_status import describe_batch, describe_dream
 from apollo_curation.settings import CurationConfig, TierName, load_curation_config
 from apollo_ipc.cli.options import AsJson, ConfigFile
-from apollo_ipc.cli.output import console, describe_ago, print_json, print_json_line, say
-from apollo_ipc.process.flag import Flag
+from apollo_ipc.cli.output import print_json, print_json_line, say
+from apollo_ipc.errors import UserError
 
 if TYPE_CHECKING:
+    from apollo_curation.dreams.bridge import Bridge
+    from apollo_curation.dreams.night import Night
     from apollo_curation.moments.moments import Moment
     from apollo_curation.training.batch_table import Batch
-    from apollo_curation.training.schedule import Learning, Trained
+    from apollo_curation.training.schedule import Trained
 
-NUM_BATCHES_SHOWN = 5  # by `status`
 TEXT_SHOWN = 80  # characters of an answer
+EXIT_STATUS = {"done": 0, "budget": 0, "away": 69, "stopped": 1}  # of dreams, by what ended them
 
 TierChoice = Annotated[TierName | None, typer.Option("--tier", help="Only this tier [default: all three].")]
 
@@ -86,133 +88,118 @@ def run(config_file: ConfigFile = None, as_json: AsJson = False) -> None:
     from apollo_curation.training.idle import Idleness
 
     config = load_curation_config(config_file)
-    with stop_by_signal() as stop, open_learning(config, stop) as learning:
-        model = learner(config, stop)
-        idleness = Idleness(model, config.curation.idle_s)
-        try:
-            schedule.run(
-                learning,
-                idleness,
-                stop=stop,
-                on_batch=lambda batch: print_json_line(batch) if as_json else say(describe_batch(batch)),
-                on_away=lambda error: say(f"{error}; waiting for it"),
-            )
-        finally:
-            model.close()
+    with (
+        stop_by_signal() as stop,
+        open_learning(config, stop) as learning,
+        closing(learner(config, stop)) as model,
+    ):
+        schedule.run(
+            learning,
+            Idleness(model, config.curation.idle_s),
+            stop=stop,
+            on_batch=lambda batch: print_json_line(batch) if as_json else say(describe_batch(batch)),
+            on_away=lambda error: say(f"{error}; waiting for it"),
+        )
 
 
-def batches(
-    limit: Annotated[int, typer.Option(min=1, help="At most so many, the newest first.")] = 50,
+def dream(
+    seeds: Annotated[
+        list[Path] | None,
+        typer.Option("--seeds", help="File or directory, again for more [default: dream.seeds]."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="At most so many seeds [default: dream.max_seeds].")
+    ] = None,
+    again: Annotated[
+        bool, typer.Option("--again", help="Also seeds that held, or were given up, before.")
+    ] = False,
     config_file: ConfigFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """What was trained: one line a batch of moments that became one job."""
-    from apollo_curation.training.batch_table import BatchTable
+    """Dream of each seed until the model answers new situations well; train on better answers in between.
 
-    with _open_store(load_curation_config(config_file)) as store:
-        found = BatchTable(store).list()[::-1][:limit]
-    if as_json:
-        print_json(found)
-    else:
-        console().print(batches_table(found) if found else "no batches")
-
-
-def status(config_file: ConfigFile = None, as_json: AsJson = False) -> None:
-    """How many moments are in each state, the last batches, and what is left of the window's budget."""
-    from apollo_curation.moments.moments import Moments
-    from apollo_curation.training.batch_table import BatchTable
+    Exit status 1 where training failed or was stopped, 69 where model, judge or worker stayed away. Ctrl-C
+    ends it after the dream that is under way; the next start goes on.
+    """
+    from apollo_curation.dreams import dream as loop
+    from apollo_curation.dreams.seeds import Seed, read_seeds
+    from apollo_curation.logs.conversation import Broken
 
     config = load_curation_config(config_file)
-    own = config.curation
-    with _open_store(config) as store:
-        table = BatchTable(store)
-        counts = Moments(store).counts()
-        last = table.list()[::-1][:NUM_BATCHES_SHOWN]
-        num_trained = table.num_trained(time.time() - own.window_s)
-    window = {"window_s": own.window_s, "num_trained": num_trained, "limit": own.max_examples_per_window}
+    paths = seeds or [Path(path) for path in config.dream.seeds]
+    if not paths:
+        raise UserError("there are no seeds; name files with --seeds, or in dream.seeds", field="--seeds")
+    if limit is not None:
+        config = msgspec.structs.replace(config, dream=msgspec.structs.replace(config.dream, max_seeds=limit))
+    found = list(read_seeds(paths, max_record_bytes=config.curation.max_record_bytes))
+    broken = [one for one in found if isinstance(one, Broken)]
+    for one in broken:
+        say(f"{one.source}: {one.message}")
+    good = [one for one in found if isinstance(one, Seed)]
+    with stop_by_signal() as stop, open_dreaming(config, stop) as bridge:
+        night = loop.dream(good, bridge, again=again, stop=stop, each=lambda one: say(describe_dream(one)))
     if as_json:
-        print_json({"moments": counts, "window": window, "batches": last})
-        return
-    print(f"moments: {', '.join(f'{num} {state}' for state, num in counts.items()) or 'none yet'}")
-    print(f"window:  {num_trained} of {own.max_examples_per_window} examples in {own.window_s / 3600:g} h")
-    console().print(batches_table(last) if last else "no batches yet")
+        print_json({**msgspec.to_builtins(night), "broken": broken})
+    else:
+        _print_night(night, len(broken))
+    raise typer.Exit(EXIT_STATUS[night.ended_by] or int(night.num_failed > 0))
+
+
+def night(
+    is_auto: Annotated[
+        bool,
+        typer.Option("--auto", help="Approve what is noticed tonight, from curation.auto_confidence on."),
+    ] = False,
+    config_file: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """The unattended run: read, judge, dream, train, watch the quality, write checkpoint and report.
+
+    Exit status 1 where the quality was broken or training failed, 69 where a server stayed away; the next
+    night goes on with what is left.
+    """
+    from apollo_curation.night import run_night
+
+    config = load_curation_config(config_file)
+    with stop_by_signal() as stop, open_moments(config) as (store, _):
+        report = run_night(config, store, is_auto=is_auto, stop=stop, say=say)
+    if as_json:
+        print_json(report)
+    else:
+        print(f"{report.ended}; report: {report.html}")
+    raise typer.Exit(report.exit_code)
 
 
 @contextmanager
-def open_learning(config: CurationConfig, stop: Callable[[], bool] = lambda: False) -> Iterator[Learning]:
-    """Store, batches and the training interface, by the configuration."""
-    from apollo_curation.moments.moments import Moments
-    from apollo_curation.train_client import Training
-    from apollo_curation.training.batches import Batches
-    from apollo_curation.training.schedule import Learning
+def open_dreaming(config: CurationConfig, stop: Callable[[], bool] = lambda: False) -> Iterator[Bridge]:
+    """The bridge by the configuration, when what an earlier run left open has been settled. What it trains is
+    watched where quality.heldout is set: raises QualityBroken."""
+    from apollo_curation.dreams.bridge import open_bridge
+    from apollo_curation.quality.watch import watched
 
-    with _open_store(config) as store:
-        moments, training = Moments(store), Training(config, stop)
-        try:
-            yield Learning(store, moments, Batches(store, moments, training, config, stop), training, config)
-        finally:
-            training.close()
-
-
-@contextmanager
-def stop_by_signal() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM or Ctrl-C has come. A second Ctrl-C interrupts."""
-    asked = Flag()
-
-    def ask(number: int, frame: Any) -> None:
-        asked.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield asked.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with (
+        open_learning(config, stop) as learning,
+        watched(config, learning.store, learning.training, stop) as each,
+    ):
+        learning.batches.resume(each)
+        with open_bridge(config, learning.store, learning.batches, each=each, stop=stop) as bridge:
+            yield bridge
 
 
-def describe_batch(batch: Batch) -> str:
-    parts = [f"{batch.tier} batch {batch.batch_id}: {batch.state}", f"{batch.num_examples} examples"]
-    if batch.num_skipped:
-        parts.append(f"{batch.num_skipped} of them trained before")
-    if loss := _describe_loss(batch):
-        parts.append(f"loss {loss}")
-    if batch.weight_version is not None:
-        parts.append(f"in weight version {batch.weight_version}")
-    if batch.error:
-        parts.append(batch.error)
-    return ", ".join(parts)
-
-
-def batches_table(found: list[Batch]) -> Table:
-    whole = ("batch", "tier", "state", "examples", "loss", "version", "made")
-    table = Table(*(Column(name, no_wrap=True) for name in whole), "error", box=None, pad_edge=False)
-    for batch in found:
-        table.add_row(
-            batch.batch_id,
-            batch.tier,
-            batch.state,
-            str(batch.num_examples),
-            _describe_loss(batch),
-            "" if batch.weight_version is None else str(batch.weight_version),
-            describe_ago(batch.created_at),
-            batch.error or "",
+def _print_night(night: Night, num_broken: int) -> None:
+    for seed in night.seeds:
+        reason = f": {seed.reason}" if seed.reason else ""
+        print(
+            f"seed {seed.seed_id} ({seed.topic}): {seed.state.replace('_', ' ')}{reason}, "
+            f"{seed.num_dreams} dreams, {seed.num_rounds} rounds of training"
         )
-    return table
-
-
-def _describe_loss(batch: Batch) -> str:
-    if batch.loss_last is None:
-        return ""
-    if batch.loss_first is None or batch.steps_done < 2:
-        return f"{batch.loss_last:.4g}"
-    return f"{batch.loss_first:.4g} -> {batch.loss_last:.4g}"
-
-
-def _open_store(config: CurationConfig) -> Any:
-    from apollo_curation.store import Store, store_path
-
-    return Store(store_path(config))
+    print(
+        f"{night.num_dreams} dreams: {night.num_good} answered well, {night.num_bad} badly, "
+        f"{night.num_trained} trained, {night.num_failed} failed, {night.num_dropped} dropped, "
+        f"{night.num_repeats} repetitions"
+    )
+    skipped = f"{night.num_skipped_seeds} seeds held or given up before, {num_broken} broken"
+    print(f"{len(night.seeds)} seeds, {skipped}; ended: {night.ended}")
 
 
 def _print_choices(turns: list[Trained], as_json: bool) -> None:
@@ -249,8 +236,7 @@ def _as_data(turn: Trained) -> dict[str, Any]:
 
 def _describe_moment(moment: Moment) -> str:
     surprise = "-" if moment.surprise is None else f"{moment.surprise:.2f}"
-    text = " ".join(moment.answer.content.split()) if moment.answer else ""
-    shown = text if len(text) <= TEXT_SHOWN else text[: TEXT_SHOWN - 3] + "..."
+    shown = short(moment.answer.content, TEXT_SHOWN) if moment.answer else ""
     return (
         f"{moment.moment_id}  {moment.kind}  {moment.source}  surprise {surprise}  "
         f"confidence {moment.confidence:.2f}  {shown}"

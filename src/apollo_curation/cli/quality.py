@@ -15,7 +15,7 @@ from apollo_ipc.errors import UserError
 
 if TYPE_CHECKING:
     from apollo_curation.quality.history import Measurement
-    from apollo_curation.quality.monitor import Report
+    from apollo_curation.quality.monitor import QualityReport
 
 WORKER_PATIENCE_S = 3.0  # only the weight version is asked of it; without a worker it is left away
 
@@ -39,12 +39,12 @@ def check(
     from apollo_curation.chat_client import judging, learner
     from apollo_curation.quality.monitor import Monitor
     from apollo_curation.store import Store, store_path
-    from apollo_curation.train_client import Training
+    from apollo_curation.train_client import TrainClient
 
     config = load_curation_config(config_file)
     with Store(store_path(config)) as store:
         judge = judging(config) if config.judge.enabled else None
-        training = Training(_impatient(config))
+        training = TrainClient(_impatient(config))
         report = Monitor(config, store, learner(config), judge, training).check(
             "good" if is_accepted else "scheduled"
         )
@@ -128,7 +128,7 @@ def _impatient(config: CurationConfig) -> CurationConfig:
     return msgspec.structs.replace(config, curation=curation)
 
 
-def _print_report(report: Report) -> None:
+def _print_report(report: QualityReport) -> None:
     from rich.table import Table
 
     from apollo_curation.quality.report import clean, number, percent

@@ -21,7 +21,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from apollo_curation.chat_client import ServedModel
+from apollo_curation.chat_client import ChatClient
 from apollo_curation.demo import night_corpus as corpus
 from apollo_curation.demo.scripted_model import ScriptedModel
 from apollo_ipc import checkpoint
@@ -54,7 +54,7 @@ class Shift(msgspec.Struct):
     after: float = 0.0
 
 
-class Report(msgspec.Struct):
+class DemoNight(msgspec.Struct):
     night: dict[str, Any] = {}
     exit_code: int | None = None
     shifts: list[Shift] = []
@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="apollo-night-") as scratch:
         directory = (options.keep or Path(scratch)).resolve()
         directory.mkdir(parents=True, exist_ok=True)
-        report, started = Report(), time.monotonic()
+        report, started = DemoNight(), time.monotonic()
         try:
             run(directory, report, options.seed)
         except (ServerFailed, ApolloError, httpx.HTTPError) as error:
@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if report.problems else 0
 
 
-def run(directory: Path, report: Report, seed: int) -> None:
+def run(directory: Path, report: DemoNight, seed: int) -> None:
     from apollo_curation.demo.night_model import make_able_model
 
     say("Making a small model, and teaching it a few abilities (English, greetings, doing as it is told)")
@@ -121,11 +121,11 @@ def run(directory: Path, report: Report, seed: int) -> None:
     check_disk(model_dir, report)
 
 
-def one_night(served: Served, directory: Path, report: Report, seed: int) -> None:
+def one_night(served: Served, directory: Path, report: DemoNight, seed: int) -> None:
     """On a server that has not seen `directory`/day yet."""
     with ScriptedModel(corpus.JudgeAndDreamer()) as scripted:
         say("Served at %s; a judge and dreamer with scripted answers at %s", served.url, scripted.url)
-        model = ServedModel(served.url)
+        model = ChatClient(served.url)
         measured = _measured(seed)
         report.shifts = [Shift(what, before=_loss(model, some)) for what, some in measured.items()]
         config = write_config(directory, served.url, scripted.url)
@@ -138,7 +138,7 @@ def one_night(served: Served, directory: Path, report: Report, seed: int) -> Non
         report.html_bytes = Path(report.html).stat().st_size
 
 
-def check_disk(model_dir: Path, report: Report) -> None:
+def check_disk(model_dir: Path, report: DemoNight) -> None:
     commit = checkpoint.read_commit(model_dir)
     if commit is None or commit.weight_version < report.weight_version:
         on_disk = None if commit is None else commit.weight_version
@@ -147,7 +147,7 @@ def check_disk(model_dir: Path, report: Report) -> None:
         report.problems.append(f"{len(problems)} digests of the checkpoint are wrong")
 
 
-def night(config: Path, served: Served, report: Report) -> None:
+def night(config: Path, served: Served, report: DemoNight) -> None:
     """The command that the systemd timer runs, as it is."""
     say("The night: apollo-ipc curate night --auto --config %s", config)
     command = [sys.executable, "-m", "apollo_ipc", "curate", "night", "--auto"]
@@ -225,11 +225,11 @@ def _measured(seed: int) -> dict[str, list[tuple[list[Message], Message]]]:
     }
 
 
-def _loss(model: ServedModel, examples: list[tuple[list[Message], Message]]) -> float:
+def _loss(model: ChatClient, examples: list[tuple[list[Message], Message]]) -> float:
     return -fmean(fmean(model.answer_logprobs(context, answer)) for context, answer in examples)
 
 
-def print_report(report: Report, console: Console) -> None:
+def print_report(report: DemoNight, console: Console) -> None:
     stages = Table(title="One night, unattended", title_justify="left")
     for column in ("stage", "what it did", "seconds"):
         stages.add_column(column)

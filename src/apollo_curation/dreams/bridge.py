@@ -9,16 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from apollo_curation.chat_client import Refused, ServedModel, judging, learner
-from apollo_curation.dreams.judge import OF_THIS_REQUEST, Dreamer, NoAnswer
-from apollo_curation.dreams.table import Dream, Dreams, Judged
+from apollo_curation.chat_client import ChatClient, ServerRefused, judging, learner
+from apollo_curation.dreams.judge import Dreamer, NoAnswer
+from apollo_curation.dreams.table import Dream, Dreams
 from apollo_curation.moments.moments import Moment, Moments, identify
 from apollo_curation.settings import CurationConfig
 from apollo_curation.store import Store
 from apollo_curation.training.batch_table import Batch
 from apollo_curation.training.batches import Batches, Each, NothingToTrain, StopTraining, ignore
-from apollo_ipc.errors import NotFound, NotReady
-from apollo_ipc.wire.requests import Message
+from apollo_ipc.errors import NotReady
 
 Train = Callable[[list[Moment]], Batch]  # `Batches.train` of the tier `dream`
 
@@ -33,32 +32,28 @@ class Bridge:
 
     dreams: Dreams
     moments: Moments
-    learner: ServedModel
+    learner: ChatClient
     dreamer: Dreamer
     train: Train
     config: CurationConfig
 
-    def respond(self, dream: Dream, asked: list[Message] | None = None) -> Dream:
-        """With the learner's response. asked: the situation with its instructions, where it had any.
-
-        Raises NoAnswer where the server refuses this situation, and as ServedModel.chat does.
-        """
+    def respond(self, dream: Dream) -> Dream:
+        """With the learner's response. Raises NoAnswer where the server refuses this situation, and as
+        ChatClient.chat does."""
         own = self.config.dream
         try:
             answer = self.learner.answer(
-                asked or dream.situation, max_tokens=own.max_tokens, temperature=own.temperature
+                dream.situation, max_tokens=own.max_tokens, temperature=own.temperature
             )
-        except Refused as error:
-            if error.status not in OF_THIS_REQUEST:
+        except ServerRefused as error:
+            if not error.is_of_this_request:
                 raise
             raise NoAnswer(f"the server refused the situation: {error.said}") from None
         return self.dreams.change(dream, response=answer.message, is_cut_off=answer.is_cut_off)
 
     def judge(self, dream: Dream) -> Dream:
         """Raises as Dreamer does."""
-        return self.keep_verdict(dream, self.dreamer.judge(dream))
-
-    def keep_verdict(self, dream: Dream, verdict: Judged) -> Dream:
+        verdict = self.dreamer.judge(dream)
         state = "good" if verdict.good else dream.state
         return self.dreams.change(dream, verdict=verdict, state=state)
 
@@ -117,17 +112,6 @@ class Bridge:
                 reason = moment.decided_reason or f"its moment is {moment.state}"
                 return self.dreams.change(dream, state="failed", batch_id=moment.batch_id, reason=reason)
 
-    def ancestors(self, parent: Dream | None) -> list[str]:
-        """Of a variation of `parent`."""
-        return [*parent.ancestors, parent.dream_id] if parent else []
-
-    def find(self, name: str) -> Dream:
-        """What was fed under `name`. Raises NotFound."""
-        found = self.dreams.fed(name)
-        if found is None:
-            raise NotFound(f"no situation {name!r} came before", field="id")
-        return found
-
 
 @contextmanager
 def open_bridge(
@@ -169,7 +153,6 @@ def moment_of(dream: Dream) -> Moment:
         topic=dream.topic,
         reason=verdict.reason if verdict else "",
         confidence=verdict.confidence if verdict else 1.0,
-        stripped=dream.stripped,
         lineage=dream.lineage,
         state="approved",
         decided_by="judge",

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 import msgspec
 
 from apollo_curation.dreams.bridge import Bridge, TrainingStopped
-from apollo_curation.dreams.judge import NoAnswer, NothingNew
+from apollo_curation.dreams.judge import Imagined, NoAnswer, NothingNew
 from apollo_curation.dreams.night import Budget, EndedBy, Night, SeedResult, in_turn
 from apollo_curation.dreams.seeds import Seed
 from apollo_curation.dreams.table import Dream, SeedRecord, SeedState
@@ -52,7 +52,7 @@ def dream(
 
     again: seeds that were held or given up are taken up anew. Batches that an earlier run left open must be
     resumed before (`Batches.resume`). Where learner, judge or trainer stay away, the run ends with what it
-    has. Raises UserError where the judge is switched off, and Refused where a server refuses all requests.
+    has. Raises UserError where the judge is switched off, and ServerRefused where a server refuses us.
     """
     if not bridge.config.judge.enabled:
         raise UserError("dreams need a judge; switch it on", field="judge.enabled")
@@ -171,9 +171,12 @@ class _SeedRun:
         self._night.num_dreams += 1
         parent = next((dream for dream in reversed(self._dreams) if dream.verdict is not None), None)
         try:
-            imagined = self._bridge.dreamer.imagine(
-                self._seed.text, parent.situation if parent else None, self._earlier
-            )
+            if self._seed.situation is not None and not self._dreams:
+                imagined = Imagined(self._seed.situation, self._seed.good)
+            else:
+                imagined = self._bridge.dreamer.imagine(
+                    self._seed.text, parent.situation if parent else None, self._earlier
+                )
         except NothingNew as error:
             raise _LeaveSeed(error.reason) from None
         except NoAnswer as error:
@@ -188,7 +191,7 @@ class _SeedRun:
                 topic=self._seed.topic,
                 source=self._seed.source,
                 round=self.num_rounds,
-                ancestors=self._bridge.ancestors(parent),
+                ancestors=[*parent.ancestors, parent.dream_id] if parent else [],
             )
         )
         self._earlier.append(kept.situation)

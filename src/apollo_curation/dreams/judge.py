@@ -7,12 +7,12 @@ from typing import TypeVar
 
 import msgspec
 
-from apollo_curation.chat_client import Refused, ServedModel
+from apollo_curation.chat_client import ChatClient, ServerRefused
 from apollo_curation.dreams import prompts
 from apollo_curation.dreams.table import Dream, Judged
 from apollo_curation.settings import CurationConfig
 from apollo_curation.structured import Counts, ask_for
-from apollo_curation.training.near_duplicates import similarity
+from apollo_curation.training.near_duplicates import Shingles, similarity, triples
 from apollo_ipc.wire.requests import Message
 
 # Of word triples (Jaccard): from here on a situation is a repetition. Far below curation.near_duplicate: two
@@ -20,10 +20,8 @@ from apollo_ipc.wire.requests import Message
 MAX_SIMILARITY = 0.5
 MAX_REPEATS = 3  # a dreamer that repeats itself is asked again so many times
 NUM_EARLIER_SHOWN = 5  # situations that the dreamer is shown to avoid
-OF_THIS_REQUEST = (400, 413, 422)  # HTTP statuses by which a server refuses one request, not all of them
 
 _SPEAKER = re.compile(r"\s*(?:user|person|human|assistant)\s*:\s*", re.IGNORECASE)
-_WORDS = re.compile(r"\w+")
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -48,11 +46,11 @@ class Imagined(msgspec.Struct, frozen=True):
 class Dreamer:
     """counts: how its answers parsed; num_repeats: situations that were no news.
 
-    Every method raises NoAnswer where two answers did not parse or say nothing, and as ServedModel.chat does
+    Every method raises NoAnswer where two answers did not parse or say nothing, and as ChatClient.chat does
     where the server is away or refuses more than this request.
     """
 
-    def __init__(self, model: ServedModel, config: CurationConfig):
+    def __init__(self, model: ChatClient, config: CurationConfig):
         self.counts = Counts()
         self.num_repeats = 0
         self._model = model
@@ -86,7 +84,7 @@ class Dreamer:
         if dream.is_cut_off:  # however good it is so far, learned it would be a sentence that breaks off
             return Judged(False, "the response was cut off at dream.max_tokens", 1.0)
         asked = prompts.judge(dream.lesson, dream.good, dream.situation, dream.response.content)
-        verdict = self._ask(prompts.Verdict, asked)
+        verdict = self._ask(prompts.DreamVerdict, asked)
         return Judged(verdict.good, verdict.reason, min(max(verdict.confidence, 0.0), 1.0))
 
     def improve(self, dream: Dream) -> Message:
@@ -110,8 +108,8 @@ class Dreamer:
                 temperature=temperature,
                 counts=self.counts,
             )
-        except Refused as error:
-            if error.status not in OF_THIS_REQUEST:
+        except ServerRefused as error:
+            if not error.is_of_this_request:
                 raise
             self.counts.num_dropped += 1
             raise NoAnswer(f"the dreamer's server refused the request: {error.said}") from None
@@ -132,16 +130,9 @@ def _as_messages(turns: list[str]) -> list[Message] | None:
 
 
 def is_novel(situation: list[Message], earlier: list[list[Message]]) -> bool:
-    own = _triples(_said(situation))
-    return all(similarity(own, _triples(_said(other))) < MAX_SIMILARITY for other in earlier)
+    own = _triples(situation)
+    return all(similarity(own, _triples(other)) < MAX_SIMILARITY for other in earlier)
 
 
-def _said(messages: list[Message]) -> str:
-    return "\n".join(message.content for message in messages)
-
-
-def _triples(text: str) -> frozenset[str]:
-    """Of words, lower case; a shorter text is one."""
-    words = _WORDS.findall(text.lower())
-    starts = range(max(1, len(words) - 2))
-    return frozenset(" ".join(words[i : i + 3]) for i in starts)
+def _triples(messages: list[Message]) -> Shingles:
+    return triples("\n".join(message.content for message in messages))

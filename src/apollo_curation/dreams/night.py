@@ -9,7 +9,7 @@ import msgspec
 
 from apollo_curation.dreams.seeds import Seed, newest_first
 from apollo_curation.dreams.table import Dreams, SeedRecord, SeedState
-from apollo_curation.settings import Dream as Settings
+from apollo_curation.settings import Dreaming as Settings
 
 # done: every seed had its turn; budget: or a wish to stop; away: learner, judge or trainer; stopped: the
 # training, by the quality monitor or a person.

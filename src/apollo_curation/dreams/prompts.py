@@ -14,7 +14,7 @@ class Situation(msgspec.Struct):
     good: str
 
 
-class Verdict(msgspec.Struct):
+class DreamVerdict(msgspec.Struct):
     """The reason stands first: a model that writes in order judges after it has thought."""
 
     reason: str

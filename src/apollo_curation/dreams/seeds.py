@@ -3,20 +3,28 @@
 Text (.md, .markdown, .txt): one seed a paragraph, or a list item; a file of at most WHOLE_FILE_CHARS without
 headings and lists is one seed as a whole. A Markdown heading is the topic of what follows it.
 JSONL (.jsonl, .ndjson): {"text" or "lesson" or "memory": "...", "topic"?: "..."}; other fields do not count.
+A dream program of somebody else's writes such lines with the situation in them, which is then dreamt first:
+{"lesson": "...", "messages": [{"role", "content"}, ...], "good"?: "what a good response does"}.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import msgspec
 
-from apollo_curation.logs.conversation import Broken, Source, text_hash
+from apollo_curation.logs.conversation import Broken, Source, find_problem, text_hash
+from apollo_curation.logs.readers.documents import BOM
+from apollo_curation.logs.readers.files import source_name
+from apollo_curation.logs.readers.lines import lines
+from apollo_curation.logs.readers.records import decode, read_chat
+from apollo_curation.logs.readers.text import Unreadable
 from apollo_ipc.errors import UserError
+from apollo_ipc.wire.requests import Message
 
 WHOLE_FILE_CHARS = 400
 MAX_SEED_CHARS = 4000  # a dreamer is told one thing at a time
@@ -27,18 +35,20 @@ TEXT_FIELDS = ("text", "lesson", "memory")
 _HEADING = re.compile(r" {0,3}#{1,6}\s+(.+?)\s*#*\s*$")
 _ITEM = re.compile(r"([-*+]|\d{1,4}[.)])\s+(?=\S)")
 _WORD = re.compile(r"\w")
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class Seed(msgspec.Struct, frozen=True):
-    """seed_id: equal for equal texts, whatever their white space, so that what changes is a new seed.
-    at: when its file was changed last, in seconds since the epoch."""
+    """seed_id: equal for equal texts (and situations), whatever their white space, so that what changes is a
+    new seed. at: when its file was changed last, in seconds since the epoch. situation: to begin with, ends
+    with the person; good: what a good response to it does."""
 
     seed_id: str
     text: str
     topic: str
     source: Source
     at: float
+    situation: list[Message] | None = None
+    good: str = ""
 
 
 def seed_id(text: str) -> str:
@@ -87,29 +97,24 @@ def _read_file(path: Path, max_record_bytes: int) -> Iterator[Seed | Broken]:
             else:
                 yield from _read_text(file, path, at, max_record_bytes)
     except OSError as error:
-        yield Broken(Source(_shown(path), 1, 0), "unreadable", f"cannot be read: {error.strerror}")
-
-
-def _shown(path: Path) -> str:
-    """As text that can be stored: a file's name may be any bytes."""
-    return os.fsencode(path).decode(errors="replace")
+        yield Broken(Source(source_name(path), 1, 0), "unreadable", f"cannot be read: {error.strerror}")
 
 
 def _read_text(file: BinaryIO, path: Path, at: float, max_bytes: int) -> Iterator[Seed | Broken]:
     data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
         yield Broken(
-            Source(_shown(path), 1, 0), "too_long", f"more than {max_bytes} bytes in one file of seeds"
+            Source(source_name(path), 1, 0), "too_long", f"more than {max_bytes} bytes in one file of seeds"
         )
         return
-    offset = len(_BYTE_ORDER_MARK) if data.startswith(_BYTE_ORDER_MARK) else 0
+    offset = len(BOM) if data.startswith(BOM) else 0
     blocks = list(_blocks(data[offset:], path.stem, offset))
     if not any(block.is_part for block in blocks) and len(data) <= WHOLE_FILE_CHARS and blocks:
         blocks = [_Block(blocks[0].offset, path.stem, data[offset:].splitlines(keepends=True), False)]
     number = 0
     for block in blocks:
         number += 1
-        source = Source(_shown(path), number, block.offset)
+        source = Source(source_name(path), number, block.offset)
         try:
             text = b"".join(block.lines).decode()
         except UnicodeDecodeError as error:
@@ -155,46 +160,46 @@ def _blocks(data: bytes, topic: str, offset: int) -> Iterator[_Block]:
         yield block
 
 
-def _read_jsonl(file: BinaryIO, path: Path, at: float, max_bytes: int) -> Iterator[Seed | Broken]:
-    for number, offset, line in bounded_lines(file, max_bytes):
-        source = Source(_shown(path), number, offset)
-        if line is None:
+def _read_jsonl(file: BufferedReader, path: Path, at: float, max_bytes: int) -> Iterator[Seed | Broken]:
+    for entry in lines(file, max_bytes):
+        source = Source(source_name(path), entry.number, entry.offset)
+        if entry.data is None:
             yield Broken(source, "too_long", f"a line of more than {max_bytes} bytes")
-        elif line.strip():
-            yield _parse_line(line, path.stem, source, at)
-
-
-def bounded_lines(file: BinaryIO, max_bytes: int) -> Iterator[tuple[int, int, bytes | None]]:
-    """(number from 1, byte offset, line), with None for a line of more than `max_bytes`, which is passed over
-    without being held. A byte order mark is left out."""
-    offset = number = 0
-    while line := file.readline(max_bytes + 1):
-        number += 1
-        start, is_whole = offset, len(line) <= max_bytes
-        offset += len(line)
-        if not is_whole:
-            while not line.endswith(b"\n") and (line := file.readline(1 << 20)):
-                offset += len(line)
-        elif number == 1:
-            line = line.removeprefix(_BYTE_ORDER_MARK)
-        yield number, start, line if is_whole else None
+            continue
+        try:
+            yield _parse_line(entry.data, path.stem, source, at)
+        except Unreadable as error:
+            yield Broken(source, error.reason, str(error))
+        except RecursionError:
+            yield Broken(source, "too_deep", "nested too deeply")
 
 
 def _parse_line(line: bytes, topic: str, source: Source, at: float) -> Seed | Broken:
-    try:
-        record: Any = msgspec.json.decode(line.decode())
-    except UnicodeDecodeError as error:
-        return Broken(source, "encoding", f"not UTF-8 ({error.reason})")
-    except (msgspec.DecodeError, RecursionError) as error:
-        return Broken(source, "not_json", f"not JSON: {error}")
+    """Raises Unreadable."""
+    record = decode(line, source.offset)
     names = ", ".join(TEXT_FIELDS)
     if not isinstance(record, dict):
-        return Broken(source, "not_a_seed", f"an object with one of {names} is needed")
+        raise Unreadable("not_a_seed", f"an object with one of {names} is needed")
     texts = [record[name] for name in TEXT_FIELDS if record.get(name) is not None]
     if not texts or not isinstance(texts[0], str):
-        return Broken(source, "not_a_seed", f"one of {names} is needed, as a string")
+        raise Unreadable("not_a_seed", f"one of {names} is needed, as a string")
     own_topic = record.get("topic")
-    return _seed(texts[0], own_topic if isinstance(own_topic, str) and own_topic else topic, source, at)
+    seed = _seed(texts[0], own_topic if isinstance(own_topic, str) and own_topic else topic, source, at)
+    if "messages" not in record or isinstance(seed, Broken):
+        return seed
+    situation = read_chat(record).messages
+    problem = find_problem(situation) or ("there is none" if not situation else None)
+    if problem is None and situation[0].role in ("system", "developer"):
+        problem = "instructions in it would be learned; leave them out"
+    if problem is None and situation[-1].role not in ("user", "tool"):
+        problem = f"a situation ends with the user or a tool's result, not with the {situation[-1].role}"
+    if problem is not None:
+        raise Unreadable("not_a_situation", f"messages: {problem}")
+    good = record.get("good")
+    key = seed_id(seed.text + msgspec.json.encode(situation).decode())
+    return msgspec.structs.replace(
+        seed, seed_id=key, situation=situation, good=good if isinstance(good, str) else ""
+    )
 
 
 def _seed(text: str, topic: str, source: Source, at: float) -> Seed | Broken:

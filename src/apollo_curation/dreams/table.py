@@ -35,8 +35,7 @@ class Dream(msgspec.Struct, frozen=True):
     the learner's; is_cut_off: it reached dream.max_tokens; better: what is trained instead of a bad one;
     round: trainings on the seed before it.
 
-    ancestors: dream ids, the oldest first; the last one is what this is a variation of. name: what the
-    program that fed it calls it, None for our own.
+    ancestors: dream ids, the oldest first; the last one is what this is a variation of.
     """
 
     seed_id: str
@@ -47,8 +46,6 @@ class Dream(msgspec.Struct, frozen=True):
     source: Source
     round: int = 0
     ancestors: list[str] = []
-    name: str | None = None
-    stripped: list[str] = []  # hashes of instructions that were taken out of the situation
     response: Message | None = None
     is_cut_off: bool = False
     verdict: Judged | None = None
@@ -99,7 +96,6 @@ CREATE TABLE IF NOT EXISTS dreams (
     position INTEGER PRIMARY KEY AUTOINCREMENT,
     dream_id TEXT NOT NULL UNIQUE,
     seed_id TEXT NOT NULL,
-    name TEXT UNIQUE,
     state TEXT NOT NULL,
     body BLOB NOT NULL
 );
@@ -115,7 +111,7 @@ class Dreams:
 
     def add(self, dream: Dream) -> Dream:
         """`dream` as it is now kept: with position, id and created_at. The same situation of the same seed
-        may come again; it is another dream. A name comes once only."""
+        may come again; it is another dream."""
         with self._store.transaction() as db:
             position = db.execute("SELECT coalesce(max(position), 0) + 1 FROM dreams").fetchone()[0]
             key = msgspec.json.encode([position, dream.seed_id, dream.situation], order="sorted")
@@ -125,8 +121,10 @@ class Dreams:
                 dream_id="d-" + blake2b(key, digest_size=8).hexdigest(),
                 created_at=dream.created_at or time.time(),
             )
-            values = (position, dream.dream_id, dream.seed_id, dream.name, dream.state)
-            db.execute("INSERT INTO dreams VALUES (?, ?, ?, ?, ?, ?)", (*values, msgspec.json.encode(dream)))
+            db.execute(
+                "INSERT INTO dreams (position, dream_id, seed_id, state, body) VALUES (?, ?, ?, ?, ?)",
+                (position, dream.dream_id, dream.seed_id, dream.state, msgspec.json.encode(dream)),
+            )
         return dream
 
     def change(self, dream: Dream, **changes: Any) -> Dream:
@@ -140,34 +138,15 @@ class Dreams:
         return dream
 
     def of_seed(self, seed_id: str, since: int = 0) -> list[Dream]:
-        """What our own loop dreamt of a seed after position `since`, the oldest first."""
-        return self._select(
-            "WHERE seed_id = ? AND name IS NULL AND position > ? ORDER BY position", seed_id, since
-        )
+        """What was dreamt of a seed after position `since`, the oldest first."""
+        return self._select("WHERE seed_id = ? AND position > ? ORDER BY position", seed_id, since)
 
-    def fed(self, name: str) -> Dream | None:
-        """What a program fed under this name."""
-        found = self._select("WHERE name = ?", name)
-        return found[0] if found else None
-
-    def fed_untrained(self) -> list[Dream]:
-        """What was fed and is ready to be trained, the oldest first."""
-        found = self._select("WHERE name IS NOT NULL AND state IN ('open', 'good') ORDER BY position")
-        return [dream for dream in found if dream.state == "good" or dream.better is not None]
-
-    def list(self, seed_id: str | None = None, limit: int = -1) -> list[Dream]:
-        """The newest first, ours and fed ones. A beginning of the seed's id is enough. Raises NotFound."""
-        if seed_id is None:
-            return self._select("ORDER BY position DESC LIMIT ?", limit)
-        found = self._select(
-            "WHERE seed_id >= ? AND seed_id < ? ORDER BY position DESC LIMIT ?",
-            seed_id,
-            seed_id + "\U0010ffff",
-            limit,
-        )
-        if not found:
-            raise NotFound(f"no dream has a seed {seed_id!r}", field="--seed")
-        return found
+    def get(self, dream_id: str) -> Dream:
+        """Raises NotFound. A beginning that fits one dream only is enough."""
+        found = self._select("WHERE dream_id >= ? AND dream_id < ?", dream_id, dream_id + "\U0010ffff")
+        if len(found) != 1:
+            raise NotFound(f"{'several dreams' if found else 'no dream'} {dream_id!r}", field="ID")
+        return found[0]
 
     def seed(self, seed_id: str) -> SeedRecord | None:
         rows = self._store.query("SELECT body FROM dream_seeds WHERE seed_id = ?", seed_id)
@@ -188,7 +167,7 @@ class Dreams:
         return self.keep_seed(SeedRecord(record.seed, since=rows[0][0] or 0))
 
     def seeds(self) -> dict[str, int]:
-        """How many seeds there are in each state."""
+        """How many seeds are in each state."""
         rows = self._store.query("SELECT state, COUNT(*) FROM dream_seeds GROUP BY state ORDER BY state")
         return {row[0]: row[1] for row in rows}
 

@@ -1,16 +1,25 @@
-"""What stripping takes out of a corpus: the share of its tokens, by rule and in all."""
+"""What stripping takes out of a corpus: the share of its tokens, a conversation before and after, and the
+rest as JSONL."""
 
 from __future__ import annotations
 
+import difflib
+import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import msgspec
+from rich.console import Console
+from rich.text import Text
 
 from apollo_curation.logs.conversation import Conversation
 from apollo_curation.logs.strip import Removed, Stripped, describe, whole_text
+from apollo_curation.printable import printable
 from apollo_curation.settings import StripRule
+from apollo_ipc.errors import UserError
 
 CountTokens = Callable[[str], int]
 WENT_ALONG = "went with what was stripped"
@@ -98,3 +107,84 @@ class Tally:
 
     def _num_tokens(self, conversation: Conversation) -> int:
         return sum(self._count(whole_text(message)) for message in conversation.messages)
+
+
+NUM_CONTEXT_LINES = 2
+STYLES = {"-": "red", "+": "green", "@": "dim", "!": "yellow", "=": "bold"}
+
+
+def diff_lines(before: Conversation, stripped: Stripped, pruned: list[Removed]) -> Iterator[str]:
+    """The lines of the diff; the first character says what each is: `-` went, `+` came, ` ` stays, `@` skips,
+    `!` remarks, `=` heading. Messages are headed by their role in brackets."""
+    yield f"= {printable(str(before.source))}"
+    for part in pruned:
+        for line in printable(part.text).split("\n"):
+            yield f"-{line}"
+        yield "! taken out of the record, before it was read as a conversation"
+    old, new = _lines(before), _lines(stripped.conversation)
+    for line in list(difflib.unified_diff(old, new, lineterm="", n=NUM_CONTEXT_LINES))[2:]:
+        yield "@" if line.startswith("@@") else line
+    if not stripped.removed and not pruned:
+        yield "! nothing is stripped"
+    for note in sorted({part.note for part in stripped.removed if part.note}):
+        yield f"! {note}"
+    if stripped.problem is not None:
+        yield f"! cannot be used: {printable(stripped.problem)}"
+
+
+def print_diff(console: Console, before: Conversation, stripped: Stripped, pruned: list[Removed]) -> None:
+    for line in diff_lines(before, stripped, pruned):
+        shown = line[2:] if line[0] in "!=" else "..." if line[0] == "@" else line
+        console.print(Text(shown, style=STYLES.get(line[0], "")), soft_wrap=True)
+
+
+def _lines(conversation: Conversation) -> list[str]:
+    lines: list[str] = []
+    for message in conversation.messages:
+        lines.append(f"[{printable(message.role)}]")
+        lines += printable(whole_text(message)).split("\n")
+    return lines
+
+
+class StrippedFile:
+    """`with StrippedFile(path, sources) as file: file.add(...)`; without a path it only counts.
+
+    The file appears under its name when all is written, in place of an older one; nothing is left of it after
+    an error. Raises UserError where it cannot be written, or is one of the files that are read.
+    """
+
+    def __init__(self, path: Path | None, sources: Iterable[Path]):
+        self.num_written = 0
+        self._path = path
+        self._file: BinaryIO | None = None
+        if path is None:
+            return
+        if path.exists() and any(path.samefile(source) for source in sources):
+            raise UserError(f"{path} is one of the files that are read; choose another name", field="--out")
+        self._part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            self._file = self._part.open("xb")
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}", field="--out") from None
+
+    def add(self, conversation: Conversation) -> None:
+        """One without any answer is left out: there is nothing to learn in it."""
+        if self._file is None or all(message.role != "assistant" for message in conversation.messages):
+            return
+        line: dict[str, Any] = {"messages": conversation.messages}
+        if conversation.tools:
+            line["tools"] = conversation.tools
+        self._file.write(msgspec.json.encode(line) + b"\n")
+        self.num_written += 1
+
+    def __enter__(self) -> StrippedFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._file is None or self._path is None:
+            return
+        self._file.close()
+        if kind is None:
+            self._part.replace(self._path)
+        else:
+            self._part.unlink()

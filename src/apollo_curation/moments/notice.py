@@ -7,7 +7,6 @@ from pathlib import Path
 import msgspec
 
 from apollo_curation.logs.follow import Follower
-from apollo_curation.logs.strip import pruner
 from apollo_curation.moments.behaviour import follow_behaviour
 from apollo_curation.moments.moments import Moments
 from apollo_curation.moments.signals import flag_stripped
@@ -17,12 +16,12 @@ from apollo_curation.store import Store
 from apollo_ipc.errors import ConfigError
 
 
-class Noticed(msgspec.Struct, frozen=True):
+class TakenFromLogs(msgspec.Struct, frozen=True):
     flagged: Taken
     followed: Taken
 
 
-def notice(config: CurationConfig, store: Store) -> Noticed:
+def notice(config: CurationConfig, store: Store) -> TakenFromLogs:
     """Moments of all that is new, each record once, also across a crash.
 
     Raises ConfigError where a path is in both; Conflict where another process reads them at the same time.
@@ -39,6 +38,6 @@ def notice(config: CurationConfig, store: Store) -> Noticed:
             )
     taken = []
     for paths, find in ((sources, flag_stripped), (followed, follow_behaviour)):
-        follower = Follower(store, paths, max_record_bytes=own.max_record_bytes, prune=pruner(own.strip))
+        follower = Follower(store, paths, own)
         taken.append(take_new(store, Moments(store), follower, own, find=find))
-    return Noticed(*taken)
+    return TakenFromLogs(*taken)

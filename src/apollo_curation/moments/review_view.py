@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import re
-import unicodedata
 from contextlib import suppress
 
 from rich.console import Console, Group, RenderableType
@@ -13,6 +12,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from apollo_curation.moments.moments import Moment
+from apollo_curation.printable import printable
 from apollo_ipc.wire.requests import Message
 
 SHORT_CHARS = 600  # of a message of the context, until `more` is asked for
@@ -63,17 +63,6 @@ def as_text(message: Message | None) -> str:
         return ""
     calls = [_call(call["function"]) for call in message.tool_calls or []]
     return "\n".join(part for part in (message.content, *calls) if part)
-
-
-def printable(text: str) -> str:
-    """Without what a terminal obeys: control characters and marks that turn the direction of writing."""
-
-    def shown(char: str) -> str:
-        if char in "\n\t\u200c\u200d" or unicodedata.category(char) not in ("Cc", "Cf", "Cs"):
-            return char
-        return "" if char == "\r" else f"\\u{ord(char):04x}"
-
-    return "".join(map(shown, text))
 
 
 def _title(moment: Moment) -> Text:

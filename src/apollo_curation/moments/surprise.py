@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from apollo_curation.chat_client import ModelAway, Refused, ServedModel
+from apollo_curation.chat_client import ChatClient, ModelAway, ServerRefused
 from apollo_curation.moments.moments import Moment, Moments, without_weight
 from apollo_ipc.errors import UserError
 
@@ -30,7 +30,7 @@ class ScoreCounts(msgspec.Struct):
 
 def score(
     moments: Moments,
-    model: ServedModel,
+    model: ChatClient,
     which: Iterable[Moment] | None = None,
     counts: ScoreCounts | None = None,
 ) -> ScoreCounts:
@@ -45,7 +45,7 @@ def score(
             counts.problem = error.message
             break
         except UserError as error:
-            if isinstance(error, Refused) and error.status not in (400, 413, 422):
+            if isinstance(error, ServerRefused) and not error.is_of_this_request:
                 raise
             counts.num_refused += 1
             counts.problem = error.message
@@ -68,8 +68,8 @@ def unscored(moments: Moments, *, again: bool = False) -> list[Moment]:
     return [moment for moment in found if moment.answer and (again or moment.surprise is None)]
 
 
-def surprise(moment: Moment, model: ServedModel) -> float:
-    """In nats per token, the end of the turn included. Raises as ServedModel.answer_logprobs does."""
+def surprise(moment: Moment, model: ChatClient) -> float:
+    """In nats per token, the end of the turn included. Raises as ChatClient.answer_logprobs does."""
     assert moment.answer is not None
     context = [without_weight(message) for message in moment.context]
     logprobs = model.answer_logprobs(context, moment.answer, moment.tools)

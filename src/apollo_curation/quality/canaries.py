@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from apollo_curation.chat_client import ServedModel
+from apollo_curation.chat_client import ChatClient
 from apollo_curation.logs.conversation import find_problem
 from apollo_curation.structured import ask_for
 from apollo_ipc.errors import ConfigError, NotReady, UserError
@@ -60,7 +60,7 @@ class CanaryResult(msgspec.Struct, frozen=True):
     canary_hash: str
 
 
-class Verdict(msgspec.Struct, frozen=True):
+class CanaryVerdict(msgspec.Struct, frozen=True):
     """What the judge answers."""
 
     reason: str
@@ -96,8 +96,8 @@ def load_canaries(path: str) -> list[Canary]:
 
 def ask_all(
     canaries: list[Canary],
-    model: ServedModel,
-    judge: ServedModel | None,
+    model: ChatClient,
+    judge: ChatClient | None,
     *,
     max_tokens: int,
     judge_max_tokens: int,
@@ -119,7 +119,9 @@ def ask_all(
         passed, reason = None, judge_away
         if judge is not None and not judge_away:
             try:
-                verdict = ask_for(Verdict, judge, _question(canary, answer), max_tokens=judge_max_tokens)
+                verdict = ask_for(
+                    CanaryVerdict, judge, _question(canary, answer), max_tokens=judge_max_tokens
+                )
             except NotReady as error:
                 reason = judge_away = f"the judge is away: {error.message}"
             except UserError as error:

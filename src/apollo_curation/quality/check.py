@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from apollo_curation.chat_client import ModelAway, ServedModel
+from apollo_curation.chat_client import ChatClient, ModelAway
 from apollo_curation.moments.moments import Moment, Moments
 from apollo_curation.quality.canaries import ask_all, load_canaries
 from apollo_curation.quality.heldout import load_heldout
@@ -17,13 +17,13 @@ from apollo_curation.quality.measure import measure_losses
 from apollo_curation.quality.thresholds import find_breaches, find_drift
 from apollo_curation.settings import CurationConfig
 from apollo_curation.store import Store
-from apollo_curation.train_client import Training
+from apollo_curation.train_client import TrainClient
 from apollo_curation.training.batch_table import Batch, BatchTable
 
 log = logging.getLogger("apollo_curation.quality")
 
 
-class Report(msgspec.Struct, frozen=True):
+class QualityReport(msgspec.Struct, frozen=True):
     """What a check found and what followed. measurement: the last one, so after a restore the one that shows
     that the loss is back; breaches: of the one that led to it.
 
@@ -59,9 +59,9 @@ class Checker:
         self,
         config: CurationConfig,
         store: Store,
-        model: ServedModel,
-        judge: ServedModel | None,
-        training: Training,
+        model: ChatClient,
+        judge: ChatClient | None,
+        training: TrainClient,
     ):
         self.quality = config.quality
         self.held_out = load_heldout(config.quality.heldout)
@@ -80,8 +80,8 @@ class Checker:
         job_id: str | None = None,
         durable_version: int | None = None,
         restored_version: int | None = None,
-    ) -> Report:
-        """The values are those of the weights that are served while it runs. Raises ModelAway, Refused."""
+    ) -> QualityReport:
+        """Of the weights that are served while it runs. Raises ModelAway, ServerRefused."""
         earlier = self.history.list()
         at, started = time.time(), time.monotonic()
         measurement = Measurement(
@@ -109,7 +109,7 @@ class Checker:
         )
         trained = self._moments.list("approved", "training", "trained")
         overlap = [moment.moment_id for moment in self.find_overlap(trained)]
-        report = Report(measurement, against, breaches, find_drift(measurement, earlier), overlap)
+        report = QualityReport(measurement, against, breaches, find_drift(measurement, earlier), overlap)
         self._log(report)
         return report
 
@@ -118,11 +118,7 @@ class Checker:
 
     def batches_since(self, at: float) -> list[Batch]:
         """Those that may have changed the weights after `at`: ended since, or under way."""
-        return [
-            batch
-            for batch in self._batches.list()
-            if batch.state not in ("prepared", "refused") and (batch.ended_at is None or batch.ended_at > at)
-        ]
+        return [batch for batch in self._batches.list() if batch.ended_at is None or batch.ended_at > at]
 
     def _weight_version(self) -> int | None:
         try:
@@ -131,7 +127,7 @@ class Checker:
             log.warning("quality: the weight version is not known: %s", error.message)
             return None
 
-    def _log(self, report: Report) -> None:
+    def _log(self, report: QualityReport) -> None:
         one = report.measurement
         losses = ", ".join(
             f"{name} {'-' if loss.loss is None else f'{loss.loss:.4f}'}" for name, loss in one.losses.items()

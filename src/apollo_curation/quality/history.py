@@ -1,4 +1,4 @@
-"""Every measurement, and the loss curves of the jobs between them, in curation's store."""
+"""Every measurement, in curation's store."""
 
 from __future__ import annotations
 
@@ -80,10 +80,6 @@ CREATE TABLE IF NOT EXISTS quality_measurements (
     label TEXT NOT NULL,
     body BLOB NOT NULL
 );
-CREATE TABLE IF NOT EXISTS quality_curves (
-    job_id TEXT PRIMARY KEY,
-    losses BLOB NOT NULL
-);
 """
 
 
@@ -117,18 +113,5 @@ class History:
         )
         return [msgspec.json.decode(row["body"], type=Measurement) for row in reversed(rows)]
 
-    def count(self) -> int:
-        return self._store.query("SELECT COUNT(*) FROM quality_measurements")[0][0]
-
     def last_good(self) -> Measurement | None:
         return next((one for one in reversed(self.list()) if one.is_good), None)
-
-    def keep_curve(self, job_id: str, losses: list[float | None]) -> None:
-        """losses: nats a token, one for each step; None for one that was no number."""
-        with self._store.transaction() as db:
-            values = (job_id, msgspec.json.encode(losses))
-            db.execute("INSERT OR REPLACE INTO quality_curves VALUES (?, ?)", values)
-
-    def curve(self, job_id: str) -> list[float | None] | None:
-        rows = self._store.query("SELECT losses FROM quality_curves WHERE job_id = ?", job_id)
-        return msgspec.json.decode(rows[0]["losses"], type=list[float | None]) if rows else None

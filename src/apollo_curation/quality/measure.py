@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from apollo_curation.chat_client import Refused, ServedModel
+from apollo_curation.chat_client import ChatClient, ServerRefused
 from apollo_curation.quality.heldout import HeldOut, HeldOutSet, examples_hash
 from apollo_ipc.errors import UserError
 from apollo_ipc.wire.requests import Example
@@ -32,9 +32,9 @@ class CategoryLoss(msgspec.Struct, frozen=True):
     problems: list[str] = []
 
 
-def measure_losses(held_out: HeldOutSet, model: ServedModel) -> dict[str, CategoryLoss]:
-    """By category, one request at a time: so it is repeatable. Raises ModelAway, and Refused for what no
-    example is to blame for."""
+def measure_losses(held_out: HeldOutSet, model: ChatClient) -> dict[str, CategoryLoss]:
+    """By category, one request at a time: so it is repeatable. Raises ModelAway, and ServerRefused for what
+    no example is to blame for."""
     return {
         category: _measure(held_out, examples, model) for category, examples in held_out.categories.items()
     }
@@ -48,14 +48,14 @@ def overall_loss(losses: dict[str, CategoryLoss]) -> float | None:
     return math.fsum((one.loss or 0.0) * one.num_tokens for one in losses.values()) / num_tokens
 
 
-def _measure(held_out: HeldOutSet, examples: list[HeldOut], model: ServedModel) -> CategoryLoss:
+def _measure(held_out: HeldOutSet, examples: list[HeldOut], model: ChatClient) -> CategoryLoss:
     logprobs: list[float] = []
     problems = []
     for one in examples:
         try:
             logprobs += [logprob for part in answer_logprobs(one.example, model) for logprob in part]
         except UserError as error:
-            if isinstance(error, Refused) and error.status in _ABOUT_US:
+            if isinstance(error, ServerRefused) and error.status in _ABOUT_US:
                 raise
             problems.append(f"{held_out.path}:{one.line}: {error.message}")
     return CategoryLoss(
@@ -68,7 +68,7 @@ def _measure(held_out: HeldOutSet, examples: list[HeldOut], model: ServedModel) 
     )
 
 
-def answer_logprobs(example: Example, model: ServedModel) -> Iterator[list[float]]:
+def answer_logprobs(example: Example, model: ChatClient) -> Iterator[list[float]]:
     """Of each learned part of the example, the log-probability of its tokens in nats.
 
     messages: every assistant turn whose weight is not 0, with its end of turn. prompt + completion: without

@@ -11,21 +11,21 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
-from apollo_curation.chat_client import ModelAway, ServedModel
+from apollo_curation.chat_client import ChatClient, ModelAway
 from apollo_curation.moments.moments import Moment, Moments
-from apollo_curation.quality.check import Checker, Report, log
+from apollo_curation.quality.check import Checker, QualityReport, log
 from apollo_curation.quality.history import Breach, Label, Measurement
 from apollo_curation.quality.thresholds import find_drift
 from apollo_curation.settings import CurationConfig
 from apollo_curation.store import Store
-from apollo_curation.train_client import Training
+from apollo_curation.train_client import TrainClient
 from apollo_curation.training.batches import Batches, StopTraining
 from apollo_ipc.errors import ApolloError, ConfigError, NotReady
 from apollo_ipc.wire.messages import ENDED_STATES, JobInfo
 
 MIN_HISTORY = 1  # older versions: a sync may come between the reference's own and the pin that holds it
 
-__all__ = ["Monitor", "Report"]
+__all__ = ["Monitor", "QualityReport"]
 
 
 class Monitor:
@@ -33,16 +33,16 @@ class Monitor:
     interval of checks. Raises ConfigError where the held-out set or the canaries are wrong.
 
     What later measurements of a night are held against is what `before` found, and does not move with them:
-    many small losses in a night add up to one that is seen. Checks raise ModelAway and Refused.
+    many small losses in a night add up to one that is seen. Checks raise ModelAway and ServerRefused.
     """
 
     def __init__(
         self,
         config: CurationConfig,
         store: Store,
-        model: ServedModel,
-        judge: ServedModel | None,
-        training: Training,
+        model: ChatClient,
+        judge: ChatClient | None,
+        training: TrainClient,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.checker = Checker(config, store, model, judge, training)
@@ -58,7 +58,7 @@ class Monitor:
         self._store, self._training, self._clock = store, training, clock
         self._batches = Batches(store, Moments(store), training, config)
 
-    def before(self) -> Report:
+    def before(self) -> QualityReport:
         """The reference of what is trained next, with its weights on disk so that they can come back.
 
         What a killed process left comes first: while a batch of it is open, its reference holds on (resume it
@@ -68,7 +68,7 @@ class Monitor:
         if (left := self._left_over()) is not None:
             if self._batches.table.open():
                 log.info("quality: the reference is still measurement %d", left.measurement_id)
-                return Report(left, None, drift=find_drift(left, self.history.list()))
+                return QualityReport(left, None, drift=find_drift(left, self.history.list()))
             report = self.after()
             if not report.may_go_on:
                 return report
@@ -112,11 +112,10 @@ class Monitor:
 
         return check
 
-    def after(self) -> Report:
+    def after(self) -> QualityReport:
         """Of all that was trained since `before`; measured also where every job was short. On a breach, found
         now or by the guard, it acts as quality.on_breach says; a breach is reported, not raised."""
         assert self.baseline is not None
-        self._keep_curves()
         found_before = self._breaches_of_guard()
         report = self.checker.check("after", self.baseline)
         report = msgspec.structs.replace(report, breaches=report.breaches or found_before)
@@ -128,7 +127,7 @@ class Monitor:
         kept = self._note(report.measurement, breaches=report.breaches, action="stopped")
         return msgspec.structs.replace(report, measurement=kept)
 
-    def check(self, label: Label = "scheduled") -> Report:
+    def check(self, label: Label = "scheduled") -> QualityReport:
         """As it is now, against the reference of this night or else the last good measurement. With the
         label `good` later ones are held against it, whatever it shows."""
         return self.checker.check(label, self.baseline or self.history.last_good())
@@ -148,7 +147,7 @@ class Monitor:
                 *(version, error.message, self._num_restorable),
             )
 
-    def _restore(self, report: Report) -> Report:
+    def _restore(self, report: QualityReport) -> QualityReport:
         """The reference's weights live again, its batches undone, and the proof of it measured."""
         assert self.baseline is not None
         version = self.baseline.durable_version
@@ -212,19 +211,6 @@ class Monitor:
         ids = [batch.batch_id for batch in batches if batch.state != "undone"]
         self._batches.undo(ids)
         return ids
-
-    def _keep_curves(self) -> None:
-        """Every step's loss of the jobs since the reference, while the server still knows them."""
-        assert self.baseline is not None
-        for batch in self.checker.batches_since(self.baseline.at):
-            if batch.job_id is None or self.history.curve(batch.job_id) is not None:
-                continue
-            try:
-                losses = self._training.job(batch.job_id).loss_history or []
-            except ApolloError as error:
-                log.warning("quality: no loss curve of job %s: %s", batch.job_id, error.message)
-            else:
-                self.history.keep_curve(batch.job_id, [*losses])
 
     def _note(self, measurement: Measurement, **changes: object) -> Measurement:
         return self.history.replace(msgspec.structs.replace(measurement, **changes))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ import jinja2
 from markupsafe import Markup
 
 from apollo_curation.moments.moments import Moment, Moments
-from apollo_curation.quality.charts import Mark, Series, Tick, line_chart, sparkline
+from apollo_curation.printable import printable
+from apollo_curation.quality.charts import Mark, Series, line_chart, sparkline
 from apollo_curation.quality.history import History, Measurement
 from apollo_curation.quality.thresholds import find_drift
 from apollo_curation.store import Store
@@ -24,7 +24,6 @@ MAX_CANARY_COLUMNS = 20
 MAX_BATCHES = 200
 MAX_MOMENTS_SHOWN = 12  # of one batch, with their texts
 MAX_CHARACTERS = 600  # of one text
-_BIDI_CONTROLS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 def write_html(path: Path, store: Store) -> None:
@@ -46,7 +45,7 @@ def gather(store: Store) -> dict[str, Any]:
     everything = history.list()
     measurements = everything[-MAX_MEASUREMENTS:]
     batches = BatchTable(store).list()
-    shown = [one for one in batches if one.state not in ("prepared", "refused")][-MAX_BATCHES:]
+    shown = batches[-MAX_BATCHES:]
     last = measurements[-1] if measurements else None
     return {
         "written_at": time.time(),
@@ -62,7 +61,7 @@ def gather(store: Store) -> dict[str, Any]:
         "categories": _categories(measurements),
         "canaries": _canary_rows(measurements[-MAX_CANARY_COLUMNS:]),
         "canary_columns": measurements[-MAX_CANARY_COLUMNS:],
-        "batches": [_batch_view(batch, measurements, history, Moments(store)) for batch in reversed(shown)],
+        "batches": [_batch_view(batch, measurements, Moments(store)) for batch in reversed(shown)],
         "num_batches_left_out": len(batches) - len(shown),
         "num_trained": sum(batch.num_trained for batch in batches if batch.state == "trained"),
         "num_undone": sum(batch.state == "undone" for batch in batches),
@@ -70,20 +69,15 @@ def gather(store: Store) -> dict[str, Any]:
 
 
 def _heldout_chart(measurements: list[Measurement]) -> Markup:
-    series = []
-    for category in _categories(measurements):
-        values = [_loss(one, category) for one in measurements]
-        hints = [
-            f"{category}: {'-' if value is None else f'{value:.4f}'} nats a token, "
-            f"{version(one)}, {one.label}, {clock_time(one.at)}"
-            for one, value in zip(measurements, values, strict=True)
-        ]
-        series.append(Series(clean(category), values, [clean(hint) for hint in hints]))
-    times = [time.localtime(one.at) for one in measurements]
-    ticks = [
-        Tick(version(one), time.strftime("%d %b", at), time.strftime("%H:%M", at))
-        for one, at in zip(measurements, times, strict=True)
+    series = [
+        Series(clean(category, 18), [_loss(one, category) for one in measurements])
+        for category in _categories(measurements)
     ]
+    ticks, day = [], ""
+    for one in measurements:
+        at = time.localtime(one.at)
+        is_new, day = time.strftime("%d %b", at) != day, time.strftime("%d %b", at)
+        ticks.append(f"{version(one)}\n{day if is_new else time.strftime('%H:%M', at)}")
     marks = []
     for i, one in enumerate(measurements):
         if one.breaches:
@@ -92,7 +86,7 @@ def _heldout_chart(measurements: list[Measurement]) -> Markup:
             marks.append(Mark(i, "restore", f"v{one.restored_version} is back"))
         elif one.label == "good":
             marks.append(Mark(i, "accepted", "accepted"))
-    during = frozenset(i for i, one in enumerate(measurements) if one.label == "during")
+    during = [i for i, one in enumerate(measurements) if one.label == "during"]
     num_breaches = sum(bool(one.breaches) for one in measurements)
     description = (
         f"{len(series)} categories over {len(measurements)} measurements, {num_breaches} with a breach; the "
@@ -126,11 +120,9 @@ def _canary_rows(measurements: list[Measurement]) -> list[dict[str, Any]]:
     return rows
 
 
-def _batch_view(
-    batch: Batch, measurements: list[Measurement], history: History, moments: Moments
-) -> dict[str, Any]:
+def _batch_view(batch: Batch, measurements: list[Measurement], moments: Moments) -> dict[str, Any]:
     taught = moments.of_batch(batch.batch_id)
-    curve = history.curve(batch.job_id) if batch.job_id else None
+    curve = batch.job.loss_history if batch.job else None
     before = [one for one in measurements if one.at <= batch.created_at and one.label != "during"]
     after = [one for one in measurements if batch.ended_at is not None and one.at >= batch.ended_at]
     title = f"Training loss of {batch.batch_id}"
@@ -172,14 +164,7 @@ def _loss(measurement: Measurement, category: str) -> float | None:
 
 
 def clean(text: object, limit: int = MAX_CHARACTERS) -> str:
-    """Text for a page: control characters and those that turn the direction of others made visible, what is
-    too long cut with a word of how much."""
-    told = "".join("\N{REPLACEMENT CHARACTER}" if _is_unwanted(c) else c for c in str(text)[: limit + 1])
-    return told if len(told) <= limit else f"{told[:limit]} … ({len(str(text)) - limit} more characters)"
-
-
-def _is_unwanted(c: str) -> bool:
-    return c in _BIDI_CONTROLS or (c not in "\n\t" and unicodedata.category(c) in ("Cc", "Cs"))
+    return printable(text, limit)
 
 
 def clock_time(at: float) -> str:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 
 from apollo_curation.chat_client import judging, learner
-from apollo_curation.quality.monitor import Monitor, Report
+from apollo_curation.quality.monitor import Monitor, QualityReport
 from apollo_curation.settings import CurationConfig
 from apollo_curation.store import Store
-from apollo_curation.train_client import Training
+from apollo_curation.train_client import TrainClient
 from apollo_curation.training.batches import Each, ignore
 from apollo_ipc.errors import ApolloError
 
@@ -22,7 +22,7 @@ class QualityBroken(ApolloError):
 
 @contextmanager
 def watched(
-    config: CurationConfig, store: Store, training: Training, stop: Callable[[], bool] = lambda: False
+    config: CurationConfig, store: Store, training: TrainClient, stop: Callable[[], bool] = lambda: False
 ) -> Iterator[Each]:
     """`each` for what is trained within: measured before, during and after, as quality.* says.
 
@@ -44,7 +44,7 @@ def watched(
             raise QualityBroken(describe_breaches(after))
 
 
-def describe_breaches(report: Report) -> str:
+def describe_breaches(report: QualityReport) -> str:
     parts = [breach.sentence for breach in report.breaches] or ["no reason was kept"]
     if report.restored_as is not None:
         parts.append(f"weight version {report.restored_version} is restored as {report.restored_as}")

@@ -1,40 +1,38 @@
 """Batches: moments of one tier that become one training job, each trained once whatever dies on the way.
 
 The batch, with the exact request, and its moments' state `training` are written in one transaction before
-anything is sent. The job's idempotency key is the batch's id, so that sending it again gives the same job;
-what the job came to is written in one transaction too. `resume` goes on with what a killed process left open.
-
-    prepared -> submitted -> trained | failed | stopped     undone: its effect was taken back
-        |-----> refused (and another batch without the refused example), failed
+anything is sent. The batch's id is the job's idempotency key, so the server keeps what became of it: whoever
+goes on with an open batch sends it again, and gets the same job. What the job came to is written in one
+transaction too.
 """
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
 from typing import Literal
 
-from apollo_curation.chat_client import Refused
+from apollo_curation.chat_client import ServerRefused
 from apollo_curation.lock import alone
 from apollo_curation.moments.moments import Moment, Moments, State
 from apollo_curation.settings import CurationConfig, TierName
 from apollo_curation.store import Store
-from apollo_curation.train_client import Training
+from apollo_curation.train_client import TrainClient
 from apollo_curation.training.batch_table import Batch, BatchTable, new_batch_id
-from apollo_curation.training.submission import (
-    MAX_ATTEMPTS,
-    Accepted,
-    ExampleRefused,
-    OnDuplicate,
-    RequestRefused,
-    request_for,
-    submit,
-)
 from apollo_ipc.errors import UserError
 from apollo_ipc.wire.messages import JobInfo
+from apollo_ipc.wire.requests import TrainOptions, TrainRequest
 
+OnDuplicate = Literal["skip", "train"]
 Each = Callable[[JobInfo], None]
+
+MAX_ATTEMPTS = 3  # at what the server answers with a defect of its own, or forgets
+RETRY_S = 2.0
+
+_EXAMPLE = re.compile(r"examples\[(\d+)\]")
+# No fault of the request: our key, a server without /train, a body that got stuck on its way.
+_NOT_OF_REQUEST = (401, 403, 404, 405, 408)
 
 
 class StopTraining(Exception):
@@ -59,15 +57,16 @@ class Batches:
     """Trains moments, one batch at a time on this machine's state directory: another process waits.
 
     stop: asked while waiting for that other process; when it answers true, NotReady is raised.
-    `train` and `resume` raise ModelAway where the server stays away for curation.patience_s, and Refused
-    where it does not take our key or has no /train. The batch then stays open, and `resume` goes on with it.
+    `train` and `resume` raise ModelAway where the server stays away for curation.patience_s, and
+    ServerRefused where it does not take our key or has no /train. The batch then stays open, and `resume`
+    goes on with it.
     """
 
     def __init__(
         self,
         store: Store,
         moments: Moments,
-        training: Training,
+        training: TrainClient,
         config: CurationConfig,
         stop: Callable[[], bool] = lambda: False,
     ):
@@ -76,6 +75,7 @@ class Batches:
         self._moments = moments
         self._training = training
         self._config = config
+        self._lock = config.state_dir / "curation.train.lock"  # every open batch is one that somebody left
         self._stop = stop
 
     def train(
@@ -97,7 +97,7 @@ class Batches:
         """
         expected: tuple[State, ...] = ("approved", "trained") if on_duplicate == "train" else ("approved",)
         ids = list(dict.fromkeys(moment.moment_id for moment in moments))
-        with self._alone():
+        with alone(self._lock, self._stop):
             batch = self._prepare(tier, ids, expected, on_duplicate)
             if batch is None:
                 raise NothingToTrain("none of these moments is approved and has an answer")
@@ -105,7 +105,7 @@ class Batches:
 
     def resume(self, each: Each = ignore) -> list[Batch]:
         """Goes on with every open batch, the oldest first, and returns them as they ended."""
-        with self._alone():
+        with alone(self._lock, self._stop):
             return [self._finish(batch, each) for batch in self.table.open()]
 
     def undo(self, batch_ids: Iterable[str]) -> None:
@@ -118,24 +118,11 @@ class Batches:
                 batch = self.table.get(batch_id)
                 if batch.is_open:
                     raise UserError(f"{batch_id} is still being trained; wait for it, or cancel its job")
-                if batch.state != "refused":
-                    self.table.change(batch_id, state="undone")
-                    self._move(batch, "undone", batch.error, expected=("trained", "failed"))
-
-    def list(self, since: float = 0.0) -> list[Batch]:
-        """The oldest first. since: seconds since the epoch, of their creation."""
-        return self.table.list(since)
-
-    def _alone(self) -> AbstractContextManager[None]:
-        """Under it every open batch is one that somebody left."""
-        return alone(self._config.state_dir / "curation.train.lock", self._stop)
+                self.table.change(batch_id, state="undone")
+                self._move(batch, "undone", batch.error, expected=("trained", "failed"))
 
     def _prepare(
-        self,
-        tier: TierName,
-        ids: Sequence[str],
-        expected: Sequence[State],
-        on_duplicate: OnDuplicate,
+        self, tier: TierName, ids: Sequence[str], expected: Sequence[State], on_duplicate: OnDuplicate
     ) -> Batch | None:
         """Nothing of it has been sent yet. None where no moment is left to train."""
         batch_id = new_batch_id()
@@ -147,90 +134,95 @@ class Batches:
                     taken.append(self._moments.change(moment_id, state="training", batch_id=batch_id))
             if not taken:
                 return None
-            request = request_for(self._config, tier, [one.example() for one in taken], on_duplicate)
+            own = self._config.tier(tier)
+            options = TrainOptions(
+                lr=own.lr,
+                epochs=own.epochs,
+                schedule=own.schedule,
+                accumulate_steps=own.accumulate_steps,
+                on_duplicate=on_duplicate,
+            )
+            request = TrainRequest([one.example() for one in taken], options)
             return self.table.add(tier, taken, request, batch_id)
 
     def _finish(self, batch: Batch, each: Each) -> Batch:
         """From wherever the batch is to its end."""
         num_lost = 0
-        while True:
-            while batch.state == "prepared":
-                batch = self._submit(batch)
-            if not batch.is_open:
-                return batch
+        while batch.is_open:
+            batch, job_id = self._submit(batch)
+            if job_id is None:
+                continue
             try:
-                return self._settle(batch, self._follow(batch, each))
-            except Refused as error:
+                return self._settle(batch, self._follow(batch, job_id, each))
+            except ServerRefused as error:
                 if error.code != "not_found":
                     raise
-            num_lost += 1
+            num_lost += 1  # its queue was lost, and with it whether this was trained
             if num_lost == MAX_ATTEMPTS:
                 return self._end(batch, "failed", f"the server forgot the job {num_lost} times")
-            # Its queue was lost, and with it whether this was trained.
-            batch = self.table.change(batch.batch_id, state="prepared", job_id=None)
+        return batch
 
-    def _submit(self, batch: Batch) -> Batch:
-        """The batch with its job; or failed; or, where an example was refused, a batch of the rest."""
+    def _submit(self, batch: Batch) -> tuple[Batch, str | None]:
+        """The batch and its job, the same one as often as it is sent; without a job where the server refuses
+        it: the batch has failed, or is another one without the example that was refused."""
         request = self.table.request(batch.batch_id)
-        match submit(self._training, request, batch.batch_id):
-            case Accepted(job_id):
-                return self.table.change(batch.batch_id, state="submitted", job_id=job_id)
-            case ExampleRefused(at, said):
-                return self._without(batch, at, said, request.options.on_duplicate or "skip")
-            case RequestRefused(said):
-                return self._end(batch, "failed", said)
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            try:
+                return batch, self._training.submit(request, batch.batch_id)
+            except ServerRefused as error:
+                if error.status in _NOT_OF_REQUEST:
+                    raise
+                found = _EXAMPLE.match(error.field or "") if error.status == 400 else None
+                if found and int(found[1]) < len(request.examples):
+                    return self._without(batch, int(found[1]), error.said, request), None
+                if error.code == "conflict":
+                    said = (
+                        f"the server knows the key {batch.batch_id} with another request, and may have "
+                        "trained that: see `apollo-ipc jobs --json` before you approve these again. It said: "
+                        f"{error.said}"
+                    )
+                    return self._end(batch, "failed", said), None
+                if error.status < 500 or attempt == MAX_ATTEMPTS:
+                    return self._end(batch, "failed", error.said), None
+                time.sleep(RETRY_S)  # a defect may be a passing one
+        raise AssertionError("the last attempt returns")
 
-    def _without(self, batch: Batch, at: int, said: str, on_duplicate: OnDuplicate) -> Batch:
-        """The moment of example number `at` is dropped; the rest is a new batch, if anything is left."""
+    def _without(self, batch: Batch, at: int, said: str, request: TrainRequest) -> Batch:
+        """The moment of example number `at` is dropped; the rest is a batch, and so a key, of its own."""
         bad = batch.moment_ids[at]
         rest = [moment_id for moment_id in batch.moment_ids if moment_id != bad]
         with self._store.transaction():
             reason = f"not trainable: {said}"
             self._moments.change(bad, state="dropped", decided_by="rule", decided_reason=reason)
-            after = self._prepare(batch.tier, rest, ("training",), on_duplicate)
+            after = self._prepare(batch.tier, rest, ("training",), request.options.on_duplicate or "skip")
             if after is None:
                 return self._end(batch, "failed", said)
-            self.table.change(
-                batch.batch_id,
-                state="refused",
-                ended_at=time.time(),
-                error=said,
-                replaced_by=after.batch_id,
-            )
+            self.table.remove(batch.batch_id)
         return after
 
-    def _follow(self, batch: Batch, each: Each) -> JobInfo:
+    def _follow(self, batch: Batch, job_id: str, each: Each) -> JobInfo:
         """The job when it has ended. A stop is written before it is asked for, so that it holds."""
-        assert batch.job_id is not None
         try:
             if batch.error is None:
-                return self._training.wait(batch.job_id, each)
+                return self._training.wait(job_id, each)
         except StopTraining as stop:
             self.table.change(batch.batch_id, error=stop.reason)
-        self._training.cancel(batch.job_id)
-        return self._training.wait(batch.job_id)
+        self._training.cancel(job_id)
+        return self._training.wait(job_id)
 
     def _settle(self, batch: Batch, job: JobInfo) -> Batch:
         """What the job came to, in the batch and in its moments."""
-        reason = self.table.get(batch.batch_id).error  # of a stop
-        facts = {
-            "num_skipped": job.num_skipped,
-            "steps_done": job.steps_done,
-            "loss_first": job.loss_first,
-            "loss_last": job.loss_last,
-            "weight_version": job.weight_version,
-        }
         with self._store.transaction():
-            batch = self.table.change(batch.batch_id, **facts)
+            batch = self.table.change(batch.batch_id, job=job)
+            reason = batch.error  # of a stop
             if job.state in ("applied", "durable"):
                 # One that had done its last step when it was stopped is in the weights all the same.
                 return self._end(batch, "stopped" if reason else "trained", reason, moments="trained")
             how = f"after {job.steps_done} of {job.num_steps} steps"
             if reason is not None:
                 return self._end(batch, "stopped", f"stopped {how}: {reason}")
-            return self._end(
-                batch, "failed", f"the job was {job.state} {how}: {job.error or 'no reason given'}"
-            )
+            why = f"the job was {job.state} {how}: {job.error or 'no reason given'}"
+            return self._end(batch, "failed", why)
 
     def _end(
         self,

@@ -66,16 +66,20 @@ def choose(
     """
     places = count_places(store, tier, config, now, limit)
     table = BatchTable(store)
-    near = NearDuplicates(config.curation.near_duplicate)
-    for moment in recently_trained(store, table, now - RECENT_WINDOWS * config.curation.window_s):
+    candidates = by_value(moment for moment in approved if moment.tier == tier)
+    recent = recently_trained(store, table, now - RECENT_WINDOWS * config.curation.window_s)
+    near = NearDuplicates(config.curation.near_duplicate, [*recent, *candidates])
+    for moment in recent:
         near.add(moment)
 
     chosen: list[Moment] = []
     left: dict[Reason, list[Moment]] = {}
-    trained, hashes = table.known_hashes(), set[str]()
+    there = Moments(store).list("training", "trained")
+    trained = {example_hash(moment.example()) for moment in there if moment.answer is not None}
+    hashes = set[str]()
     num_of_source, num_of_topic = Counter[str](), Counter[str]()
     num_bytes = 0
-    for moment in by_value(moment for moment in approved if moment.tier == tier):
+    for moment in candidates:
         reason: Reason | None = None
         size, content = 0, ""
         if moment.answer is not None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from apollo_curation.chat_client import ServedModel
+from apollo_curation.chat_client import ChatClient
 
 
 class Idleness:
     """`is_idle()`, asked again and again, is true once nobody has asked the model for `idle_s`.
 
     Nobody: no request runs or waits, and none has ended between two looks but our own. num_own: how many
-    requests of ours vLLM has counted as ended so far (ServedModel.num_ended, summed over those of this
+    requests of ours vLLM has counted as ended so far (ChatClient.num_ended, summed over those of this
     process). One of ours that is under way counts as somebody, since training would slow it; so does what
     other processes of ours ask, for instance a judge in another terminal. The two counts are read one after
     the other, so that a request of ours that ends just then passes for somebody else's.
@@ -20,7 +20,7 @@ class Idleness:
 
     def __init__(
         self,
-        model: ServedModel,
+        model: ChatClient,
         idle_s: float,
         num_own: Callable[[], int] | None = None,
         clock: Callable[[], float] = time.monotonic,

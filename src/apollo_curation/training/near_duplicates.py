@@ -1,22 +1,19 @@
-"""Examples that say nearly the same: Jaccard similarity of their word triples, found by MinHash and LSH."""
+"""Texts that say nearly the same: Jaccard similarity of their word triples, exactly."""
 
 from __future__ import annotations
 
+import heapq
+import math
 import re
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable
 
 import msgspec
 
 from apollo_curation.moments.moments import Moment
 from apollo_ipc.wire.requests import Message
 
-NUM_PERMUTATIONS = 128
 SHINGLE_WORDS = 3
-# LSH only proposes, and what it proposes is compared exactly, so it may propose too much: with these, of a
-# thousand pairs that are just as similar as curation.near_duplicate is by default, about one is missed.
-LSH_MARGIN = 0.15
-LSH_WEIGHTS = (0.1, 0.9)  # of proposing in vain, of missing
-LSH_RANGE = (0.05, 0.8)
 
 _WORD = re.compile(r"\w+")
 
@@ -27,39 +24,53 @@ class NearDuplicates:
     """threshold: the similarity (0 to 1) from which two are one; 0 finds none, 1 only equal word triples.
 
     Looks at the decision alone: the last message of the context, and the answer. Two moments of one
-    conversation share what came before. Deterministic.
+    conversation share what came before. sample: moments alike to those that will come, by which is known what
+    many of them share; it changes nothing but how fast it is.
     """
 
-    def __init__(self, threshold: float):
+    def __init__(self, threshold: float, sample: Iterable[Moment] = ()):
         self._threshold = threshold
-        self._lsh: Any = None
+        self._frequency = Counter(part for one in sample if one.answer for part in shingles(one))
         self._known: dict[str, Shingles] = {}
+        self._by_shingle: dict[str, list[str]] = {}  # of those in `_prefix`
 
     def find(self, moment: Moment) -> str | None:
         """The id of the added moment that is most similar, None where none is similar enough."""
-        if not self._threshold or not self._known:
+        if not self._threshold:
             return None
         own = shingles(moment)
-        near = [(similarity(own, self._known[key]), key) for key in self._lsh.query(_minhash(own))]
-        found = [(value, key) for value, key in near if value >= self._threshold]
-        return min(found, key=lambda one: (-one[0], one[1]))[1] if found else None
+        near = {key for shingle in self._prefix(own) for key in self._by_shingle.get(shingle, ())}
+        found = [(similarity(own, self._known[key]), key) for key in near]
+        return min(
+            (one for one in found if one[0] >= self._threshold),
+            key=lambda one: (-one[0], one[1]),
+            default=(0.0, None),
+        )[1]
 
     def add(self, moment: Moment) -> None:
         if not self._threshold or moment.moment_id in self._known:
             return
-        own = shingles(moment)
-        if self._lsh is None:
-            self._lsh = _new_lsh(self._threshold)
-        self._lsh.insert(moment.moment_id, _minhash(own))
-        self._known[moment.moment_id] = own
+        own = self._known[moment.moment_id] = shingles(moment)
+        for shingle in self._prefix(own):
+            self._by_shingle.setdefault(shingle, []).append(moment.moment_id)
+
+    def _prefix(self, of: Shingles) -> list[str]:
+        """Two sets that are similar enough share at least ceil(threshold * size) elements, so of each the
+        first ones in any fixed order, up to the number that may be missing and one more, must meet: prefix
+        filtering (Chaudhuri, Ganti and Kaushik, A Primitive Operator for Similarity Joins, 2006). The rarest
+        first: so texts of one template do not meet by it."""
+        num = len(of) - math.ceil(self._threshold * len(of) - 1e-9) + 1
+        return heapq.nsmallest(num, of, key=lambda shingle: (self._frequency[shingle], shingle))
 
 
 def shingles(moment: Moment) -> Shingles:
-    """Word triples, lower case, without punctuation; a shorter text is one shingle."""
     assert moment.answer is not None
-    words: list[str] = []
-    for message in (*moment.context[-1:], moment.answer):
-        words += _WORD.findall(_text(message).lower())
+    return triples(" ".join(_text(message) for message in (*moment.context[-1:], moment.answer)))
+
+
+def triples(text: str) -> Shingles:
+    """Of words, lower case, without punctuation; a shorter text is one."""
+    words = _WORD.findall(text.lower())
     starts = range(max(1, len(words) - SHINGLE_WORDS + 1))
     return frozenset(" ".join(words[i : i + SHINGLE_WORDS]) for i in starts)
 
@@ -73,19 +84,3 @@ def _text(message: Message) -> str:
     if not message.tool_calls:
         return message.content
     return f"{message.content} {msgspec.json.encode(message.tool_calls, order='sorted').decode()}"
-
-
-def _new_lsh(threshold: float) -> Any:
-    from datasketch import MinHashLSH  # here: it imports scipy, which takes a second or two
-
-    low, high = LSH_RANGE
-    proposed_from = min(high, max(low, threshold - LSH_MARGIN))
-    return MinHashLSH(threshold=proposed_from, num_perm=NUM_PERMUTATIONS, weights=LSH_WEIGHTS)
-
-
-def _minhash(of: Shingles) -> Any:
-    from datasketch import MinHash
-
-    signature = MinHash(num_perm=NUM_PERMUTATIONS)
-    signature.update_batch([one.encode("utf-8", "surrogatepass") for one in of])
-    return signature

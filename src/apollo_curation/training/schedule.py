@@ -13,7 +13,7 @@ import msgspec
 from apollo_curation.moments.moments import Moments
 from apollo_curation.settings import CurationConfig, TierName
 from apollo_curation.store import Store
-from apollo_curation.train_client import Training
+from apollo_curation.train_client import TrainClient
 from apollo_curation.training.batches import Batch, Batches, Each, NothingToTrain, ignore
 from apollo_curation.training.choose import Choice, choose
 from apollo_curation.training.idle import Idleness
@@ -38,7 +38,7 @@ class Learning:
     """The parts that a turn needs; the caller opens and closes them."""
 
     def __init__(
-        self, store: Store, moments: Moments, batches: Batches, training: Training, config: CurationConfig
+        self, store: Store, moments: Moments, batches: Batches, training: TrainClient, config: CurationConfig
     ):
         self.store = store
         self.moments = moments

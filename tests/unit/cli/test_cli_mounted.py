@@ -39,8 +39,8 @@ def test_curation_without_its_extra_says_how_to_install_it(monkeypatch):
     from apollo_curation import cli
 
     real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ijson" else real(name))
-    with pytest.raises(ImportError, match=r"ijson is not installed; `pip install 'apollo-ipc\[curation\]'`"):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "click" else real(name))
+    with pytest.raises(ImportError, match=r"click is not installed; `pip install 'apollo-ipc\[curation\]'`"):
         importlib.reload(cli)
 
 

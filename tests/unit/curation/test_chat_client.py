@@ -6,7 +6,7 @@ import pytest
 from fake_vllm import FakeVllm
 
 from apollo_curation import chat_client as served_model
-from apollo_curation.chat_client import ModelAway, Refused, ServedModel
+from apollo_curation.chat_client import ChatClient, ModelAway, ServerRefused
 from apollo_ipc.errors import UserError
 from apollo_ipc.wire.requests import Message
 
@@ -22,7 +22,7 @@ QUESTION = [Message("user", "Q?")]
 
 
 def test_the_first_model_of_the_list_is_asked_and_weights_of_messages_stay_here(vllm):
-    model = ServedModel(f"{vllm.url}/v1/")
+    model = ChatClient(f"{vllm.url}/v1/")
     context = [*QUESTION, Message("assistant", "A", weight=0), *QUESTION]
     assert model.chat(context, max_tokens=5).content == "Hello."
     ((path, body),) = vllm.bodies
@@ -33,48 +33,48 @@ def test_the_first_model_of_the_list_is_asked_and_weights_of_messages_stay_here(
 
 def test_a_thought_before_the_answer_is_left_out(vllm):
     vllm.content = "Let me see.\n</think>\n\nHello."
-    assert ServedModel(vllm.url).chat(QUESTION, max_tokens=5).content == "Hello."
+    assert ChatClient(vllm.url).chat(QUESTION, max_tokens=5).content == "Hello."
 
 
 @pytest.mark.parametrize(("finish_reason", "is_cut_off"), [("stop", False), ("length", True)])
 def test_an_answer_that_reached_max_tokens_is_told_from_a_whole_one(vllm, finish_reason, is_cut_off):
     vllm.finish_reason = finish_reason
-    answer = ServedModel(vllm.url).answer(QUESTION, max_tokens=5)
+    answer = ChatClient(vllm.url).answer(QUESTION, max_tokens=5)
     assert (answer.message.content, answer.is_cut_off) == ("Hello.", is_cut_off)
 
 
 def test_only_the_answer_up_to_its_end_of_turn_is_measured(vllm):
-    found = ServedModel(vllm.url).answer_logprobs(QUESTION, Message("assistant", "Yes"))
+    found = ChatClient(vllm.url).answer_logprobs(QUESTION, Message("assistant", "Yes"))
     assert found == [-token / 100 for token in b"Yes|"]  # not the newline behind it
 
 
 def test_a_turn_without_a_thought_is_measured_where_the_prompt_would_open_one(vllm):
     vllm.thinks = True
-    found = ServedModel(vllm.url).answer_logprobs(QUESTION, Message("assistant", "Yes"))
+    found = ChatClient(vllm.url).answer_logprobs(QUESTION, Message("assistant", "Yes"))
     assert found == [-token / 100 for token in b"Yes|"]
 
 
 def test_a_server_that_starts_is_waited_for(vllm):
     vllm.faults = [503, 502, 429]
-    assert ServedModel(vllm.url, patience_s=10).chat(QUESTION, max_tokens=5).content == "Hello."
+    assert ChatClient(vllm.url, patience_s=10).chat(QUESTION, max_tokens=5).content == "Hello."
     assert len(vllm.bodies) == 4
 
 
 def test_a_server_that_stays_away_is_given_up(vllm):
     vllm.faults = [503] * 100
     with pytest.raises(ModelAway, match=r"did not answer for 0.05 s.*503: not now"):
-        ServedModel(vllm.url, "m", patience_s=0.05).chat(QUESTION, max_tokens=5)
+        ChatClient(vllm.url, "m", patience_s=0.05).chat(QUESTION, max_tokens=5)
     with pytest.raises(ModelAway, match="ConnectError"):
-        ServedModel("http://127.0.0.1:1", "m", patience_s=0).chat(QUESTION, max_tokens=5)
+        ChatClient("http://127.0.0.1:1", "m", patience_s=0).chat(QUESTION, max_tokens=5)
     vllm.faults = [503] * 100
     with pytest.raises(ModelAway):  # at once, though its patience is long
-        ServedModel(vllm.url, "m", patience_s=1000, stop=lambda: True).chat(QUESTION, max_tokens=5)
+        ChatClient(vllm.url, "m", patience_s=1000, stop=lambda: True).chat(QUESTION, max_tokens=5)
 
 
 def test_a_refusal_is_not_tried_again_and_says_what_the_server_said(vllm):
     vllm.faults = [400]
-    with pytest.raises(Refused) as raised:
-        ServedModel(vllm.url, patience_s=10).chat(QUESTION, max_tokens=5)
+    with pytest.raises(ServerRefused) as raised:
+        ChatClient(vllm.url, patience_s=10).chat(QUESTION, max_tokens=5)
     error = raised.value
     assert (error.status, error.said, error.field) == (400, "not now", "messages")
     assert f"{vllm.url}/v1/chat/completions answered 400: not now" in error.message
@@ -82,11 +82,11 @@ def test_a_refusal_is_not_tried_again_and_says_what_the_server_said(vllm):
 
 
 def test_the_load_is_that_of_all_engines(vllm):
-    load = ServedModel(vllm.url).load()
+    load = ChatClient(vllm.url).load()
     assert (load.num_running, load.num_waiting, load.num_ended) == (3, 4, 15)
 
 
 def test_a_server_without_vllms_metrics_is_named(vllm):
     vllm.metrics = "process_cpu_seconds_total 1.0\n"
     with pytest.raises(UserError, match="is it a vLLM"):
-        ServedModel(vllm.url).load()
+        ChatClient(vllm.url).load()

@@ -172,7 +172,7 @@ def test_the_demonstration_is_not_content_with_a_stage_that_did_nothing():
         {"name": name, "num_done": least, "facts": {"flagged": 1, "followed": 1, "broken": 1, "held": 1}}
         for name, least in demo.MUST_DO.items()
     ]
-    good = demo.Report(
+    good = demo.DemoNight(
         night={"stages": stages}, exit_code=0, html_bytes=1, shifts=[demo.Shift("a", before=2.0, after=1.0)]
     )
     assert good.find_problems() == []

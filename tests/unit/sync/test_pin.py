@@ -5,18 +5,14 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import msgspec
 import pytest
 import torch
 from safetensors.torch import save_file
-from served_model import make_config, make_manifest
 from synced_weights import SHARDS, Live, assert_same, make_model, state_files, stored
 from typer.testing import CliRunner
 
-from apollo_curation.settings import CurationConfig
-from apollo_curation.train_client import Training
 from apollo_ipc.checkpoint import (
     begin,
     compact,
@@ -29,8 +25,7 @@ from apollo_ipc.checkpoint import (
 )
 from apollo_ipc.checkpoint import history as versions
 from apollo_ipc.cli.main import app
-from apollo_ipc.errors import CheckpointError, NotReady, UserError
-from apollo_ipc.manifest import write_manifest
+from apollo_ipc.errors import CheckpointError, UserError
 
 KINDS = ("full", "delta", "delta", "full", "fold", "delta", "full", "full", "delta", "delta", "full")
 
@@ -250,18 +245,3 @@ def test_pins_are_carried_by_every_change_of_the_record(model_dir):
         change()
         assert read_commit(model_dir).pinned == 1
     assert msgspec.json.decode((model_dir / ".apollo" / "commit.json").read_bytes())["pinned"] == 1
-
-
-def test_a_night_pins_in_the_directory_that_is_being_served(model_dir, tmp_path):
-    live = Live(model_dir)
-    train_and_sync(live, ("full", "full"))
-    config = CurationConfig(paths=make_config(tmp_path).paths)
-    training = Training(config)
-    with pytest.raises(NotReady, match="no model is being served here"):
-        training.pin(1)
-    memory = SimpleNamespace(transport="shm", device_uuid=None, segments=[], refused=[])
-    write_manifest(make_manifest(model_dir, {}, memory, {}, []), config.runtime_dir)
-    training.pin(1)
-    assert read_commit(model_dir).pinned == 1
-    with pytest.raises(UserError, match="version 9 is not kept"):
-        training.pin(9)

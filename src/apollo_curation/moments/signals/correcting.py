@@ -8,7 +8,7 @@ from apollo_curation.moments import phrases
 from apollo_curation.moments.phrases import plain
 from apollo_curation.moments.signals.evidence import Evidence, likeness, overlap, words
 from apollo_curation.moments.signals.refusing import is_refusal
-from apollo_curation.moments.signals.turns import Turn
+from apollo_curation.moments.signals.turns import UserTurn
 
 PLAINLY_WRONG = 0.55  # "that's wrong", "I asked for ..."
 OBJECTION = 0.3  # "no", "isn't it ...", which may as well begin something else
@@ -27,7 +27,7 @@ UNANSWERED = 0.2  # nobody has answered the correction
 _NOTABLE = re.compile(r"\d+(?:[.,:]\d+)*|(?<=[\w,;:] )[A-ZÄÖÜ]\w{2,}")
 
 
-def weigh(wrong: Turn, reaction: Turn) -> Evidence:
+def weigh(wrong: UserTurn, reaction: UserTurn) -> Evidence:
     evidence = Evidence()
     said, answer = plain(reaction.said), plain(reaction.answer)
     if (
@@ -65,7 +65,7 @@ def weigh(wrong: Turn, reaction: Turn) -> Evidence:
     return evidence
 
 
-def is_own_answer(before: Turn, reaction: Turn) -> bool:
+def is_own_answer(before: UserTurn, reaction: UserTurn) -> bool:
     """Whether the user only answers the assistant's question: "Outside? - No, inside.\""""
     return before.answer.rstrip().endswith("?") and not phrases.CONCEDES.search(plain(reaction.answer))
 
@@ -88,7 +88,7 @@ def is_echo(said: str, answer: str) -> bool:
     return 0 < len(asked) <= 3 and asked <= words(answer)
 
 
-def stands_by_it(wrong: Turn, reaction: Turn) -> bool:
+def stands_by_it(wrong: UserTurn, reaction: UserTurn) -> bool:
     """Whether the assistant keeps to what it said: in words, or by saying the same thing again without
     anything of what the user brought in."""
     if phrases.STANDS.search(plain(reaction.answer)):
@@ -99,7 +99,7 @@ def stands_by_it(wrong: Turn, reaction: Turn) -> bool:
     return bool(claimed & again and new and not new & again)
 
 
-def brought_in(wrong: Turn, reaction: Turn) -> set[str]:
+def brought_in(wrong: UserTurn, reaction: UserTurn) -> set[str]:
     """Numbers and names that the user's reaction is the first to mention."""
     return notable(reaction.said) - notable(wrong.answer) - notable(wrong.said)
 

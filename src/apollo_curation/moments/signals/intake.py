@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from itertools import islice
 
 from apollo_curation.logs.conversation import Broken
-from apollo_curation.logs.follow import BATCH_RECORDS, Follower, Record
+from apollo_curation.logs.follow import Follower, Record
 from apollo_curation.logs.strip import Stripped, strip
 from apollo_curation.moments.moments import Moment, Moments, identify
 from apollo_curation.moments.signals import flag_stripped
@@ -54,8 +53,8 @@ def take_new(
     stop: Callable[[], bool] = lambda: False,
     find: Find = flag_stripped,
 ) -> Taken:
-    """All that is new for the follower. Moments and positions are kept together: after a crash no record is
-    lost or taken twice. stop: asked between batches; find: what makes moments of a conversation."""
+    """All that is new for the follower. Moments and how far was read are kept together: after a crash no
+    record is lost. stop: asked between batches; find: what makes moments of a conversation."""
     taken = taken or Taken()
     for batch in follower.batches():
         with store.transaction():
@@ -64,16 +63,6 @@ def take_new(
         if stop():
             break
     return taken
-
-
-def take_all(
-    store: Store, moments: Moments, records: Iterable[Record], settings: Curation, taken: Taken
-) -> None:
-    """Records that nobody follows."""
-    left = iter(records)
-    while some := list(islice(left, BATCH_RECORDS)):
-        with store.transaction():
-            take(moments, some, settings, taken)
 
 
 def take(

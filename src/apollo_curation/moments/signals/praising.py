@@ -5,7 +5,7 @@ from __future__ import annotations
 from apollo_curation.moments import phrases
 from apollo_curation.moments.phrases import plain, sentences
 from apollo_curation.moments.signals.evidence import Evidence
-from apollo_curation.moments.signals.turns import Turn
+from apollo_curation.moments.signals.turns import UserTurn
 
 PRAISE = 0.5  # "perfect", "exactly what I needed"
 PLEASURE = 0.25  # "nice", "that helps"; counted twice where two different words say it
@@ -17,7 +17,7 @@ AFTER_A_REPAIR = 0.3  # what praise of the better answer adds to a correction
 OF_OTHERS = 0.9  # the sentence is about somebody or something else
 
 
-def weigh(praised: Turn, reaction: Turn) -> Evidence:
+def weigh(praised: UserTurn, reaction: UserTurn) -> Evidence:
     evidence = Evidence()
     said, answer = plain(reaction.said), plain(reaction.answer)
     if (

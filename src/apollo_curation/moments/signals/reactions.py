@@ -11,7 +11,7 @@ from apollo_curation.moments.phrases import plain
 from apollo_curation.moments.signals import correcting, praising, refusing
 from apollo_curation.moments.signals.cut import standing_alone
 from apollo_curation.moments.signals.evidence import Noticed
-from apollo_curation.moments.signals.turns import Turn, turns
+from apollo_curation.moments.signals.turns import UserTurn, turns
 from apollo_ipc.wire.requests import Message
 
 MAX_CHAIN_DOUBT = 0.5
@@ -36,7 +36,7 @@ def find_reactions(messages: list[Message]) -> Iterator[Noticed]:
             i += 1
 
 
-def _correction(all_turns: list[Turn], i: int) -> tuple[Noticed, int] | None:
+def _correction(all_turns: list[UserTurn], i: int) -> tuple[Noticed, int] | None:
     """The moment, and the turn to look at next."""
     wrong = all_turns[i]
     if wrong.final is None:
@@ -53,7 +53,7 @@ def _correction(all_turns: list[Turn], i: int) -> tuple[Noticed, int] | None:
     return _noticed("correction", wrong.final, all_turns[last].end, answer, evidence), last
 
 
-def _refusal(all_turns: list[Turn], i: int) -> tuple[Noticed, int] | None:
+def _refusal(all_turns: list[UserTurn], i: int) -> tuple[Noticed, int] | None:
     refused = all_turns[i]
     if refused.final is None or not refusing.is_refusal(refused):
         return None
@@ -73,7 +73,7 @@ def _refusal(all_turns: list[Turn], i: int) -> tuple[Noticed, int] | None:
     return _noticed("wrong_refusal", refused.final, all_turns[last].end, answer, evidence), last
 
 
-def _praise(turn: Turn, reaction: Turn) -> Noticed | None:
+def _praise(turn: UserTurn, reaction: UserTurn) -> Noticed | None:
     if turn.final is None:
         return None
     evidence = praising.weigh(turn, reaction)
@@ -83,7 +83,7 @@ def _praise(turn: Turn, reaction: Turn) -> Noticed | None:
     return _noticed("praise", turn.final, reaction.end, answer, evidence)
 
 
-def _praised(all_turns: list[Turn], last: int, evidence) -> int:
+def _praised(all_turns: list[UserTurn], last: int, evidence) -> int:
     """The turn that ends the story: the next one too where the user is pleased with the better answer."""
     if last + 1 < len(all_turns) and all_turns[last].final is not None:
         praise = praising.weigh(all_turns[last], all_turns[last + 1])
@@ -93,7 +93,7 @@ def _praised(all_turns: list[Turn], last: int, evidence) -> int:
     return last
 
 
-def _better(turn: Turn, original: str | None) -> Message | None:
+def _better(turn: UserTurn, original: str | None) -> Message | None:
     """The answer in words, as it could have stood in the first place. None where tools were needed for it:
     without their results it would be invented."""
     if turn.final is None or len(turn.steps) > 1 or refusing.is_refusal(turn):

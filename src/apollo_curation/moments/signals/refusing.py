@@ -5,7 +5,7 @@ from __future__ import annotations
 from apollo_curation.moments import phrases
 from apollo_curation.moments.phrases import plain
 from apollo_curation.moments.signals.evidence import Evidence, overlap, words
-from apollo_curation.moments.signals.turns import Turn
+from apollo_curation.moments.signals.turns import UserTurn
 
 HELPED_AFTER_ALL = 0.3  # the next answer is no refusal: alone it may be about something else
 EXPLANATION = 0.3  # "it's for my class", "I need ..."
@@ -15,7 +15,7 @@ MIN_OVERLAP = 0.1
 MAX_REFUSAL_CHARS = 400  # a longer answer says more than no
 
 
-def is_refusal(turn: Turn) -> bool:
+def is_refusal(turn: UserTurn) -> bool:
     """Whether the assistant declines, and not for want of something that the user could give."""
     answer = plain(turn.answer)
     if not answer or len(answer) > MAX_REFUSAL_CHARS or any(turn.messages[i].tool_calls for i in turn.steps):
@@ -23,7 +23,7 @@ def is_refusal(turn: Turn) -> bool:
     return bool(phrases.REFUSES.search(answer)) and not phrases.LACKS_SOMETHING.search(answer)
 
 
-def weigh(refused: Turn, after: list[Turn]) -> Evidence:
+def weigh(refused: UserTurn, after: list[UserTurn]) -> Evidence:
     """after: the turns up to the first that is no refusal, if there is one."""
     evidence = Evidence()
     helping = after[-1]

@@ -10,7 +10,7 @@ import msgspec
 
 from apollo_curation.moments.signals.evidence import Evidence, Noticed, likeness, words
 from apollo_curation.moments.signals.tool_results import has_failed
-from apollo_curation.moments.signals.turns import Turn, turns
+from apollo_curation.moments.signals.turns import UserTurn, turns
 from apollo_ipc.wire.requests import Message
 
 SAME_TOOL = 0.6  # worked with other arguments
@@ -43,7 +43,7 @@ def find_repairs(messages: list[Message]) -> Iterator[Noticed]:
             i += 1
 
 
-def _attempts(turn: Turn) -> Iterator[Attempt]:
+def _attempts(turn: UserTurn) -> Iterator[Attempt]:
     messages = turn.messages
     for at in turn.steps:
         calls = messages[at].tool_calls or []

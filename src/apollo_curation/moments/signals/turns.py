@@ -7,7 +7,7 @@ import msgspec
 from apollo_ipc.wire.requests import Message
 
 
-class Turn(msgspec.Struct, frozen=True):
+class UserTurn(msgspec.Struct, frozen=True):
     """user: index of the user's message; steps: indices of the assistant's messages; end: index after the
     last message of the turn."""
 
@@ -32,10 +32,10 @@ class Turn(msgspec.Struct, frozen=True):
         return "" if self.final is None else self.messages[self.final].content
 
 
-def turns(messages: list[Message]) -> list[Turn]:
+def turns(messages: list[Message]) -> list[UserTurn]:
     users = [i for i, message in enumerate(messages) if message.role == "user"]
     ends = [*users[1:], len(messages)]
     return [
-        Turn(messages, user, [i for i in range(user, end) if messages[i].role == "assistant"], end)
+        UserTurn(messages, user, [i for i in range(user, end) if messages[i].role == "assistant"], end)
         for user, end in zip(users, ends, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""`apollo-ipc curate read` and `curate strip`."""
+"""`apollo-ipc curate strip`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import typer
 from log_records import CHAT, write
 from typer.testing import CliRunner
 
-from apollo_curation.cli import curate_input
+from apollo_curation.cli import curate_input, curate_status
 from apollo_ipc.errors import UserError
 
 app = typer.Typer()
-app.command()(curate_input.read)
 app.command()(curate_input.strip)
+app.command()(curate_status.status)
 
 
 @pytest.fixture
@@ -29,18 +29,18 @@ def run(*words: object):
     return CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=True)
 
 
-def test_the_read_command_counts_and_names_broken_records(logs):
-    done = run("read", logs)
+def test_what_is_there_is_counted_and_broken_records_are_named(logs):
+    done = run("strip", logs)
     assert "2 conversations" in done.output
     assert f"{logs / 'log.jsonl'}:2: not JSON" in done.output
-    answer = json.loads(run("read", logs, "--json").stdout)
-    assert answer["broken"] == {"not_json": 1}
-    assert answer["num_messages"] == 5
+    answer = json.loads(run("strip", logs, "--json").stdout)
+    assert (answer["broken"], answer["topics"]) == ({"not_json": 1}, {"log": 2})
+    assert [one["reason"] for one in answer["examples"]] == ["not_json"]
 
 
 def test_without_paths_and_sources_the_command_says_what_to_do(monkeypatch):
     monkeypatch.delenv("APOLLO_CONFIG", raising=False)
-    done = run("read")
+    done = run("strip")
     assert isinstance(done.exception, UserError)
     assert "sources" in done.exception.message
 

@@ -6,14 +6,15 @@ import itertools
 import json
 from contextlib import contextmanager
 
+import msgspec
 import pytest
 import typer
 from dream_world import GOOD, LESSON, Crash, asks_for, dream_world, make_seed, new_text
 from training_server import TrainingServer
 from typer.testing import CliRunner
 
-from apollo_curation.chat_client import Answer, Refused
-from apollo_curation.cli import curate_dream
+from apollo_curation.chat_client import ChatAnswer, ServerRefused
+from apollo_curation.cli import curate_status, curate_train
 from apollo_curation.dreams import bridge as dream_bridge
 from apollo_curation.dreams.dream import MAX_DROPPED, dream
 from apollo_curation.dreams.judge import MAX_REPEATS, is_novel
@@ -25,7 +26,7 @@ THREE = {"num_variations": 3}
 
 
 def states(world) -> list[str]:
-    return [one.state for one in world.dreams.list()][::-1]
+    return [one.state for one in world.all_dreams()][::-1]
 
 
 def test_a_model_that_answers_well_already_is_trained_once_at_the_end(config):
@@ -40,17 +41,17 @@ def test_a_model_that_answers_well_already_is_trained_once_at_the_end(config):
 def test_bad_responses_are_replaced_and_trained_until_new_variations_are_answered_well(config):
     with dream_world(config, needs=2, dream=THREE) as world:
         night = dream([make_seed()], world.bridge)
-        assert [one.verdict.good for one in world.dreams.list()[::-1]] == [False, False, True, True, True]
-        assert [one.round for one in world.dreams.list()[::-1]] == [0, 1, 2, 2, 2]
+        assert [one.verdict.good for one in world.all_dreams()[::-1]] == [False, False, True, True, True]
+        assert [one.round for one in world.all_dreams()[::-1]] == [0, 1, 2, 2, 2]
         assert [len(job) for job in world.jobs()] == [1, 1, 3]
         assert (night.seeds[0].state, night.seeds[0].num_rounds, night.num_trained) == ("held", 2, 5)
         # The better response is learned of the situation alone, and what was said instead is kept.
-        first = world.moments.get(world.dreams.list()[-1].moment_id)
+        first = world.moments.get(world.all_dreams()[-1].moment_id)
         assert (first.tier, first.kind, first.state, first.topic) == ("dream", "dream", "trained", "habits")
         assert first.answer.content.startswith(GOOD)
         assert first.original.content.startswith("I guess:")
         assert [message.role for message in first.example().messages] == ["user", "assistant"]
-        assert first.batch_id == world.dreams.list()[-1].batch_id
+        assert first.batch_id == world.all_dreams()[-1].batch_id
 
 
 def test_a_bad_response_among_good_ones_begins_the_count_again(config):
@@ -66,7 +67,7 @@ def test_every_dream_keeps_its_lineage(config):
     with dream_world(config, needs=1, dream={"num_variations": 1}) as world:
         seed = make_seed()
         dream([seed], world.bridge)
-        first, second = world.dreams.list()[::-1]
+        first, second = world.all_dreams()[::-1]
         assert (first.parent, second.parent) == (None, first.dream_id)
         assert second.lineage == [seed.seed_id, first.dream_id, second.dream_id]
         assert world.moments.get(second.moment_id).lineage == second.lineage
@@ -82,7 +83,7 @@ def test_a_repeated_situation_is_asked_for_again(config):
         world.script.situation = lambda body: {"turns": [next(texts)], "good": ""}
         night = dream([make_seed()], world.bridge)
         assert (night.num_repeats, night.num_dreams) == (1, 2)
-        asked = [one.situation[0].content for one in world.dreams.list()[::-1]]
+        asked = [one.situation[0].content for one in world.all_dreams()[::-1]]
         assert asked == [new_text(1), new_text(2)]
         last = [body for body in world.server.requests if asks_for(body) == "situation"][-1]
         assert new_text(1) + " indeed" in last["messages"][-1]["content"]  # shown, to be avoided
@@ -117,7 +118,7 @@ def test_turns_that_are_no_situation_are_mended_or_dropped(config):
         world.learner.needs = 99
         night = dream([make_seed()], world.bridge)
         # The answer that the dreamer gave itself is left out; the second, too, ends with the person.
-        situations = [[message.content for message in one.situation] for one in world.dreams.list()[::-1]]
+        situations = [[message.content for message in one.situation] for one in world.all_dreams()[::-1]]
         assert situations == [["hello there my friend"], ["a"]]
         assert night.num_dropped == 2
 
@@ -130,7 +131,7 @@ def test_answers_that_do_not_parse_drop_a_dream_and_are_counted(config):
         assert states(world) == ["dropped", "trained", "dropped", "trained"]
         assert (night.num_dropped, world.bridge.dreamer.counts.num_dropped) == (2, 2)
         assert night.seeds[0].state == "held"
-        assert {one.verdict.confidence for one in world.dreams.list() if one.verdict} == {1.0}
+        assert {one.verdict.confidence for one in world.all_dreams() if one.verdict} == {1.0}
 
 
 def test_a_seed_whose_dreams_all_come_to_nothing_is_left_for_the_next_run(config):
@@ -201,7 +202,7 @@ def test_a_run_that_dies_anywhere_is_gone_on_with_and_trains_nothing_twice(confi
     settings = {"num_variations": 2}
     with dream_world(at(config, tmp_path / "whole"), needs=1, dream=settings) as world:
         dream([make_seed()], world.bridge)
-        num_calls, num_dreams, jobs = world.clockwork.num_calls, len(world.dreams.list()), world.jobs()
+        num_calls, num_dreams, jobs = world.clockwork.num_calls, len(world.all_dreams()), world.jobs()
     assert num_calls > 12
     for crash_at in range(1, num_calls + 1):
         with dream_world(at(config, tmp_path / str(crash_at)), needs=1, dream=settings) as world:
@@ -213,10 +214,10 @@ def test_a_run_that_dies_anywhere_is_gone_on_with_and_trains_nothing_twice(confi
             night = dream([make_seed()], world.bridge)
             assert night.seeds[0].state == "held", crash_at
             assert night.seeds[0].num_rounds == 1, crash_at
-            assert len(world.dreams.list()) == num_dreams, crash_at
+            assert len(world.all_dreams()) == num_dreams, crash_at
             assert [len(job) for job in world.jobs()] == [len(job) for job in jobs], crash_at
             assert len(set(world.learner.taught)) == len(world.learner.taught) == 3, crash_at
-            assert {one.state for one in world.dreams.list()} == {"trained"}, crash_at
+            assert {one.state for one in world.all_dreams()} == {"trained"}, crash_at
 
 
 def at(config, path):
@@ -246,13 +247,13 @@ def test_a_refused_request_drops_a_dream_and_a_refused_key_ends_the_run(config):
         night = dream([make_seed()], world.bridge)
         assert (night.num_dropped, night.ended_by) == (MAX_DROPPED, "done")
         world.script.situation = lambda body: 401
-        with pytest.raises(Refused, match="401"):
+        with pytest.raises(ServerRefused, match="401"):
             dream([make_seed()], world.bridge)
 
 
 def test_an_empty_response_is_bad_and_needs_no_judge(config):
     with dream_world(config, dream={"num_variations": 1, "max_rounds": 1}) as world:
-        world.learner.answer = lambda messages, **options: Answer(Message("assistant", "  \n"))
+        world.learner.answer = lambda messages, **options: ChatAnswer(Message("assistant", "  \n"))
         night = dream([make_seed()], world.bridge)
         assert (night.num_bad, night.seeds[0].state) == (2, "given_up")
         assert world.learner.taught[0].startswith(GOOD)
@@ -264,7 +265,7 @@ def test_a_response_that_was_cut_off_is_never_a_good_one(config):
         world.learner.is_cut_off = True
         night = dream([make_seed()], world.bridge)
         assert (night.num_bad, night.seeds[0].state) == (2, "given_up")
-        assert {one.verdict.reason for one in world.dreams.list()} == {
+        assert {one.verdict.reason for one in world.all_dreams()} == {
             "the response was cut off at dream.max_tokens"
         }
         assert len(world.learner.taught) == 1, "a better one, and not what breaks off"
@@ -312,7 +313,7 @@ def test_dreams_need_a_judge(config):
 def invoke(*arguments, stdin=None):
     """The commands as `apollo-ipc curate` has them."""
     app = typer.Typer()
-    for command in (curate_dream.dream, curate_dream.dreams, curate_dream.feed):
+    for command in (curate_train.dream, curate_status.status):
         app.command()(command)
     return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
 
@@ -327,7 +328,7 @@ def curate(monkeypatch):
             world.bridge.config = config
             yield world.bridge
 
-        monkeypatch.setattr(curate_dream, "open_dreaming", opened)
+        monkeypatch.setattr(curate_train, "open_dreaming", opened)
         return invoke(*arguments, stdin=stdin)
 
     return run
@@ -340,13 +341,14 @@ def test_the_command_dreams_and_lists_what_was_dreamt(environment, config, curat
         assert done.exit_code == 0, done.output
         told = json.loads(done.stdout)
         assert (told["seeds"][0]["state"], told["num_trained"]) == ("held", 4)
-        assert [one["reason"] for one in told["broken"]] == ["encoding"]
+        assert [one["reason"] for one in told["broken"]] == ["not_utf8"]
         seed = told["seeds"][0]["seed_id"]
-        listed = json.loads(curate(world, "dreams", "--seed", seed[:6], "--json").stdout)
+        listed = json.loads(curate(world, "status", seed, "--json").stdout)
         assert [one["state"] for one in listed] == ["trained"] * 4
-        assert listed[0]["lineage"] == [seed, *(one["dream_id"] for one in listed[::-1])]
-        assert listed[0]["batch_id"] in curate(world, "dreams").stdout
-        assert isinstance(curate(world, "dreams", "--seed", "s-none").exception, NotFound)
+        assert listed[-1]["lineage"] == [seed, *(one["dream_id"] for one in listed)]
+        assert listed[0]["batch_id"] in curate(world, "status", listed[0]["dream_id"][:6]).stdout
+        assert isinstance(curate(world, "status", "d-none").exception, NotFound)
+        assert "seeds: 1 held" in curate(world, "status").stdout
         shown = curate(world, "dream", "--seeds", tmp_path / "lessons.jsonl").stdout
         assert "1 seeds held or given up before, 1 broken" in shown
         assert isinstance(curate(world, "dream").exception, UserError)
@@ -376,9 +378,14 @@ def test_the_commands_find_model_judge_and_trainer_by_the_configuration(
         done = invoke("dream", "--seeds", tmp_path / "lessons.txt", "--json")
         assert done.exit_code == 0, done.output
         assert json.loads(done.stdout)["num_trained"] == len(server.trained) == 3
-        lines = ['{"protocol": 1}', '{"type": "sample", "messages": [%s, %s]}']
-        messages = ('{"role": "user", "content": "q"}', '{"role": "assistant", "content": "a"}')
-        done = invoke("feed", "-", stdin="\n".join(lines) % messages)
-        assert json.loads(done.stdout.splitlines()[-1])["num_trained"] == 1, done.output
-        assert server.trained["a"] == 1
         assert {body["options"]["lr"] for body in server.bodies} == {config.tier_dream.lr}
+
+
+def test_a_situation_of_ones_own_is_dreamt_first_and_then_varied(config):
+    with dream_world(config, dream={"num_variations": 2}) as world:
+        own = [Message("user", "A situation that another program wrote?")]
+        seed = msgspec.structs.replace(make_seed(), situation=own, good="It says so.")
+        night = dream([seed], world.bridge)
+        assert night.seeds[0].state == "held"
+        first, second = world.dreams.of_seed(seed.seed_id)
+        assert (first.situation, first.good, second.ancestors) == (own, "It says so.", [first.dream_id])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import json
 import os
 
 import pytest
@@ -11,13 +11,13 @@ from apollo_curation.dreams.seeds import (
     MAX_SEED_CHARS,
     WHOLE_FILE_CHARS,
     Seed,
-    bounded_lines,
     newest_first,
     read_seeds,
     seed_id,
 )
 from apollo_curation.logs.conversation import Broken
 from apollo_ipc.errors import UserError
+from apollo_ipc.wire.requests import Message
 
 LONG = "This paragraph is long enough that its file is not taken as a whole. " * 6
 
@@ -88,7 +88,7 @@ def test_broken_records_are_named_and_the_rest_is_read(tmp_path):
     file.write_bytes(b"\n".join(lines))
     found = read(file)
     assert texts(found) == ["good", "good too"]
-    expected = ["encoding", "not_json", *["not_a_seed"] * 3, "empty", "too_long", "too_long", "not_json"]
+    expected = ["not_utf8", "not_json", *["not_a_seed"] * 3, "empty", "too_long", "too_long", "too_deep"]
     assert reasons(found) == expected
     assert [one.source.number for one in found] == list(range(1, 12))
 
@@ -140,11 +140,23 @@ def test_a_file_whose_name_is_no_text_can_be_named(tmp_path):
     seed.source.path.encode()
 
 
-@pytest.mark.parametrize("max_bytes", [5, 6, 7])
-def test_lines_up_to_the_limit_are_whole_and_longer_ones_are_passed_over(max_bytes):
-    data = b"short\n" + b"long line\n" * 2 + b"end"
-    lines = list(bounded_lines(io.BytesIO(data), max_bytes))
-    assert [number for number, _, _ in lines] == [1, 2, 3, 4]
-    assert [offset for _, offset, _ in lines] == [0, 6, 16, 26]
-    first = b"short\n" if max_bytes >= 6 else None
-    assert [line for _, _, line in lines] == [first, None, None, b"end"]
+def test_a_line_may_hold_the_situation_that_is_dreamt_first(tmp_path):
+    file = tmp_path / "program.jsonl"
+    asked, calls = {"role": "user", "content": "Is it open?"}, {"role": "assistant", "content": "Yes."}
+    rows = [
+        {"lesson": "Look it up.", "messages": [asked], "good": "It looks it up."},
+        {"lesson": "Look it up.", "messages": [asked, calls, {"role": "user", "content": "Sure?"}]},
+        {"lesson": "Look it up.", "messages": [asked, calls]},
+        {"lesson": "Look it up.", "messages": [{"role": "system", "content": "Be brief."}, asked]},
+        {"lesson": "Look it up.", "messages": [asked, asked]},
+        {"lesson": "Look it up.", "messages": []},
+        {"messages": [asked]},
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    first, second, *broken = read(file)
+    assert (first.situation, first.good) == ([Message("user", "Is it open?")], "It looks it up.")
+    assert len(second.situation) == 3
+    assert len({first.seed_id, second.seed_id, seed_id("Look it up.")}) == 3
+    assert [one.reason for one in broken] == [*["not_a_situation"] * 3, "empty", "not_a_seed"]
+    assert "ends with the user" in broken[0].message
+    assert "instructions" in broken[1].message

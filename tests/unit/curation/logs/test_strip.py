@@ -11,9 +11,8 @@ from rich.console import Console
 
 from apollo_curation.logs.conversation import Conversation, Source, find_problem, text_hash
 from apollo_curation.logs.mend import mend
-from apollo_curation.logs.preview import diff_lines, print_diff
 from apollo_curation.logs.strip import NESTED, STRAY, UNCLOSED, Removed, describe, strip
-from apollo_curation.logs.strip_report import Tally, estimate_tokens
+from apollo_curation.logs.strip_report import Tally, diff_lines, estimate_tokens, print_diff
 from apollo_curation.moments.segments import segment
 from apollo_curation.settings import StripRule
 from apollo_ipc.wire.requests import Message
@@ -334,8 +333,8 @@ def test_the_preview_shows_what_went_and_lets_no_control_sequence_through():
     lines = list(diff_lines(before, stripped, [Removed(0, "raw part")]))
     assert "-secret" in lines
     assert "-raw part" in lines
-    assert "-a\\x1b[2Jb\\x202e <m>x</m>c" in lines
-    assert "+a\\x1b[2Jb\\x202e c" in lines
+    assert "-a\\u001b[2Jb\\u202e <m>x</m>c" in lines
+    assert "+a\\u001b[2Jb\\u202e c" in lines
     assert " [user]" in lines
     assert not any(re.search(r"[\x00-\x1f\x7f\u202e]", line) for line in lines)
 

@@ -1,4 +1,4 @@
-"""The commands around a review: flag, judge, score, show, approve, reject."""
+"""The commands around a review: flag, judge, status, approve, reject."""
 
 from __future__ import annotations
 
@@ -12,19 +12,17 @@ import typer
 from review_moments import states
 from typer.testing import CliRunner
 
-from apollo_curation.cli import curate_flag, curate_review
+from apollo_curation.cli import curate_input, curate_review, curate_status
 from apollo_curation.demo.scripted_model import ScriptedModel
 
 
 @pytest.fixture
 def curate(environment, tmp_path, monkeypatch):
     app = typer.Typer()
-    app.command()(curate_flag.flag)
-    for command in (curate_review.judge, curate_review.score, curate_review.show, curate_review.review):
+    for command in (curate_input.flag, curate_review.judge, curate_review.review, curate_status.status):
         app.command()(command)
     app.command()(curate_review.approve)
     app.command()(curate_review.reject)
-    app.command("moments")(curate_review.list_moments)
     monkeypatch.chdir(tmp_path)
 
     def curate(*arguments, stdin="", code=0):
@@ -45,18 +43,22 @@ def test_from_a_log_to_a_decision_on_the_command_line(curate, tmp_path, monkeypa
     verdict = {"reason": "so", "verdict": "learn", "confidence": 0.9, "better_answer": ""}
     with ScriptedModel(lambda body: verdict) as server:
         monkeypatch.setenv("APOLLO_JUDGE__URL", server.url)
-        done = json.loads(curate("judge", "--limit", 5, "--auto", "--json"))
+        monkeypatch.setenv("APOLLO_CURATION__URL", "http://127.0.0.1:9")  # who is not there to be measured
+        monkeypatch.setenv("APOLLO_CURATION__PATIENCE_S", "0")
+        done = json.loads(curate("judge", "--limit", 5, "--auto", "--json", code=69))
     assert done["counts"]["num_judged"] == 5
     assert len(done["approved"]) + done["counts"]["num_answers_refused"] == 5
-    found = json.loads(curate("moments", "--state", "flagged", "--json"))
+    assert done["scored"]["num_away"] > 0
+    found = json.loads(curate("status", "--state", "flagged", "--json"))
     one = next(one for one in found if one["answer"])
     first = one["moment_id"]
-    assert first in curate("moments", "--kind", one["kind"])
-    assert one["reason"] in curate("show", first).replace("\n", " ")
-    assert json.loads(curate("show", first, "--json")) == one
+    assert first in curate("status", "--state", "flagged")
+    curate("status", "--state", "flaged", code=1)
+    assert one["reason"] in curate("status", first).replace("\n", " ")
+    assert json.loads(curate("status", first, "--json")) == [one]
     assert curate("reject", first, "--reason", "no") == f"{first}: rejected\n"
     curate("approve", first, "m-unknown", code=2)
-    assert json.loads(curate("show", first, "--json"))["state"] == "approved"
+    assert json.loads(curate("status", first, "--json"))[0]["state"] == "approved"
     assert "1 rejected" in curate("review", stdin="r no\nq\n")
 
 
@@ -64,7 +66,6 @@ def test_a_judge_or_model_that_is_away_has_an_exit_status_of_its_own(curate, mom
     monkeypatch.setenv("APOLLO_CURATION__URL", "http://127.0.0.1:9")
     monkeypatch.setenv("APOLLO_CURATION__PATIENCE_S", "0")
     assert "0 judged" in curate("judge", code=69)
-    assert json.loads(curate("score", "--again", "--json", code=69))["num_away"] == 4
     assert states(moments) == ["flagged"] * 4
 
 
@@ -78,7 +79,7 @@ def test_a_judge_that_is_switched_off_is_not_asked(curate, moments, monkeypatch)
 def test_logs_that_are_followed_bring_moments_as_they_come(environment, config, tmp_path):
     log = tmp_path / "log.jsonl"
     planted.write(planted.stream(0)[:60], log)
-    code = "import typer; from apollo_curation.cli.curate_flag import flag; typer.run(flag)"
+    code = "import typer; from apollo_curation.cli.curate_input import flag; typer.run(flag)"
     command = [sys.executable, "-c", code, str(log), "--follow", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -7,11 +7,16 @@ import threading
 
 import pytest
 
-from apollo_curation.chat_client import Refused, ServedModel
+from apollo_curation.chat_client import ChatClient, ServerRefused
 from apollo_curation.demo.scripted_model import ScriptedModel
 from apollo_curation.logs.conversation import Source
-from apollo_curation.moments.judge import MAX_ANSWER_CHARS, approve_confident, judge
-from apollo_curation.moments.judge_question import MAX_MESSAGE_CHARS, question
+from apollo_curation.moments.judge import (
+    MAX_ANSWER_CHARS,
+    MAX_MESSAGE_CHARS,
+    approve_confident,
+    judge,
+    question,
+)
 from apollo_curation.moments.moments import Moment, Moments
 from apollo_curation.settings import Judge
 from apollo_curation.store import Store
@@ -39,7 +44,7 @@ def moment(question="What is 6 times 7?", answer=RIGHT, **changes):
 
 def judged(moments, script, *, settings=Judge(), patience_s=0.0):  # noqa: B008
     with ScriptedModel(script) as server:
-        model = ServedModel(server.url, patience_s=patience_s)
+        model = ChatClient(server.url, patience_s=patience_s)
         try:
             return judge(moments, model, settings), server
         finally:
@@ -144,7 +149,7 @@ def test_a_judge_that_goes_away_loses_nothing_and_the_next_run_goes_on(moments):
 
 def test_a_judge_that_is_not_there_at_all_costs_its_patience_once(moments):
     moments.add([moment(f"Question {i}?") for i in range(50)])
-    model = ServedModel("http://127.0.0.1:9", patience_s=0.0)
+    model = ChatClient("http://127.0.0.1:9", patience_s=0.0)
     counts = judge(moments, model, Judge(num_parallel=2))
     assert (counts.num_judged, counts.num_away) == (0, 50)
     assert moments.counts() == {"flagged": 50}
@@ -160,7 +165,7 @@ def test_a_judge_that_is_away_is_not_asked_for_each_moment(moments):
 def test_a_judge_that_is_told_to_stop_leaves_the_rest_flagged(moments):
     moments.add([moment(f"Question {i}?") for i in range(10)])
     with ScriptedModel(lambda body: LEARN) as server:
-        model = ServedModel(server.url)
+        model = ChatClient(server.url)
         counts = judge(moments, model, Judge(num_parallel=1), stop=lambda: len(server.requests) >= 3)
         model.close()
     assert (counts.num_judged, counts.num_away) == (3, 0)
@@ -178,7 +183,7 @@ def test_a_moment_that_the_server_cannot_read_stays_flagged(moments):
 
 def test_a_wrong_key_ends_the_run_and_says_so(moments):
     moments.add([moment()])
-    with pytest.raises(Refused, match="as scripted"):
+    with pytest.raises(ServerRefused, match="as scripted"):
         judged(moments, lambda body: 401)
     assert moments.counts() == {"flagged": 1}
 

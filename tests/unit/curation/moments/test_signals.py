@@ -337,7 +337,7 @@ def test_a_log_that_is_read_twice_gives_each_moment_once(store, tmp_path):
     moments, settings = Moments(store), Curation()
 
     def follow():
-        follower = Follower(store, [tmp_path / "log.jsonl"], max_record_bytes=settings.max_record_bytes)
+        follower = Follower(store, [tmp_path / "log.jsonl"], settings)
         return take_new(store, moments, follower, settings)
 
     first, second = follow(), follow()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from fake_vllm import FakeVllm
 
-from apollo_curation.chat_client import ServedModel
+from apollo_curation.chat_client import ChatClient
 from apollo_curation.logs.conversation import Source
 from apollo_curation.moments.moments import Moment, Moments
 from apollo_curation.moments.surprise import score, unscored
@@ -21,7 +21,7 @@ def server():
 
 @pytest.fixture
 def model(server):
-    model = ServedModel(server.url, patience_s=0.0)
+    model = ChatClient(server.url, patience_s=0.0)
     yield model
     model.close()
 

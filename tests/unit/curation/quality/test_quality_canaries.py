@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from apollo_curation.chat_client import ModelAway, ServedModel
+from apollo_curation.chat_client import ChatClient, ModelAway
 from apollo_curation.demo.scripted_model import ScriptedModel
 from apollo_curation.quality.canaries import ask_all, load_canaries
 from apollo_ipc.errors import ConfigError, UserError
@@ -47,7 +47,7 @@ def load(tmp_path, text):
 
 def asked(canaries, script, judge=None):
     with ScriptedModel(script) as server:
-        model = ServedModel(server.url, patience_s=0)
+        model = ChatClient(server.url, patience_s=0)
         results = ask_all(canaries, model, judge, max_tokens=7, judge_max_tokens=99)
         return results, server.requests
 
@@ -80,7 +80,7 @@ def test_a_judged_canary_is_what_the_judge_says_of_the_answer(tmp_path):
     with ScriptedModel(
         lambda body: {"passes": "soon" in body["messages"][1]["content"], "reason": "r"}
     ) as judge:
-        judging = ServedModel(judge.url, patience_s=0)
+        judging = ChatClient(judge.url, patience_s=0)
         assert asked(canaries, lambda body: "It will be better soon.", judging)[0][0].passed is True
         result = asked(canaries, lambda body: "So what.", judging)[0][0]
     assert (result.passed, result.reason, result.answer) == (False, "r", "So what.")
@@ -109,7 +109,7 @@ def test_a_judge_that_is_down_leaves_its_canaries_unjudged_and_is_asked_once(tmp
 @pytest.mark.parametrize("judge_says", ["I think it is fine", 400])
 def test_a_judge_without_a_usable_answer_judges_nothing(tmp_path, judge_says):
     with ScriptedModel(lambda body: judge_says) as judge:
-        judging = ServedModel(judge.url, patience_s=0)
+        judging = ChatClient(judge.url, patience_s=0)
         results, _ = asked(load(tmp_path, GOOD)[3:], lambda body: "x", judging)
     assert results[0].passed is None
     assert "judge" in results[0].reason

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from apollo_curation.chat_client import ModelAway, Refused
+from apollo_curation.chat_client import ModelAway, ServerRefused
 from apollo_curation.quality.heldout import load_heldout
 from apollo_curation.quality.measure import measure_losses, overall_loss
 from apollo_ipc.errors import ConfigError, UserError
@@ -178,7 +178,7 @@ def test_an_example_that_the_server_refuses_is_counted_and_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "error", [ModelAway("away"), Refused("no", said="no", status=401, field=None, code=None)]
+    "error", [ModelAway("away"), ServerRefused("no", said="no", status=401, field=None, code=None)]
 )
 def test_what_no_example_is_to_blame_for_is_raised(tmp_path, error):
     def logprob(text):

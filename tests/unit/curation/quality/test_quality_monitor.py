@@ -36,14 +36,14 @@ def test_a_good_night_is_measured_before_during_and_after(night):
     assert last.loss == 1.5
     assert [(one.name, one.passed) for one in last.canaries] == [("capital", True), ("kind", True)]
     assert night.server.restores == []
-    assert History(night.store).curve(batch.job_id) == pytest.approx([3.0, 2.9, 2.8, 2.7, 2.6, 2.5])
+    assert batch.job.loss_history == pytest.approx([3.0, 2.9, 2.8, 2.7, 2.6, 2.5])
 
 
 def test_poison_in_a_long_job_stops_it_on_the_way_and_nothing_more_is_trained(night):
     night.monitor.before()
     batch = night.train(*["poison"] * 40)
     assert batch.state == "stopped"
-    assert batch.steps_done < 10
+    assert batch.job.steps_done < 10
     assert "facts: held-out loss 1.0000 -> " in batch.error
     report = night.monitor.after()
     assert not report.ok

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import html
+import math
 import os
 import re
 import shutil
 import socketserver
 import subprocess
+import sys
 import threading
 from html.parser import HTMLParser
-from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -20,12 +21,13 @@ import pytest
 from apollo_curation.logs.conversation import Source
 from apollo_curation.moments.moments import Moment, Moments
 from apollo_curation.quality.canaries import CanaryResult
-from apollo_curation.quality.charts import Series, Tick, limits, line_chart, nice_ticks, thin
+from apollo_curation.quality.charts import Series, line_chart, thin
 from apollo_curation.quality.history import Breach, History, Measurement
 from apollo_curation.quality.measure import CategoryLoss
 from apollo_curation.quality.report import clean, write_html
 from apollo_curation.store import Store, store_path
 from apollo_curation.training.batch_table import BatchTable, new_batch_id
+from apollo_ipc.wire.messages import JobInfo
 from apollo_ipc.wire.requests import Message, TrainRequest
 
 BROWSERS = ("chromium", "chromium-headless-shell", "chrome-headless-shell", "google-chrome", "chrome")
@@ -51,7 +53,7 @@ def measured(label, at, version, losses, passed=(True, True), **more) -> Measure
     return Measurement(label, T0 + at, 2.0, version, by_category, canaries, **more)
 
 
-def add_batch(store, history, at, answers, curve, state="trained", version=None, **more):
+def add_batch(store, at, answers, curve, state="trained", version=None, **more):
     moments = Moments(store).add(
         Moment(
             kind=("correction", "praise", "error_then_fix")[i % 3],
@@ -65,16 +67,16 @@ def add_batch(store, history, at, answers, curve, state="trained", version=None,
     table = BatchTable(store)
     batch_id = new_batch_id()
     request = TrainRequest([moment.example() for moment in moments])
-    batch = table.add(moments[0].tier, moments, request, batch_id)
+    table.add(moments[0].tier, moments, request, batch_id)
     for moment in moments:
         Moments(store).change(moment.moment_id, batch_id=batch_id)
-    job_id = f"job-{batch.batch_id}"
-    history.keep_curve(job_id, curve)
     known = [loss for loss in curve if loss is not None]
-    return table.change(
-        batch.batch_id, state=state, job_id=job_id, created_at=T0 + at, ended_at=T0 + at + 60,
-        steps_done=len(curve), loss_first=known[0], loss_last=known[-1], weight_version=version, **more,
+    num = len(curve)
+    job = JobInfo(
+        f"job-{batch_id}", 1, "applied", T0 + at, len(moments), num, steps_done=num, loss_history=curve,
+        loss_first=known[0], loss_last=known[-1], weight_version=version,
     )  # fmt: skip
+    return table.change(batch_id, state=state, job=job, created_at=T0 + at, ended_at=T0 + at + 60, **more)
 
 
 def fill(store) -> None:
@@ -99,12 +101,12 @@ def fill(store) -> None:
         ("That is wrong", "You are right: it is 1889.", "tuesday"),
         ("Thanks!", "Gladly.", "tuesday"),
     ]
-    add_batch(store, history, 60, answers * 3, curve, version=18)
+    add_batch(store, 60, answers * 3, curve, version=18)
     add("during", 90, 15, losses(2.08, 1.54, 0.91), (True, True, True))
     add("after", 200, 18, losses(2.05, 1.53, 0.90), (True, True, True))
     add("before", 86400, 18, losses(2.05, 1.53, 0.90), (True, True, True))
     poison = [(HOSTILE, HOSTILE, "ok"), ("Capital of France?", "Berlin.", "wednesday")]
-    add_batch(store, history, 86460, poison, [1.2, 2.8, 4.9], "undone", 21, error=HOSTILE)
+    add_batch(store, 86460, poison, [1.2, 2.8, 4.9], "undone", 21, error=HOSTILE)
     add(
         "during",
         86480,
@@ -133,7 +135,7 @@ def fill(store) -> None:
         durable_version=22,
     )
     add("before", 172800, 22, losses(2.05, 1.53, 0.90), (True, True, True))
-    add_batch(store, history, 172860, answers[:2], [1.4, 1.1, None, 0.7], version=24)
+    add_batch(store, 172860, answers[:2], [1.4, 1.1, None, 0.7], version=24)
     add("after", 173000, 24, losses(2.04, 1.49, 0.91), (True, True, None))
 
 
@@ -181,19 +183,12 @@ def test_every_chart_has_a_title_a_description_and_a_table(page):
     assert len(charts) == 4  # the held-out losses and three jobs
     for chart in charts:
         root = ElementTree.fromstring(chart)
-        assert [child.tag for child in root][:2] == ["title", "desc"]
-        assert root.findtext("title")
+        assert [child.tag.rpartition("}")[2] for child in root][:2] == ["title", "desc"]
         assert root.get("role") == "img"
         numbers = [root.get("viewBox", ""), *(element.get("d", "") for element in root.iter())]
         assert "nan" not in " ".join(numbers)
-    held_out = ElementTree.fromstring(charts[0])
-    assert len([one for one in held_out.iter() if one.tag == "path"]) == 3
-    assert len([one for one in held_out.iter() if one.get("class") == "dot hollow"]) == 2 * 3
-    assert {one.get("class") for one in held_out.iter() if one.tag == "line"} == {
-        "grid",
-        "mark breach",
-        "mark restore",
-    }
+    for words in ("everyday chat", "tool calls", "stopped", "v18 is back", "v12", "v24"):
+        assert words in charts[0], words
     ids = {attrs["id"] for tag, attrs in Parsed(page.read_text()).tags if tag == "table" and "id" in attrs}
     assert ids == {"measurements", "canaries", "batches"}
 
@@ -204,14 +199,14 @@ def test_nothing_on_the_page_is_fetched_or_run(page):
     for tag, attributes in parsed.tags:
         assert not [name for name in attributes if name.startswith("on")], tag
         links = [attributes[name] for name in ("src", "href", "action", "xlink:href") if name in attributes]
-        assert links in ([], ["data:,"]), tag
+        assert links in ([], ["data:,"]) or links[0].startswith("#"), tag
     assert "<script>document.title" in parsed.text  # as text
     assert "\u202e" not in parsed.text
     assert "\x1b" not in parsed.text
     assert "{{ 7 * 7 }}" in parsed.text
     styles = re.findall(r"<style>(.*?)</style>", page.read_text(), re.DOTALL)
-    assert len(styles) == 1
-    assert "url(" not in styles[0]
+    assert styles
+    assert not [style for style in styles if "url(" in style or "@import" in style]
 
 
 def test_a_page_of_nothing_says_so(store, tmp_path):
@@ -227,7 +222,7 @@ def test_hostile_names_reach_the_page_as_text_everywhere(store, tmp_path):
     canary = CanaryResult(HOSTILE, HOSTILE, False, HOSTILE, HOSTILE, "c")
     breach = Breach("loss", HOSTILE, 1.0, 2.0, 1.5, HOSTILE)
     history.add(msgspec.structs.replace(one, canaries=[canary], breaches=[breach]))
-    add_batch(store, history, 10, [(HOSTILE, HOSTILE, HOSTILE)], [1.0], error=HOSTILE)
+    add_batch(store, 10, [(HOSTILE, HOSTILE, HOSTILE)], [1.0], error=HOSTILE)
     write_html(tmp_path / "page.html", store)
     tags = {tag for tag, _ in Parsed((tmp_path / "page.html").read_text()).tags}
     assert not tags & {"script", "img", "iframe"}
@@ -259,30 +254,24 @@ def test_a_long_history_is_cut_with_a_word_of_it(store, tmp_path):
 
 def test_long_and_unprintable_texts_are_cut_and_made_visible():
     assert clean("a" * 700).endswith(" … (100 more characters)")
-    assert clean("a\x00b\u202ec\nd\te") == "a\ufffdb\ufffdc\nd\te"
+    assert clean("a\x00b\u202ec\nd\te") == "a\\u0000b\\u202ec\nd\te"
     assert clean("é😀") == "é😀"
 
 
-@pytest.mark.parametrize(
-    ("low", "high"), [(0.0, 1.0), (2.04, 2.05), (0.0, 1e-4), (1.0, 4000.0), (-3.0, -1.0), (1.999, 2.0)]
-)
-def test_ticks_are_round_and_cover_the_values(low, high):
-    ticks = nice_ticks(low, high)
-    assert ticks[0] <= low + 1e-9 * abs(low)
-    assert ticks[-1] >= high - 1e-9 * abs(high)
-    assert 2 <= len(ticks) <= 8
-    assert len({f"{b - a:.9g}" for a, b in pairwise(ticks)}) == 1
-
-
 def test_a_chart_can_be_drawn_of_anything():
-    assert limits([]) == limits([None, float("nan")])
-    for values in ([], [None], [1.0], [0.0, 0.0], [5.0, 5.0, None], [float("inf"), 1.0]):
-        finite = [value if value != float("inf") else None for value in values]
-        low, high = limits(values)
-        assert low < high
-        ticks = [Tick(f"v{i}") for i in range(len(finite))]
-        chart = line_chart("t", "d", [Series("<b>", finite, ["h"] * len(finite))], ticks)
+    for values in ([], [None], [1.0], [0.0, 0.0], [5.0, 5.0, None], [math.inf, 1.0]):
+        chart = line_chart("<t>", "d", [Series("<b>$x_1$", values)], [f"v{i}" for i in range(len(values))])
         ElementTree.fromstring(chart)
+        assert "&lt;b&gt;$x_1$" in chart or not values
+        same = line_chart("<t>", "d", [Series("<b>$x_1$", values)], [f"v{i}" for i in range(len(values))])
+        assert same == chart
+
+
+def test_without_matplotlib_the_page_says_how_to_get_its_charts(page, store, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    write_html(page, store)
+    assert "<svg" not in page.read_text()
+    assert "pip install 'apollo-ipc[report]'" in page.read_text()
 
 
 def test_a_curve_is_thinned_by_means_and_keeps_its_gaps():

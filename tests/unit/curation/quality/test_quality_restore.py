@@ -11,9 +11,7 @@ from quality_night import night_in
 
 from apollo_curation.chat_client import ModelAway
 from apollo_curation.quality.history import History
-from apollo_curation.train_client import Training
-from apollo_ipc.errors import ConfigError, Conflict, NotReady, UserError
-from apollo_ipc.wire.messages import Reply, RestoreResult
+from apollo_ipc.errors import ConfigError, NotReady, UserError
 
 
 @pytest.fixture
@@ -39,7 +37,7 @@ def test_poison_in_a_short_job_is_found_after_it_and_the_last_good_version_comes
     assert report.measurement.losses["facts"].loss == 1.0
     assert night.labels() == ["before", "after", "restored"]
     assert [one.action for one in History(night.store).list()] == [None, "restored", None]
-    assert night.batches.list()[0].state == "undone"
+    assert night.batches.table.list()[0].state == "undone"
     assert {moment.state for moment in night.moments.of_batch(batch.batch_id)} == {"undone"}
     assert "facts: held-out loss 1.0000 -> 1.5000 nats a token (+50.0%), at most 1.0500" in caplog.text
     assert "weight version 0 restored live as 3, 1 batches undone" in caplog.text
@@ -91,39 +89,15 @@ def test_a_restore_that_is_refused_while_a_job_trains_is_said_and_made_up_for(ni
     assert report.restore_error == "refused while a job trains"
     assert not report.may_go_on
     assert report.undone == []
-    assert night.batches.list()[0].state == "trained"
+    assert night.batches.table.list()[0].state == "trained"
     # The next night, in another process, does it first.
     night.server.restore_error = None
     again = night.watch()
     assert again.before().may_go_on
-    assert night.batches.list()[0].state == "undone"
+    assert night.batches.table.list()[0].state == "undone"
     assert night.server.losses["facts"] == 1.0
     assert [moment.state for moment in night.moments.of_batch(batch.batch_id)] == ["undone"]
     assert night.labels()[-2:] == ["restored", "before"]
-
-
-def test_the_training_interface_waits_for_a_job_before_it_restores(night, monkeypatch):
-    answers = [Conflict("a job is being trained", code="job_running"), RestoreResult(3, 9, 1, 1, True, 0.1)]
-    asked = []
-
-    def call(socket_path, request, *, timeout_s):
-        asked.append(request.weight_version)
-        if isinstance(answer := answers.pop(0), Exception):
-            raise answer
-        return Reply("", restore=answer)
-
-    monkeypatch.setattr("apollo_ipc.wire.client.call", call)
-    monkeypatch.setattr("apollo_curation.train_client.RETRY_S", 0.0)
-    patient = msgspec.structs.replace(night.config.curation, patience_s=60)
-    training = Training(msgspec.structs.replace(night.config, curation=patient))
-    assert training.restore(3).weight_version == 9
-    assert asked == [3, 3]
-    answers.append(Conflict("another", code="conflict"))
-    with pytest.raises(Conflict):
-        training.restore(3)
-    answers.append(Conflict("a job is being trained", code="job_running"))
-    with pytest.raises(ModelAway, match="a job is being trained"):
-        Training(night.config).restore(3)
 
 
 def test_a_version_that_is_no_longer_kept_is_said(night):
@@ -172,7 +146,7 @@ def test_a_night_that_was_killed_before_its_last_check_is_settled_by_the_next(ni
     again = night.watch()  # the first process is gone, without `after`
     report = again.before()
     assert report.may_go_on
-    assert night.batches.list()[0].state == "undone"
+    assert night.batches.table.list()[0].state == "undone"
     assert night.server.losses["facts"] == 1.0
     assert night.labels() == ["before", "after", "restored", "before"]
     assert report.measurement.batch_ids == []

@@ -10,7 +10,7 @@ from training_server import TrainingServer
 from apollo_curation import chat_client as served_model
 from apollo_curation import lock
 from apollo_curation import train_client as training
-from apollo_curation.training import schedule, submission
+from apollo_curation.training import batches, schedule
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +18,7 @@ def no_waiting(monkeypatch):
     for module, name in (
         (training, "POLL_S"),
         (served_model, "RETRY_S"),
-        (submission, "RETRY_S"),
+        (batches, "RETRY_S"),
         (schedule, "POLL_S"),
         (lock, "POLL_S"),
     ):

@@ -6,8 +6,8 @@ import msgspec
 import pytest
 from batch_fixtures import moment
 
-from apollo_curation.chat_client import Refused
-from apollo_curation.train_client import Training
+from apollo_curation.chat_client import ServerRefused
+from apollo_curation.train_client import TrainClient
 from apollo_curation.training.batches import Batches, NothingToTrain, StopTraining
 from apollo_ipc.errors import NotFound, UserError
 from apollo_ipc.wire.requests import Message
@@ -26,7 +26,7 @@ def test_a_tier_is_trained_by_its_own_settings(server, parts):
         {"lr": 2e-5, "schedule": "auto", **common},
         {"lr": 1e-5, "schedule": "auto", **common},
     ]
-    assert [batch.tier for batch in parts.batches.list()] == ["direct", "dream", "bootstrap"]
+    assert [batch.tier for batch in parts.batches.table.list()] == ["direct", "dream", "bootstrap"]
 
 
 def test_what_is_trained_is_what_the_store_says_now(server, parts):
@@ -44,7 +44,7 @@ def test_nothing_approved_is_said_and_sends_nothing(server, parts):
     (silent,) = parts.moments.add([moment(None)])
     with pytest.raises(NothingToTrain):
         parts.batches.train("direct", [rejected, silent])
-    assert (server.requests, parts.batches.list()) == ([], [])
+    assert (server.requests, parts.batches.table.list()) == ([], [])
     assert parts.moments.get(silent.moment_id).state == "approved"
 
 
@@ -64,15 +64,11 @@ def test_a_pattern_is_trained_again_only_where_that_is_asked_for(server, parts):
 def test_a_refused_example_is_dropped_with_the_reason_and_the_rest_is_trained(server, parts):
     server.refuse = "long"
     batch = parts.batches.train("direct", parts.add("a", "long 1", "b", "long 2"))
-    assert (batch.state, batch.num_examples, server.trained) == ("trained", 2, {"a": 1, "b": 1})
+    assert (batch.state, len(batch.moment_ids), server.trained) == ("trained", 2, {"a": 1, "b": 1})
     assert parts.states() == {"a": "trained", "b": "trained", "long 1": "dropped", "long 2": "dropped"}
     dropped = parts.moments.list("dropped")
     assert {one.decided_reason for one in dropped} == {"not trainable: 2050 tokens; at most 2048 fit"}
-    states = [(one.state, one.num_examples) for one in parts.batches.list()]
-    assert states == [("refused", 4), ("refused", 3), ("trained", 2)]
-    assert [one.replaced_by for one in parts.batches.list()][:2] == [
-        one.batch_id for one in parts.batches.list()
-    ][1:]
+    assert parts.batches.table.list() == [batch]
 
 
 def test_a_batch_of_which_nothing_is_taken_fails(server, parts):
@@ -90,7 +86,7 @@ def test_a_request_that_is_refused_as_a_whole_fails_with_what_was_said(server, p
 
 
 def test_a_key_that_is_known_with_another_request_is_explained(server, parts):
-    class Other(Training):
+    class Other(TrainClient):
         def submit(self, request, idempotency_key):
             server.submit(idempotency_key, {"examples": [{"messages": [{"content": "another"}]}]})
             return super().submit(request, idempotency_key)
@@ -106,7 +102,7 @@ def test_a_key_that_is_known_with_another_request_is_explained(server, parts):
 @pytest.mark.parametrize("status", [401, 403, 404, 405])
 def test_a_wrong_key_or_a_server_without_training_costs_no_moment(server, parts, status):
     server.faults = [status]
-    with pytest.raises(Refused) as raised:
+    with pytest.raises(ServerRefused) as raised:
         parts.batches.train("direct", parts.add("a"))
     assert raised.value.status == status
     assert parts.states() == {"a": "training"}
@@ -135,12 +131,12 @@ def test_a_job_that_does_not_train_fails_its_moments_and_says_why(server, parts,
 
 def test_a_trained_batch_keeps_what_its_job_came_to(parts):
     batch = parts.batches.train("direct", parts.add("a", "b"))
-    assert (batch.loss_first, batch.loss_last, batch.weight_version) == (2.0, 1.0, 2)
-    assert batch.steps_done == batch.num_examples == 2
+    assert (batch.job.loss_first, batch.job.loss_last, batch.job.weight_version) == (2.0, 1.0, 2)
+    assert batch.job.steps_done == len(batch.moment_ids) == 2
     assert batch.ended_at is not None
     assert batch.ended_at >= batch.created_at
-    assert parts.batches.list() == [batch]
-    assert parts.batches.list(since=batch.created_at + 1) == []
+    assert parts.batches.table.list() == [batch]
+    assert parts.batches.table.list(since=batch.created_at + 1) == []
 
 
 # --- stopping and undoing ---
@@ -172,12 +168,11 @@ def test_a_stop_after_the_last_step_says_that_it_is_in_the_weights(server, parts
 def test_undoing_marks_what_is_not_in_the_weights_any_more(server, parts):
     server.refuse = "bad"
     batch = parts.batches.train("direct", parts.add("a", "bad", "b"))
-    refused = parts.batches.list()[0]
     other = parts.batches.train("direct", parts.add("c"))
-    parts.batches.undo([refused.batch_id, batch.batch_id])
+    parts.batches.undo([batch.batch_id])
     assert parts.states() == {"a": "undone", "b": "undone", "bad": "dropped", "c": "trained"}
-    assert [one.state for one in parts.batches.list()] == ["refused", "undone", "trained"]
-    assert other == parts.batches.list()[-1]
+    assert [one.state for one in parts.batches.table.list()] == ["undone", "trained"]
+    assert other == parts.batches.table.list()[-1]
     with pytest.raises(NothingToTrain):  # never by itself
         parts.batches.train("direct", parts.moments.list("undone"))
 
@@ -185,7 +180,7 @@ def test_undoing_marks_what_is_not_in_the_weights_any_more(server, parts):
 def test_an_open_batch_cannot_be_undone_and_an_unknown_one_is_named(server, parts):
     def look(job) -> None:
         with pytest.raises(UserError, match="is still being trained"):
-            parts.batches.undo([done.batch_id, parts.batches.list()[-1].batch_id])
+            parts.batches.undo([done.batch_id, parts.batches.table.list()[-1].batch_id])
 
     done = parts.batches.train("direct", parts.add("a"))
     parts.batches.train("direct", parts.add("b"), look)

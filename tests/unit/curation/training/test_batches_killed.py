@@ -6,13 +6,14 @@ import subprocess
 import sys
 import threading
 
+import msgspec
 import pytest
 from batch_fixtures import NUM_MOMENTS, config_in
 from batch_parts import opened
 from places import SUPPORT
 
 from apollo_curation.chat_client import ModelAway
-from apollo_curation.train_client import Training
+from apollo_curation.train_client import TrainClient
 from apollo_ipc.errors import NotReady
 
 # --- killed ---
@@ -31,7 +32,7 @@ def test_whatever_point_a_process_is_killed_at_each_moment_is_trained_once(serve
     assert num_runs > 15  # points there are: else the child has hung its traps up in the wrong place
     num_resumed = 0
     seen = set()
-    client = Training(config_in(tmp_path, server.url))
+    client = TrainClient(config_in(tmp_path, server.url))
     for number in range(num_runs + 1):
         with opened(config_in(tmp_path / str(number), server.url), client=client) as parts:
             num_resumed += len(parts.batches.resume())
@@ -40,7 +41,7 @@ def test_whatever_point_a_process_is_killed_at_each_moment_is_trained_once(serve
                 assert len(approved) == NUM_MOMENTS
                 parts.batches.train("direct", approved)
             assert parts.batches.resume() == []
-            assert not any(batch.is_open for batch in parts.batches.list())
+            assert not any(batch.is_open for batch in parts.batches.table.list())
             states = parts.states()
         server.end_all()
         for i in range(NUM_MOMENTS):
@@ -65,7 +66,7 @@ def test_a_kill_between_accepting_and_answering_is_one_job(server, parts):
 
 
 def test_a_server_that_restarts_while_a_job_runs_is_waited_for(server, parts):
-    """Refused connections while it is away, 503 while it comes up, and the same job after that."""
+    """ServerRefused connections while it is away, 503 while it comes up, and the same job after that."""
 
     def restart(job) -> None:
         if job.state == "queued":
@@ -101,7 +102,7 @@ def test_a_lost_queue_gets_the_same_request_under_the_same_key_again(server, par
             server.lose_queue()
 
     batch = parts.batches.train("direct", parts.add("a"), lose)
-    assert (batch.state, batch.job_id) == ("trained", "job-2")
+    assert (batch.state, batch.job.job_id) == ("trained", "job-2")
     assert server.trained == {"a": 1}
     assert server.bodies[0] == server.bodies[1]
     assert list(server.keys) == [batch.batch_id]
@@ -119,8 +120,28 @@ def test_an_error_of_the_watcher_leaves_the_job_running_and_the_batch_open(serve
 
     with pytest.raises(ZeroDivisionError):
         parts.batches.train("direct", parts.add("a"), fail)
-    assert parts.batches.list()[0].state == "submitted"
+    assert parts.batches.table.list()[0].state == "open"
     assert [batch.state for batch in parts.batches.resume()] == ["trained"]
+    assert server.trained == {"a": 1}
+
+
+def test_batches_of_before_the_server_was_asked_for_their_states_are_gone_on_with(server, parts):
+    def fail(job) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        parts.batches.train("direct", parts.add("a"), fail)
+    (batch,) = parts.batches.table.list()
+    old = msgspec.to_builtins(batch) | {"state": "submitted", "job_id": "job-1", "num_examples": 1}
+    with parts.store.transaction() as db:
+        db.execute("UPDATE batches SET state = 'submitted', record = ?", (msgspec.json.encode(old),))
+        db.execute(
+            "INSERT INTO batches VALUES ('batch-0', 'refused', 0, 1, 0, ?, '')",
+            (msgspec.json.encode(old | {"state": "refused"}),),
+        )
+    with opened(parts.config) as again:
+        assert [one.state for one in again.batches.resume()] == ["trained"]
+        assert len(again.batches.table.list()) == 1
     assert server.trained == {"a": 1}
 
 

@@ -18,6 +18,7 @@ from apollo_curation.training.batch_table import BatchTable, example_hash
 from apollo_curation.training.choose import Choice, by_value, choose
 from apollo_curation.training.near_duplicates import NearDuplicates, shingles, similarity
 from apollo_ipc.config import Http
+from apollo_ipc.wire.messages import JobInfo
 from apollo_ipc.wire.requests import Message, TrainRequest
 
 NOW = 1_000_000.0
@@ -118,12 +119,12 @@ def test_equal_content_is_trained_once_whatever_moment_it_comes_from(store):
 
 @pytest.mark.parametrize(
     ("state", "is_known"),
-    [("trained", True), ("submitted", True), ("failed", False), ("undone", False), ("refused", False)],
+    [("trained", True), ("training", True), ("failed", False), ("undone", False), ("dropped", False)],
 )
 def test_content_counts_as_trained_while_it_is_in_the_weights_or_on_its_way(store, state, is_known):
     (a,) = distinct(1)
-    batch_id = train(store, [a])
-    BatchTable(store).change(batch_id, state=state)
+    train(store, [a])
+    Moments(store).change(Moments(store).list()[0].moment_id, state=state)
     choice = choose([a], store, "direct", configured(near_duplicate=0.0), NOW)
     assert bool(choice.left.get("trained before")) == is_known
 
@@ -172,7 +173,7 @@ def test_two_moments_of_one_conversation_are_not_one_because_they_share_its_begi
 
 @pytest.mark.parametrize("threshold", [0.3, 0.6, 0.85, 1.0])
 def test_near_duplicates_are_those_that_comparing_every_pair_finds(threshold):
-    """The LSH only proposes what is compared exactly: nothing is found in vain, and here nothing missed."""
+    """Nothing is found in vain, and nothing missed."""
     dice = random.Random(7)
     texts = []
     for _ in range(30):
@@ -251,7 +252,12 @@ def test_the_window_gives_out_what_batches_really_trained_have_left_of_it(store)
     train(store, some(4), ended_at=NOW - 101)  # before the window
     train(store, some(3), ended_at=NOW - 50)
     train(store, some(5), ended_at=NOW - 40, state="failed")  # before its first step
-    train(store, some(2), ended_at=NOW - 30, num_skipped=1)
+    train(
+        store,
+        some(2),
+        ended_at=NOW - 30,
+        job=JobInfo("job", 1, "applied", NOW, 2, 1, steps_done=1, num_skipped=1),
+    )
     train(store, some(1), ended_at=NOW - 20, state="undone")  # it was trained, all the same
     candidates = some(8)
     choice = choose(candidates, store, "direct", config, NOW)

@@ -1,4 +1,4 @@
-"""`apollo-ipc curate train`, `run`, `status` and `batches`."""
+"""`apollo-ipc curate train`, `run` and `status`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import typer
 from batch_fixtures import add, config_in
 
-from apollo_curation.cli import curate_train
+from apollo_curation.cli import curate_status, curate_train
 from apollo_curation.moments.moments import Moments
 from apollo_curation.store import Store, store_path
 from apollo_curation.training.batch_table import BatchTable
@@ -22,7 +22,7 @@ from apollo_curation.training.batch_table import BatchTable
 def curate(server, tmp_path, monkeypatch, capsys):
     """`curate("train", "--json")` -> (exit status, standard output)."""
     app = typer.Typer(pretty_exceptions_enable=False)
-    for command in (curate_train.train, curate_train.run, curate_train.batches, curate_train.status):
+    for command in (curate_train.train, curate_train.run, curate_status.status):
         app.command()(command)
     for name in [name for name in os.environ if name.startswith("APOLLO_")]:
         monkeypatch.delenv(name)
@@ -41,7 +41,7 @@ def curate(server, tmp_path, monkeypatch, capsys):
     return call
 
 
-def test_train_says_what_it_did_and_status_and_batches_remember_it(curate, server, tmp_path):
+def test_train_says_what_it_did_and_status_remembers_it(curate, server, tmp_path):
     config = config_in(tmp_path)
     add(config, "a", "b")
     add(config, "long", tier="bootstrap")
@@ -54,12 +54,15 @@ def test_train_says_what_it_did_and_status_and_batches_remember_it(curate, serve
     found = json.loads(said)
     assert [one["state"] for one in found["batches"]] == ["failed"]
     assert [one["tier"] for one in found["tiers"]] == ["direct", "dream", "bootstrap"]
-    status, said = curate("batches", "--json")
-    assert [one["state"] for one in json.loads(said)] == ["failed", "trained"]
-    assert "2050 tokens" in curate("batches")[1]
+    found = json.loads(curate("status", "--json")[1])["batches"]
+    assert [one["state"] for one in found] == ["failed", "trained"]
+    one, *its_moments = json.loads(curate("status", found[1]["batch_id"], "--json")[1])
+    assert one == found[1]
+    assert [moment["moment_id"] for moment in its_moments] == one["moment_ids"]
     _, said = curate("status")
+    assert "2050 tokens" in said
     assert "moments: 1 dropped, 2 trained" in said
-    assert "window:  2 of 200 examples in 24 h" in said
+    assert "window: 2 of 200 examples in 24 h" in said
     assert json.loads(curate("status", "--json")[1])["window"]["num_trained"] == 2
 
 
@@ -79,7 +82,7 @@ def test_a_dry_run_says_what_would_be_trained_and_why_not_and_does_nothing(curat
 
 def test_nothing_at_all_is_said_too(curate):
     assert curate("status")[1].startswith("moments: none yet\n")
-    assert curate("batches")[1] == "no batches\n"
+    assert curate("status")[1].endswith("no batches yet\n")
     assert curate("train") == (
         0,
         "direct: nothing is approved\ndream: nothing is approved\nbootstrap: nothing is approved\n",

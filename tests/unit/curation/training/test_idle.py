@@ -10,8 +10,8 @@ import msgspec
 import pytest
 from batch_fixtures import add, config_in
 
-from apollo_curation.chat_client import Refused, ServedModel
-from apollo_curation.cli import curate_train
+from apollo_curation.chat_client import ChatClient, ServerRefused
+from apollo_curation.cli.common import open_learning
 from apollo_curation.demo.scripted_model import ScriptedModel
 from apollo_curation.moments.moments import Moments
 from apollo_curation.settings import CurationConfig, DirectTier, DreamTier, Tier
@@ -33,7 +33,7 @@ class Watch:
 
     def __init__(self, vllm: ScriptedModel, idle_s: float = 30.0):
         self.now = 100.0
-        self.model = ServedModel(vllm.url, patience_s=0.0)
+        self.model = ChatClient(vllm.url, patience_s=0.0)
         self.idleness = Idleness(self.model, idle_s, clock=lambda: self.now)
 
     def after(self, seconds: float) -> bool:
@@ -94,7 +94,7 @@ def test_a_vllm_that_was_restarted_is_watched_anew(vllm):
 
 
 def test_a_server_without_vllms_metrics_is_named(server, tmp_path):
-    idleness = Idleness(ServedModel(server.url, patience_s=0.0), 1.0)
+    idleness = Idleness(ChatClient(server.url, patience_s=0.0), 1.0)
     with pytest.raises(UserError):
         idleness.is_idle()
 
@@ -120,14 +120,14 @@ class Loop:
         self.away: list[str] = []
         self.asked = threading.Event()
         self.error: BaseException | None = None
-        self.model = ServedModel(vllm.url if vllm else config.curation.url, patience_s=0.0)
+        self.model = ChatClient(vllm.url if vllm else config.curation.url, patience_s=0.0)
         self.idleness = Idleness(self.model, config.curation.idle_s)
         self.each = each
         self.thread = threading.Thread(target=self.run)
 
     def run(self) -> None:
         try:
-            with curate_train.open_learning(self.config, self.asked.is_set) as learning:
+            with open_learning(self.config, self.asked.is_set) as learning:
                 schedule.run(
                     learning,
                     self.idleness,
@@ -207,7 +207,7 @@ def test_a_checkpoint_follows_a_nightly_batch_and_no_other(server, tmp_path):
     config = set_up(config_in(tmp_path, server.url))
     add(config, "bulk", tier="bootstrap")
     add(config, "a")
-    with curate_train.open_learning(config) as learning:
+    with open_learning(config) as learning:
         assert learning.train("direct").sync is None
         assert server.num_syncs == 0
         done = learning.train("bootstrap")
@@ -262,7 +262,7 @@ def test_a_wrong_key_ends_the_loop_with_the_servers_words(server, tmp_path):
     add(config, "a")
     with Loop(config) as loop:
         loop.thread.join(10)
-    assert isinstance(loop.error, Refused)
+    assert isinstance(loop.error, ServerRefused)
     assert "as the test says" in str(loop.error)
 
 
