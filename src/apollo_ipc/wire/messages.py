@@ -63,7 +63,7 @@ class JobInfo(msgspec.Struct, frozen=True):
     notes: list[str] = []  # e.g. which parameters fell back to Adam
     # Filled by GetJob and Watch's last event only. None: a loss that is no number, which JSON does not have.
     loss_history: list[float | None] | None = None
-    undone_by: int | None = None  # the older weight version whose restore took the job\'s effect away
+    undone_by: int | None = None  # the older weight version whose restore took the job's effect away
 
 
 class Progress(msgspec.Struct, frozen=True):
