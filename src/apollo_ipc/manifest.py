@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
+from typing import Any, Literal
 
 import msgspec
 
@@ -55,6 +56,28 @@ class Refusal(msgspec.Struct, frozen=True):
     blocks: bool = True
 
 
+class Serving(msgspec.Struct, frozen=True):
+    """How this vLLM makes tokens of requests, where that is not what the model's directory says.
+
+    tokenizer: the directory or name it was loaded from, empty for the model's own; tokenizer_mode: "hf", or
+    what has a renderer of its own ("mistral", ...); stop_ids: the ids of its generation configuration that
+    end an answer, beside the tokenizer's own, None for what the directory says; chat_template and
+    tool_chat_template (of requests with tools): --chat-template, its text; content_format and
+    default_chat_template_kwargs: the options of those names; is_complete: the API server has added its
+    options to what the engine knows.
+    """
+
+    tokenizer: str = ""
+    tokenizer_mode: str = "hf"
+    trust_remote_code: bool = False
+    stop_ids: list[int] | None = None
+    chat_template: str | None = None
+    tool_chat_template: str | None = None
+    content_format: Literal["auto", "string", "openai"] = "auto"
+    default_chat_template_kwargs: dict[str, Any] = {}
+    is_complete: bool = True
+
+
 class Manifest(msgspec.Struct, frozen=True):
     format: int
     boot_id: str  # new at every start of vLLM
@@ -74,6 +97,7 @@ class Manifest(msgspec.Struct, frozen=True):
     tensors: dict[str, SharedTensor]
     views: dict[str, View]  # checkpoint tensor name -> view
     refused: list[Refusal]
+    serving: Serving = Serving()
 
 
 def manifest_path(runtime_dir: Path, rank: int = 0) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from apollo_ipc.errors import UserError
-from apollo_ipc.wire.requests import FORMS, MAX_EXAMPLES, Example, check_form, convert
+from apollo_ipc.wire.requests import FORMS, MAX_EXAMPLES, Example, parse_example
 
 
 def read_examples(file: Path) -> list[Example]:
@@ -52,8 +52,7 @@ def _parse(line: bytes, number: int) -> Example:
     if isinstance(data, list):
         raise UserError("an array; one example is one line (`jq -c '.[]'` makes it so)", field=where)
     try:
-        example = convert(data, Example)
-        check_form(example, "")
+        example = parse_example(data)
     except UserError as error:
         field = (error.field or "").removeprefix(".")
         raise UserError(

@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from apollo_ipc.errors import UserError, nearest
+from apollo_ipc.wire.foreign import OPTION_NAMES, own_example, own_options, sent_option
 
 MAX_EXAMPLES = 100_000  # a job, not a corpus: beyond this send several
 
@@ -24,14 +25,16 @@ TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     role: str
-    content: str
-    # Passed to the chat template unseen, for templates that know them.
+    content: str = ""
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     # Of an assistant's message, as in OpenAI's fine-tuning format: 0 is context only, 1 (default) is learned.
     weight: Literal[0, 1] | None = None
+    tools: list[dict[str, Any]] | None = None  # of the role `developer`
+    # Content as it was sent, where that was null or a list of parts; `content` is then their texts.
+    content_parts: list[str | dict[str, Any]] | None = None
 
 
 class Example(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -43,6 +46,7 @@ class Example(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     completion: str | None = None
     context_ids: list[TokenId] | None = None
     continuation_ids: list[TokenId] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None  # with `messages` only: as vLLM takes them
 
 
 class TrainOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -165,13 +169,54 @@ def parse_train_data(data: Any) -> TrainRequest:
         raise UserError('send an object like {"examples": [{"prompt": "...", "completion": "..."}]}')
     if "training_data" in data:
         return _from_training_data(data)
-    request = convert(data, TrainRequest)
+    if "examples" not in data and not data.keys().isdisjoint(_OF_AN_EXAMPLE):
+        return _from_bare_example(data)
+    body = {name: value for name, value in data.items() if name not in _OPTIONS_BESIDE}
+    beside = {name: value for name, value in data.items() if name in _OPTIONS_BESIDE}
+    if beside and isinstance(body.get("options", {}), dict):
+        body["options"] = {**body.get("options", {}), **beside}
+    return _parse(body, beside)
+
+
+def _parse(body: dict[str, Any], beside: dict[str, Any]) -> TrainRequest:
+    """beside: options that were sent beside `options`."""
+    sent = body.get("options", {})
+    if "options" in body:
+        body = {**body, "options": own_options(sent, "options")}
+    if isinstance(examples := body.get("examples"), list):
+        body = {**body, "examples": [own_example(one, f"examples[{i}]") for i, one in enumerate(examples)]}
+    try:
+        request = convert(body, TrainRequest)
+    except UserError as error:
+        field = sent_option(error.field or "", sent)
+        if field.removeprefix("options.") in beside:
+            field = field.removeprefix("options.")
+        raise UserError(error.message, field=field or None, code=error.code) from None
     for i, example in enumerate(request.examples):
         check_form(example, f"examples[{i}]")
     return request
 
 
-_EARLIER_NAMES = {"learning_rate": "lr", "num_epochs": "epochs"}
+def _from_bare_example(data: dict[str, Any]) -> TrainRequest:
+    """An example as the body is a job of one; options stand beside it."""
+    beside = {name: value for name, value in data.items() if name in _OPTIONS_BESIDE}
+    example = {name: value for name, value in data.items() if name not in (*beside, "options")}
+    body: dict[str, Any] = {"examples": [example]}
+    if beside or "options" in data:
+        options = data.get("options", {})
+        body["options"] = {**options, **beside} if isinstance(options, dict) else options
+    try:
+        return _parse(body, beside)
+    except UserError as error:
+        field = (error.field or "").removeprefix("examples[0]").removeprefix(".")
+        raise UserError(error.message, field=field or None, code=error.code) from None
+
+
+def parse_example(data: Any) -> Example:
+    """One example from decoded JSON, in any known shape. Raises UserError with the path inside it."""
+    example = convert(own_example(data, ""), Example)
+    check_form(example, "")
+    return example
 
 
 def _from_training_data(data: dict[str, Any]) -> TrainRequest:
@@ -187,16 +232,15 @@ def _from_training_data(data: dict[str, Any]) -> TrainRequest:
             f"unknown field {unknown[0]!r}; {nearest(unknown[0], ['samples', 'config'])}",
             field=f"training_data.{unknown[0]}",
         )
-    options = inner.get("config", {})
-    if isinstance(options, dict):
-        options = {_EARLIER_NAMES.get(name, name): value for name, value in options.items()}
     try:
-        return parse_train_data({"examples": inner["samples"], "options": options})
+        return _parse({"examples": inner["samples"], "options": inner.get("config", {})}, {})
     except UserError as error:
         field = (error.field or "").replace("examples", "samples", 1).replace("options", "config", 1)
         raise UserError(error.message, field=f"training_data.{field}".rstrip("."), code=error.code) from None
 
 
+_OF_AN_EXAMPLE = {*Example.__struct_fields__, "conversations", "instruction", "text"}
+_OPTIONS_BESIDE = {*TrainOptions.__struct_fields__, *OPTION_NAMES}
 FORMS = '{"messages": [...]}, {"prompt", "completion"} or {"context_ids", "continuation_ids"}'
 
 
@@ -207,8 +251,11 @@ def check_form(example: Example, path: str) -> None:
     ids = example.context_ids is not None or example.continuation_ids is not None
     if chat + text + ids != 1:
         raise UserError(f"an example has exactly one form: {FORMS}", field=path, code="invalid_example")
-    if example.tools is not None and not chat:
-        raise UserError("`tools` goes with `messages` only", field=f"{path}.tools", code="invalid_example")
+    for name in ("tools", "chat_template_kwargs"):
+        if getattr(example, name) is not None and not chat:
+            raise UserError(
+                f"`{name}` goes with `messages` only", field=f"{path}.{name}", code="invalid_example"
+            )
     if chat and not example.messages:
         raise UserError("messages is empty", field=f"{path}.messages", code="invalid_example")
     for i, message in enumerate(example.messages or []):

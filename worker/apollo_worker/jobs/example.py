@@ -28,22 +28,25 @@ class TokenisedExample(msgspec.Struct, frozen=True):
     input_ids: the whole sequence; is_target: per token, whether the loss is taken of predicting it;
     example: index in the request of the example that it is of; turns: the runs of targets, in order. They say
     what is_target says and whose they are; a run that starts at 0 has a first token that nothing predicts,
-    which is no target.
+    which is no target. notes: what its sender should know.
     """
 
     input_ids: list[int]
     is_target: list[bool]
     example: int = 0
     turns: list[Turn] = []
+    notes: list[str] = []
 
 
-def sequence_of(input_ids: list[int], turns: list[Turn], example: int) -> TokenisedExample:
+def sequence_of(
+    input_ids: list[int], turns: list[Turn], example: int = 0, notes: list[str] | None = None
+) -> TokenisedExample:
     is_target = [False] * len(input_ids)
     for turn in turns:
         is_target[turn.start : turn.end] = [True] * (turn.end - turn.start)
     if is_target:
         is_target[0] = False
-    return TokenisedExample(input_ids, is_target, example, turns)
+    return TokenisedExample(input_ids, is_target, example, turns, notes or [])
 
 
 def content_hash(example: Example) -> bytes:
