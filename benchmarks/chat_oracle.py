@@ -1,4 +1,4 @@
-"""vLLM's own code as the judge of what was tokenised: prompts as it renders them, answers as it would take them."""
+"""vLLM's own code as the judge of what was tokenised: its prompts, and where it stops."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.renderers.chat_utils import parse_chat_messages
 from vllm.renderers.hf import resolve_chat_template_content_format, safe_apply_chat_template
 
-# What looks like a special token in a template's text; tags of thoughts and calls are tokens that are not special.
+# What looks like a special token in a template's text; tags of thoughts and calls are tokens, not special.
 _SPECIAL = re.compile(
-    r"<\|[^|<>\s{}']{1,40}\|>|<｜[^｜<>{}']{1,40}｜>|\[/?[A-Z_]{3,24}\]|\[\|\w+\|\]|<(?:start|end)_of_\w+>"
+    r"<\|[^|<>\s{}']{1,40}\|>|<\uff5c[^\uff5c<>{}']{1,40}\uff5c>|\[/?[A-Z_]{3,24}\]|\[\|\w+\|\]|<(?:start|end)_of_\w+>"
     r"|</?s>|<(?:bos|eos|pad)>|<\|\w+>|<\w+\|>|<extra_id_\d+>|<(?:SPECIAL_\d+)>"
 )
+_DEEPSEEK_BEGIN, _DEEPSEEK_END = (f"<\uff5c{name}\u2581of\u2581sentence\uff5c>" for name in ("begin", "end"))
 _TAGS = re.compile(r"</?(?:think|thinking|tool_call|tool_response|tools|answer)>")
-# A mark in the template -> (eos of the tokenizer, further eos ids of its generation configuration), first match first.
+# A mark in the template, the tokenizer's eos, further ones of its generation configuration; the first match.
 _ENDS: list[tuple[str, str, list[str]]] = [
     ("<|return|>", "<|return|>", ["<|call|>", "<|endoftext|>"]),
     ("<|END_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", []),
@@ -29,7 +30,7 @@ _ENDS: list[tuple[str, str, list[str]]] = [
     ("<turn|>", "<eos>", ["<turn|>", "<|tool_response>"]),
     ("<end_of_turn>", "<eos>", ["<end_of_turn>"]),
     ("<|im_end|>", "<|im_end|>", ["<|endoftext|>"]),
-    ("<｜end▁of▁sentence｜>", "<｜end▁of▁sentence｜>", []),
+    (_DEEPSEEK_END, _DEEPSEEK_END, []),
     ("[|endofturn|]", "[|endofturn|]", []),
     ("<|observation|>", "<|endoftext|>", ["<|user|>", "<|observation|>"]),
     ("<|end_of_text|>", "<|end_of_text|>", []),
@@ -47,9 +48,7 @@ _ENDS: list[tuple[str, str, list[str]]] = [
 def tokenizer_for(template: str) -> ServedTokenizer:
     """One token a byte, a few pairs joined, and the special tokens that the template's text names."""
     eos, others = next(((eos, more) for mark, eos, more in _ENDS if mark in template), ("</s>", []))
-    bos = next(
-        (one for one in ("<|begin_of_text|>", "<bos>", "<｜begin▁of▁sentence｜>") if one in template), "<s>"
-    )
+    bos = next((one for one in ("<|begin_of_text|>", "<bos>", _DEEPSEEK_BEGIN) if one in template), "<s>")
     special = dict.fromkeys([bos, eos, *others, *_SPECIAL.findall(template), "<unk>", "<pad>"])
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("Ċ", "Ċ"), ("Ġ", "Ġ"), ("t", "h"), ("th", "e"), ("Ġ", "the"), ("a", "n")]

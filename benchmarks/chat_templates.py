@@ -2,9 +2,10 @@
 
     python benchmarks/chat_templates.py [--templates DIR]... [--verbose] [--json FILE]
 
-Takes every .jinja file of the installed packages and of the directories given, and tokenises each conversation
-of benchmarks/chat_conversations.py with it. vLLM's own code (benchmarks/chat_oracle.py) judges each cell: right,
-refused (of those: how many a plain rendering could have trained), or wrong. Needs vllm; loads no model.
+Takes every .jinja file of the installed packages and of the directories given, and tokenises each
+conversation of benchmarks/chat_conversations.py with it. vLLM's own code (benchmarks/chat_oracle.py) judges
+each cell: right, refused (of those: how many a plain rendering could have trained), or wrong. Needs vllm;
+loads no model.
 """
 
 from __future__ import annotations
@@ -18,14 +19,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # vLLM would look for a processor of each template's name
-
 from apollo_worker.jobs.tokenise import Tokeniser
+from chat_conversations import CONVERSATIONS
 
 from apollo_ipc.errors import UserError
 from apollo_ipc.wire.requests import parse_train_data
-from chat_conversations import CONVERSATIONS
-from chat_oracle import Oracle, could_be_trained, faults, tokenizer_for
 
 
 def main() -> None:
@@ -63,7 +61,10 @@ def find_templates(directories: list[Path]) -> dict[str, str]:
 def measure(
     templates: dict[str, str], conversations: dict[str, dict[str, Any]] | None = None
 ) -> dict[str, Any]:
-    """Counts of cells: right, refused, refused_though_possible (of refused), wrong; and what was wrong where."""
+    """Counts of cells: right, refused, refused_though_possible (of these), wrong; and what and where."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # vLLM would look for a processor of each template's name
+    from chat_oracle import Oracle, could_be_trained, tokenizer_for
+
     conversations = conversations or CONVERSATIONS
     counts: Counter[str] = Counter(right=0, refused=0, refused_though_possible=0, wrong=0)
     wrong, refusable, by_template = [], [], {}
@@ -91,8 +92,10 @@ def measure(
     }
 
 
-def judge(served: Any, oracle: Oracle, body: dict[str, Any]) -> tuple[str, str]:
+def judge(served: Any, oracle: Any, body: dict[str, Any]) -> tuple[str, str]:
     """("right" | "refused" | "wrong", why)."""
+    from chat_oracle import faults
+
     tokeniser = Tokeniser(served, vocab_size=len(served.tokenizer), max_tokens=100_000)
     try:
         request = parse_train_data({"examples": [body]})

@@ -1,7 +1,7 @@
 """Examples and options as other programs write them, in this project's own shape.
 
-An answer of a chat server as it came, OpenAI's and Hugging Face's names of options, ShareGPT, Alpaca: taken where
-their meaning is plain; else one sentence says what to send.
+An answer of a chat server as it came, OpenAI's and Hugging Face's names of options, ShareGPT, Alpaca: taken
+where their meaning is plain; else one sentence says what to send.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _INSTEAD = {
 }
 _WANTED = 'send {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}'
 _SENTENCES = {
-    "text": '`text` does not say which of it is to be learned: send {"prompt": "", "completion": text} to learn '
-    f"all of it, or {_WANTED}",
+    "text": '`text` does not say which of it is to be learned: send {"prompt": "", "completion": text} to '
+    f"learn all of it, or {_WANTED}",
     "chosen": f"pairs of a better and a worse answer are not trained on: {_WANTED} with the better one",
     "question": f"`question` is no field of an example: {_WANTED}",
     "answer": f"`answer` is no field of an example: {_WANTED}",
@@ -51,8 +51,8 @@ def _invalid(message: str, field: str) -> UserError:
 
 
 def own_example(raw: Any, path: str) -> Any:
-    """`raw` (decoded JSON) in the shape of Example, as far as it has another known one. Raises UserError with the
-    path of what cannot be taken; what has no known shape is left to the check of types."""
+    """`raw` (decoded JSON) in the shape of Example, as far as it has another known one. Raises UserError with
+    the path of what cannot be taken; what has no known shape is left to the check of types."""
     if not isinstance(raw, dict):
         return raw
     if "conversations" in raw:
@@ -87,7 +87,7 @@ def _own_message(raw: Any, field: str) -> Any:
     elif isinstance(content, list):
         message |= {"content": "\n".join(filter(None, map(_text_of, content))), "content_parts": content}
     thought = message.pop("reasoning", None)
-    if thought is not None and message.get("reasoning_content") is None or isinstance(thought, str):
+    if thought is not None:  # today's name; where both are given, vLLM takes this one
         message["reasoning_content"] = thought
     return message
 
@@ -138,7 +138,7 @@ def own_options(raw: Any, field: str) -> Any:
         return raw
     options: dict[str, Any] = {}
     for name, value in raw.items():
-        own = OPTION_NAMES.get(name, name)
+        own = OPTION_NAMES.get(name) or name
         if own in options:
             raise UserError(
                 f"this is {own!r} under another name; give one", field=f"{field}.{name}".lstrip(".")

@@ -1,8 +1,8 @@
 """What vLLM would have given the model before an assistant's turn, and what the model would then have to say.
 
 The rule: the context of turn i is what vLLM renders for the messages before it, with the generation prompt;
-the target is how the rendering with the turn goes on, up to and with the token at which vLLM stops. What cannot
-be had so is refused.
+the target is how the rendering with the turn goes on, up to and with the token at which vLLM stops. What
+cannot be had so is refused.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _EMPTY_THOUGHT = re.compile(
 
 
 class TurnText(NamedTuple):
-    """context: the prompt; said: the turn as it is rendered behind it, maybe more than what vLLM lets the model
-    say; is_followed: `said` goes on with a message after it."""
+    """context: the prompt; said: the turn as it is rendered behind it, maybe more than what vLLM lets the
+    model say; is_followed: `said` goes on with a message after it."""
 
     context: str
     said: str
@@ -117,8 +117,8 @@ class Chat:
             min(len(context), len(whole)),
         )
         raise invalid(
-            "the template does not render this turn behind the prompt that vLLM gives: the prompt goes on with "
-            f"{context[common : common + 40]!r}, the turn with {whole[common : common + 40]!r}",
+            "the template does not render this turn behind the prompt that vLLM gives: the prompt goes on "
+            f"with {context[common : common + 40]!r}, the turn with {whole[common : common + 40]!r}",
             field,
         )
 
@@ -211,8 +211,8 @@ def _after(longer: str, whole: str, message: Rendered, tail: str) -> str:
 
 
 def _with_thought(context: str, whole: str, message: Rendered) -> str | None:
-    """The turn of a template that leaves thoughts out: what the model says is its thought, the closing tag and
-    the text, and the template shows the text only."""
+    """The turn of a template that leaves thoughts out: what the model says is its thought, the closing tag
+    and the text, and the template shows the text only."""
     content, thought = _text(message), message.get("reasoning") or ""
     if message.get("tool_calls"):
         return None
@@ -234,27 +234,34 @@ def _with_thought(context: str, whole: str, message: Rendered) -> str | None:
 
 def _parts(message: Rendered) -> list[tuple[str, str]]:
     """(field, text) of all that a turn says, in the order in which templates show it."""
-    parts = [("reasoning", message.get("reasoning") or ""), ("content", _text(message))]
+    parts = [("reasoning", message.get("reasoning") or "")]
+    content = message["content"]
+    parts += (
+        [("content", part["text"]) for part in content]
+        if isinstance(content, list)
+        else [("content", content)]
+    )
     calls = enumerate(message.get("tool_calls", []))
     parts += [(f"tool_calls[{k}]", call["function"]["name"]) for k, call in calls]
     return [(name, text) for name, text in parts if text.strip()]
 
 
 def _shows(said: str, message: Rendered, up_to: str | None = None) -> bool:
-    """Whether `said` has all parts (`up_to` one of them): the thought first, text and calls in any order behind
-    it, calls one after the other. Whitespace does not count."""
-    text, thought_end, calls_end = _squashed(said), 0, 0
+    """Whether `said` has all parts (`up_to` one of them): the thought first, text and calls in any order
+    behind it, calls one after the other. Whitespace does not count."""
+    text, thought_end, ends = _squashed(said), 0, {"content": 0, "calls": 0}
     calls = message.get("tool_calls", [])
     for name, part in _parts(message):
-        is_call = name.startswith("tool_calls")
-        found = text.find(_squashed(part), max(thought_end, calls_end if is_call else 0))
+        kind = "calls" if name.startswith("tool_calls") else name
+        found = text.find(_squashed(part), max(thought_end, ends.get(kind, 0)))
         if found < 0:
             return False
         end = found + len(_squashed(part))
         if name == "reasoning":
             thought_end = end
-        elif is_call:
-            calls_end = end
+        else:
+            ends[kind] = end
+        if kind == "calls":
             arguments = calls[int(name[len("tool_calls[") : -1])]["function"]["arguments"]
             if not all(any(one in text for one in forms) for forms in _leaves(arguments)):
                 return False

@@ -27,7 +27,7 @@ class ChatTemplate:
     """The template of requests with or without tools, bound to a tokenizer."""
 
     def __init__(self, tokenizer: Any, source: str, content_format: ContentFormat):
-        self.content_format = content_format
+        self.content_format: ContentFormat = content_format
         self._tokenizer, self._source = tokenizer, source
         self._knows_developer = '"developer"' in source or "'developer'" in source
 
@@ -85,9 +85,8 @@ def chat_template(
             "token ids",
             field,
         ) from None
-    if (content_format := serving.content_format) == "auto":
-        content_format = detect_content_format(source)
-    return ChatTemplate(tokenizer, source, content_format)
+    wanted = serving.content_format
+    return ChatTemplate(tokenizer, source, detect_content_format(source) if wanted == "auto" else wanted)
 
 
 def _processor_template(model_dir: Path) -> str | None:

@@ -1,8 +1,8 @@
 """Messages and tools as vLLM hands them to a chat template.
 
 What vllm/renderers/chat_utils.py (parse_chat_messages) and the request's types in
-vllm/entrypoints/openai/chat_completion/protocol.py make of a request: null content, parts, reasoning, arguments
-in JSON text, the order of keys, the role `developer`. A model is trained on what it will be shown.
+vllm/entrypoints/openai/chat_completion/protocol.py make of a request: null content, parts, reasoning,
+arguments in JSON text, the order of keys, the role `developer`. A model is trained on what it will be shown.
 """
 
 from __future__ import annotations

@@ -73,8 +73,8 @@ class ServedTokenizer:
     def continuation(self, before: list[int], text: str, joint: list[int]) -> list[int] | None:
         """Ids that come after `before` and read as `text`; None where the tokenizer has none.
 
-        joint: ids of the whole text; where they begin with `before`, they are what a model would write. Else a
-        token spans the boundary, or the tokenizer puts a space before what it takes for a first word; then
+        joint: ids of the whole text; where they begin with `before`, they are what a model would write. Else
+        a token spans the boundary, or the tokenizer puts a space before what it takes for a first word; then
         `text` is tokenised alone, or behind a character that keeps to itself.
         """
         candidates = [joint[len(before) :]] if joint[: len(before)] == before else []

@@ -1,8 +1,8 @@
 """An example as the tokens to train on, with a mark on each token that the loss is taken of.
 
-What is trained is what is served: each run of targets stands behind the very tokens that vLLM would have given
-the model there. Everything that can be wrong with an example is refused here, before it is queued, with its
-field's path.
+What is trained is what is served: each run of targets stands behind the very tokens that vLLM would have
+given the model there. Everything that can be wrong with an example is refused here, before it is queued, with
+its field's path.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from apollo_worker.jobs.served_tokenizer import (
 
 
 class Served(NamedTuple):
-    """A turn in tokens. before: what vLLM gives the model; said: what it then has to say; message: its index."""
+    """A turn in tokens. before: what vLLM gives the model; said: what it then has to say; message: which."""
 
     before: list[int]
     said: list[int]
@@ -65,8 +65,8 @@ def load_tokeniser(
 
 
 class Tokeniser:
-    """vocab_size: rows of the model's embedding; max_tokens: longest sequence that is trained on; missing: why
-    there is no tokenizer."""
+    """vocab_size: rows of the model's embedding; max_tokens: longest sequence that is trained on; missing:
+    why there is no tokenizer."""
 
     def __init__(
         self,
@@ -256,15 +256,16 @@ def _chat_turn(chat: Chat, i: int, tokenizer: ServedTokenizer, encoder: Conversa
     stops = ", ".join(map(repr, sorted(tokenizer.stop_texts))) or "nothing"
     if tail.strip():
         raise invalid(
-            f"the template ends this turn with {tail.strip()!r}, and vLLM stops at {stops}: the served answer would "
-            "run on. Add the end's token to eos_token_id in generation_config.json and start vLLM again",
+            f"the template ends this turn with {tail.strip()!r}, and vLLM stops at {stops}: the served "
+            "answer would run on. Add it to eos_token_id in generation_config.json and start vLLM anew",
             field,
         )
     if tokenizer.end_id is None:
         return Served(before, said, i, _NO_END)
     text = turn.said.removesuffix(tail) if tail else turn.said
     said = _tokens_behind(turn.context, before, text, tokenizer, encoder, field)
-    note = f"the template ends no turn: {tokenizer.decode([tokenizer.end_id])!r}, at which vLLM stops, is learned as its end"
+    end_text = tokenizer.decode([tokenizer.end_id])
+    note = f"the template ends no turn: {end_text!r}, at which vLLM stops, is learned as its end"
     return Served(before, [*said, tokenizer.end_id], i, note)
 
 
@@ -282,8 +283,8 @@ def _tokens_behind(
     said = tokenizer.continuation(before, text, joint)
     if said is None:
         raise invalid(
-            "the tokenizer cannot write this turn behind the prompt that vLLM gives: no tokens that follow the "
-            "prompt's read as it",
+            "the tokenizer cannot write this turn behind the prompt that vLLM gives: no tokens that follow "
+            "the prompt's read as it",
             field,
         )
     return said
