@@ -40,7 +40,9 @@ SECTIONS = {
 # Of vLLM, git, systemctl and the like. A flag that is in neither this list nor our programs is a mistake.
 FOREIGN_FLAGS = {
     "--api-key",
+    "--chat-template",
     "--cpu-offload-gb",
+    "--default-chat-template-kwargs",
     "--enable-cumem-allocator",
     "--enable-sleep-mode",
     "--enforce-eager",

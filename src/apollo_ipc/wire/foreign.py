@@ -79,11 +79,13 @@ def _own_message(raw: Any, field: str) -> Any:
     message = {name: value for name, value in raw.items() if name not in _UNUSED}
     content = message.get("content")
     if content is None:
-        if message.get("role") != "assistant":
-            raise _invalid(
-                "content is missing: only an assistant's message may go without", f"{field}.content"
-            )
-        message |= {"content": "", "content_parts": message.get("content_parts", [])}
+        # Only an answer may go without; of others the check of types says so.
+        is_answer = message.get("role") == "assistant"
+        message |= (
+            {"content": "", "content_parts": message.get("content_parts", [])}
+            if is_answer
+            else {"content": None}
+        )
     elif isinstance(content, list):
         message |= {"content": "\n".join(filter(None, map(_text_of, content))), "content_parts": content}
     thought = message.pop("reasoning", None)
