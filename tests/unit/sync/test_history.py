@@ -275,9 +275,9 @@ def test_an_error_of_the_writing_thread_reaches_who_waits(model_dir):
 
 
 def test_copying_out_waits_for_the_writer_beyond_one_shard(model_dir):
-    from apollo_worker.sync.copy_out import SLOT_BYTES, CopyOut
+    from apollo_worker.sync.copy_out import SLOT_BYTES, Arenas, CopyOut
 
-    copies, seen = CopyOut(budget_bytes=2 * SLOT_BYTES), []
+    copies, seen = CopyOut(2 * SLOT_BYTES, Arenas()), []
 
     def block() -> torch.Tensor:
         return torch.zeros(SLOT_BYTES, dtype=torch.uint8)

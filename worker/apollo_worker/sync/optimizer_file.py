@@ -36,6 +36,7 @@ class OptimizerFile:
         text += b" " * (-len(text) % 8)
         self._header = len(text).to_bytes(8, "little") + text
         self.size_bytes = len(self._header) + end
+        self.sizes_bytes = [tensors[name].nbytes for name in self.names]
 
     def write(self, transaction: Transaction, copies: CopyOut) -> FileRecord:
         """Into the transaction; the tensors come out of `copies` in the order of `names`."""

@@ -63,6 +63,7 @@ class RunningSync:
     def copied_out(self, waited_s: float, max_abs_weight: float, max_abs_name: str | None) -> None:
         """The main thread has put the last block, and training goes on."""
         self._task.seen = waited_s, max_abs_weight, max_abs_name
+        self._task.copies.all_put()
         self._is_copied.set()
 
     def fail(self, error: BaseException) -> None:
@@ -95,8 +96,11 @@ class RunningSync:
             result = self._task.result(commit)
         except BaseException as error:
             self._task.copies.fail(error)
+            self._is_copied.wait()  # until then the main thread may be copying
+            self._task.copies.close()
             self.committed.set_exception(error)
             return
+        self._task.copies.close()
         self.committed.set_result(result)
         if not commit.undos:
             return

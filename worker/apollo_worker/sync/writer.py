@@ -9,6 +9,7 @@ A full sync writes whole shards; a delta sync writes only differences against th
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -26,7 +27,7 @@ from apollo_ipc.errors import CheckpointError
 from apollo_ipc.wire.messages import SyncResult
 from apollo_ipc.wire.requests import SyncKind
 from apollo_worker.model.host_buffer import DTYPES, HostBuffer, as_bytes, max_abs, one_thread, torch_dtype
-from apollo_worker.sync.copy_out import CopyOut
+from apollo_worker.sync.copy_out import Arenas, CopyOut, budget_for
 from apollo_worker.sync.optimizer_file import OptimizerFile
 from apollo_worker.sync.sync_task import KnownDigests, RunningSync, SyncTask, Todo
 
@@ -67,8 +68,17 @@ class CheckpointWriter:
         _check_all_kept(model_dir, tensors, self._live)
         _check_fit(model_dir, self._live, index)
         self._host = HostBuffer(pinned=any(tensor.is_cuda for tensor in self._live.values()))
+        self._arenas = Arenas()
         self._max_abs: tuple[float, str | None] = (0.0, None)
         self._running: RunningSync | None = None
+
+    def prepare(self, optimizer_bytes: int) -> None:
+        """Gets host memory for a full sync, in a thread: else training waits for it in the first."""
+        sizes = [tensor.nbytes for tensor in self._live.values()]
+        num_bytes = budget_for([*sizes, optimizer_bytes], least_bytes=0)
+        threading.Thread(
+            target=self._arenas.get, args=(num_bytes,), name="apollo-host-memory", daemon=True
+        ).start()
 
     def sync(
         self,
@@ -121,6 +131,7 @@ class CheckpointWriter:
             todo = (
                 self._changed_shards(shards, known) if kind == "full" else self._changed_tensors(index, known)
             )
+            sizes = [t.size_bytes for t in todo.live] + (layout.sizes_bytes if layout else [])
             transaction.require_space(todo.space_bytes + (layout.size_bytes if layout else 0))
             task = SyncTask(
                 transaction=transaction,
@@ -128,7 +139,9 @@ class CheckpointWriter:
                 known=known,
                 todo=todo,
                 optimizer=layout,
-                copies=CopyOut(max(shard.size_bytes for shard in shards.values())),
+                copies=CopyOut(
+                    budget_for(sizes, max(shard.size_bytes for shard in shards.values())), self._arenas
+                ),
                 weight_version=weight_version,
                 applied_seq=applied_seq,
                 extra=extra,

@@ -125,6 +125,7 @@ class Attachment:
         self.trainer = self._make_trainer(live)
         self.trainer.main_optimizer.warm_up()  # seconds, the first time ever: not in a job then
         self.writer = make_writer(live, config)
+        self.writer.prepare(self.trainer.main_optimizer.state_size_bytes())
         self._tell_model(model_facts(live, self.trainer, config))
         commit = current_commit(model_dir)
         known = before.weight_version if before else 0
