@@ -59,7 +59,11 @@ class LiveModel:
 
     def is_alive(self) -> bool:
         """Whether the process that owns the memory still runs."""
-        return self.exporter is None or self.exporter.is_alive()
+        return not self.has_ended()
+
+    def has_ended(self, wait_s: float = 0.0) -> bool:
+        """Whether that process has ended, or does so within `wait_s`."""
+        return self.exporter is not None and not self.exporter.is_alive(wait_s)
 
     def trained_tensors(self) -> dict[str, torch.Tensor]:
         """Checkpoint name -> live tensor, of the parameters that this model has.

@@ -221,9 +221,10 @@ class Exporter:
             os.close(self._fd)
             raise AttachError(_stale(manifest))
 
-    def is_alive(self) -> bool:
-        """One system call, cheap enough for once a parameter."""
-        return not select.select([self._fd], [], [], 0)[0]
+    def is_alive(self, wait_s: float = 0.0) -> bool:
+        """One system call, cheap enough for once a parameter. A killed process is alive until the kernel has
+        torn down its memory; wait_s: how long to wait for that."""
+        return not select.select([self._fd], [], [], wait_s)[0]
 
     def close(self) -> None:
         if self._fd >= 0:

@@ -13,13 +13,12 @@ import traceback
 from contextlib import suppress
 from functools import partial
 
-import torch
-
 from apollo_ipc.checkpoint import history, read_commit
 from apollo_ipc.errors import ApolloError, CheckpointError, Conflict, NotReady, UserError
 from apollo_ipc.wire.messages import RestoreResult, RestoreVersion, SyncCheckpoint
 from apollo_worker.jobs.queue import Job, JobQueue
 from apollo_worker.link.status_board import Asked
+from apollo_worker.model.device import is_device_lost
 from apollo_worker.process import use_idle_priority
 from apollo_worker.step.loss_guard import LossGuard
 from apollo_worker.step.step import VllmDied
@@ -32,15 +31,11 @@ from apollo_worker.trainer.sync_policy import Syncing
 log = logging.getLogger(__name__)
 IDLE_WAIT_S = 0.25  # how long the loop sleeps at most before it looks whether vLLM still runs
 
+DEATH_SHOWS_WITHIN_S = 10.0  # 0.1 to 0.3 s a GB of the dead process's memory
+
 
 class JobStopped(Exception):
     """The job's loop ended before its last step; the reason is the argument."""
-
-
-def is_device_lost(error: Exception) -> bool:
-    """An error of the accelerator that stays: any but running out of memory."""
-    is_accelerator = isinstance(error, torch.AcceleratorError)
-    return is_accelerator and not isinstance(error, torch.OutOfMemoryError)
 
 
 class MainLoop:
@@ -85,15 +80,17 @@ class MainLoop:
         except JobStopped as stopped:
             self.end_early(job, str(stopped))
         except Exception as error:
-            live = self.attachment.live
-            if isinstance(error, VllmDied) or live is None or not live.is_alive():
-                # On a GPU the end of vLLM may also show as an error of CUDA. The job stays the running one,
-                # and a fresh process takes it on: a backward pass that was cut off leaves memory to C++.
+            live, is_lost = self.attachment.live, is_device_lost(error)
+            wait_s = DEATH_SHOWS_WITHIN_S if is_lost else 0.0
+            if isinstance(error, VllmDied) or live is None or live.has_ended(wait_s):
+                # On a GPU the end of vLLM may also show as an error of CUDA, before the kernel has torn down
+                # its memory and says that it has ended. The job stays the running one, and a fresh process
+                # takes it on: a backward pass that was cut off leaves memory to C++.
                 log.warning("job %s waits for the next vLLM and a new trainer (%s)", job.info.job_id, error)
                 self.queue.release(job.info.job_id)
                 self.shared.stopping.set()
                 return
-            if is_device_lost(error):
+            if is_lost:
                 # The CUDA context is beyond use: every job after this one would fail of it too. The next
                 # trainer finds the torn step; a job that does this three times is quarantined.
                 self.shared.attached = False  # nothing of this is synced
