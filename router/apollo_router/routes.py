@@ -66,9 +66,9 @@ async def train(request: Request) -> Response:
     job = reply.job
     assert job is not None
     if not query.wait:
-        return json_response(_accepted(job), 202, {"Location": f"/train/jobs/{job.job_id}"})
+        return json_response(_accepted(job), 202, _location(request, job))
     job = await gateway.until_gone(_end_of(gateway, job), request)
-    return _waited(job)
+    return _waited(request, job)
 
 
 def _accepted(job: messages.JobInfo) -> dict[str, Any]:
@@ -82,7 +82,12 @@ def _accepted(job: messages.JobInfo) -> dict[str, Any]:
     }
 
 
-def _waited(job: messages.JobInfo) -> Response:
+def _location(request: Request, job: messages.JobInfo) -> dict[str, str]:
+    """As the client sees it: behind vLLM's --root-path too."""
+    return {"Location": f"{request.scope.get('root_path', '').rstrip('/')}/train/jobs/{job.job_id}"}
+
+
+def _waited(request: Request, job: messages.JobInfo) -> Response:
     if job.state in TRAINED_STATES:
         details = {
             "steps_done": job.steps_done,
@@ -95,7 +100,7 @@ def _waited(job: messages.JobInfo) -> Response:
     if job.state in messages.ENDED_STATES:
         message = f"job {job.job_id} {job.state}: {job.error or 'no reason given'}"
         return error_response(HttpError(422, f"job_{job.state}", message), job=job)
-    return json_response(_accepted(job), 202, {"Location": f"/train/jobs/{job.job_id}"})
+    return json_response(_accepted(job), 202, _location(request, job))
 
 
 async def _end_of(gateway: Gateway, job: messages.JobInfo) -> messages.JobInfo:

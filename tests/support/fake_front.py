@@ -24,6 +24,7 @@ if __name__ == "__main__":
         "paths.state_dir": directory,
         "worker.step_timeout_s": float(step_timeout_s),
         "train.max_tokens": 16,
+        "train.publish_distance_s": 0,
     }
     trainer = (sys.executable, str(Path(__file__).with_name("fake_trainer.py")), directory, step_s)
     front = Front(load_config(environ={}, overrides=overrides), trainer)

@@ -46,7 +46,12 @@ def admit(request):
 
 def config_in(directory):
     return load_config(
-        environ={}, overrides={"paths.runtime_dir": str(directory), "paths.state_dir": str(directory)}
+        environ={},
+        overrides={
+            "paths.runtime_dir": str(directory),
+            "paths.state_dir": str(directory),
+            "train.publish_distance_s": 0,
+        },
     )
 
 

@@ -37,6 +37,7 @@ def make_config(**http: object) -> Config:
         "APOLLO_PATHS__RUNTIME_DIR": str(base / "run"),
         "APOLLO_PATHS__STATE_DIR": str(base / "state"),
         "APOLLO_HTTP__TRAIN_KEY": TRAIN_KEY,
+        "APOLLO_TRAIN__PUBLISH_DISTANCE_S": "0",
         "APOLLO_HTTP__MAX_BODY_BYTES": str(MAX_BODY_BYTES),
     } | {f"APOLLO_HTTP__{name.upper()}": str(value) for name, value in http.items()}
     os.environ.update(environ)  # the plugin's factory takes no arguments

@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from apollo_ipc.cli.output import say
 from apollo_ipc.errors import AlreadyRunning, ConfigError
@@ -27,33 +28,41 @@ FINAL_STATUSES = (ConfigError.exit_code, AlreadyRunning.exit_code)  # starting a
 
 
 class Child:
-    """A process of ours and the group that it leads."""
+    """A process of ours and the group that it leads. What it started outlives it: a worker's trainer ends by
+    itself after its step. Only `kill` ends whole groups, those of its earlier starts too."""
 
     def __init__(self, name: str, command: list[str], environment: dict[str, str]):
         self.name = name
         self._command = command
         self._environment = environment
         self._process: subprocess.Popen[bytes] | None = None
+        # Ended and not reaped: until it is, its number cannot become that of a stranger's group.
+        self._earlier: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> None:
+        if self._process is not None:
+            self._earlier.append(self._process)
+        for process in [one for one in self._earlier if not _has_members(one.pid)]:
+            process.wait()
+            self._earlier.remove(process)
         self._process = subprocess.Popen(
             self._command, env=self._environment, start_new_session=True, preexec_fn=die_with_parent
         )
 
     @property
     def is_running(self) -> bool:
-        if self._process is None or self._process.returncode is not None:
-            return False
-        # Looked at, not reaped: until `kill` its number cannot become that of a stranger's group.
-        return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        return self._process is not None and self.status is None
 
     @property
     def status(self) -> int | None:
         """None while it runs or before it started, else the exit status (negative: the signal)."""
-        if self._process is None or self.is_running:
+        if self._process is None or self._process.returncode is not None:
+            return self._process and self._process.returncode
+        # Looked at, not reaped.
+        ended = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if ended is None:
             return None
-        self.kill()
-        return self._process.returncode
+        return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
 
     def ask_to_stop(self) -> None:
         if self._process and self.is_running:
@@ -61,10 +70,22 @@ class Child:
 
     def kill(self) -> None:
         """It and whatever it started and left; also after it ended by itself."""
-        if self._process and self._process.returncode is None:
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        for process in (*self._earlier, *([self._process] if self._process else [])):
+            if process.returncode is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        self._earlier.clear()
+
+
+def _has_members(group: int) -> bool:
+    """Whether a process that still runs belongs to that process group."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, of_group = path.read_text().rpartition(")")[2].split()[:3]
+            if int(of_group) == group and state not in "ZX":
+                return True
+    return False
 
 
 class Supervisor:

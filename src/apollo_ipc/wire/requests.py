@@ -127,12 +127,23 @@ def _strip(kind: Any) -> Any:
             return kind
 
 
+# A high one without a low one behind it, or a low one without a high one before it; not where a backslash
+# that is itself escaped stands before the u.
+_LONE_SURROGATE = re.compile(
+    rb"(?<!\\)(?:\\\\)*(?:\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])"
+    rb"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2})"
+)
+
+
 def parse_json(body: bytes) -> Any:
     """Raises UserError (code `invalid_json`)."""
     try:
         return msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"the body is not JSON: {error}", code="invalid_json") from None
+        reason = str(error)
+        if _LONE_SURROGATE.search(body):  # of which msgspec says that the data was truncated
+            reason = "half of a surrogate pair (\\ud800 to \\udfff) without its other half"
+        raise UserError(f"the body is not JSON: {reason}", code="invalid_json") from None
     except RecursionError:
         raise UserError("the body is nested too deeply", code="invalid_json") from None
 

@@ -120,3 +120,31 @@ def test_without_a_command_nothing_runs(live):
     runner.runner.note(result_of(live, 1), str(live.model_dir))
     runner.runner.wait(lambda: None)
     assert runner.states == []
+
+
+def test_an_error_of_the_system_is_told_and_the_next_commit_runs_the_command(live, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    runner = Runner("touch", str(tmp_path / "ran"))
+    with monkeypatch.context() as patch:
+        patch.setattr("apollo_worker.front.post_sync.tempfile.TemporaryFile", full)
+        assert "No usable temporary directory" in runner.run(live, 1).error
+    assert not (tmp_path / "ran").exists()
+    live.train()
+    live.sync()
+    assert runner.run(live, 2).error is None
+    assert (tmp_path / "ran").exists()
+
+
+def test_a_thread_that_ends_by_a_bug_holds_nobody_up_and_is_replaced(live, tmp_path, monkeypatch):
+    runner, reports = Runner("touch", str(tmp_path / "ran")), []
+    monkeypatch.setattr("threading.excepthook", reports.append)
+    monkeypatch.setattr(runner.runner, "_on_change", lambda state: 1 // 0)
+    runner.runner.note(result_of(live, 1), str(live.model_dir))
+    runner.runner.wait(lambda: None)
+    assert [report.exc_type for report in reports] == [ZeroDivisionError]
+    monkeypatch.setattr(runner.runner, "_on_change", runner.states.append)
+    live.train()
+    live.sync()
+    assert runner.run(live, 2).error is None

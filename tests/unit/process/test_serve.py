@@ -124,6 +124,29 @@ def test_a_worker_that_dies_is_started_again(tmp_path):
         assert len(notes(tmp_path, "vllm")) == 1
 
 
+def test_a_trainer_outlives_a_front_that_dies_and_not_the_supervisor(tmp_path):
+    """It ends by itself, after its step: killed in it, it would leave torn weights."""
+    with supervised(tmp_path, worker_status="3") as process:
+        wait_for(lambda: len(notes(tmp_path, "worker")) >= 3)
+        trainers = [int(line[2]) for line in notes(tmp_path, "worker")]
+        assert all(map(is_alive, trainers[:3]))
+        os.kill(trainers[0], signal.SIGKILL)
+        process.terminate()
+        assert process.wait(20) == 0
+        wait_for(lambda: not any(map(is_alive, all_pids(tmp_path))))
+
+
+def test_a_child_that_ended_is_reaped_once_its_group_is_empty(tmp_path):
+    child = supervise.Child("it", [sys.executable, "-c", "raise SystemExit(5)"], dict(os.environ))
+    for _ in range(3):
+        child.start()
+        wait_for(lambda: not child.is_running)
+        assert child.status == 5
+    assert len(child._earlier) <= 1
+    child.kill()
+    assert child.status == 5
+
+
 @pytest.mark.parametrize("status", ["78", "75"])
 def test_a_worker_that_cannot_work_is_not_started_again(tmp_path, status):
     with supervised(tmp_path, worker_status=status) as process:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from contextlib import AsyncExitStack, asynccontextmanager
 
+import fake_worker
+import msgspec
 import pytest
 from apollo_router.cache import CacheDropper
 from fake_worker import serving, short_dir
@@ -171,3 +174,29 @@ def test_drops_never_overlap_and_the_newest_version_wins():
 
     with short_dir() as directory:
         asyncio.run(main(directory / "worker.sock"))
+
+
+def test_two_drops_are_a_distance_apart_and_a_publish_waits_for_it(monkeypatch):
+    async def main(path, server, shared):
+        engine, dropped_at = Engine(), []
+        async with api_server(path, engine):
+            for version in (1, 2, 3):
+                assert await publish(server, shared, version)
+                assert engine.num_drops == version
+                dropped_at.append(time.monotonic())
+            assert min(b - a for a, b in itertools.pairwise(dropped_at)) > 0.35
+
+    real = fake_worker.config_in
+
+    def config_in(directory):
+        config = real(directory)
+        train = msgspec.structs.replace(config.train, publish_distance_s=0.4)
+        return msgspec.structs.replace(config, train=train)
+
+    monkeypatch.setattr(fake_worker, "config_in", config_in)
+    with short_dir() as directory, serving(directory) as (server, shared, _):
+        shared.vllm_boot_id, shared.attached = "here", True
+        started = time.monotonic()
+        assert not server.publish(1), "no router: nothing to wait for"
+        assert time.monotonic() - started < 0.3
+        asyncio.run(main(directory / "worker.sock", server, shared))

@@ -194,3 +194,26 @@ def raw(server: Server, request: bytes) -> bytes:
 def peak_bytes() -> int:
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+
+
+@pytest.mark.parametrize("text", [rb"\ud800", rb"a\uDC00b", rb"\ud83d and \ude00"])
+def test_half_of_a_surrogate_pair_is_named(server, text):
+    body = b'{"examples": [{"prompt": "a", "completion": "%s"}]}' % text
+    response = server.http.post("/train", content=body, headers={"Content-Type": "application/json"})
+    assert (response.status_code, error_of(response)["code"]) == (400, "invalid_json")
+    assert "half of a surrogate pair" in error_of(response)["message"]
+
+
+def test_a_cut_body_is_not_taken_for_one_with_half_a_pair(server):
+    body = rb'{"examples": [{"prompt": "\\ud800 \ud83d\ude00"'
+    response = server.http.post("/train", content=body, headers={"Content-Type": "application/json"})
+    assert "truncated" in error_of(response)["message"]
+
+
+def test_the_location_of_a_job_leads_through_the_root_path(server, worker):
+    server.app.root_path = "/models/mine"
+    try:
+        location = server.http.post("/train", json=ONE).headers["location"]
+    finally:
+        server.app.root_path = ""
+    assert location.startswith("/models/mine/train/jobs/job-")

@@ -52,18 +52,26 @@ class PostSyncRunner:
 
     def wait(self, on_wait: Callable[[], None]) -> None:
         """Until no command runs or waits. on_wait: called now and then."""
-        while (thread := self._thread) is not None:
+        while (thread := self._thread) is not None and thread.is_alive():
             on_wait()
             thread.join(LOOK_S)
 
     def _run(self) -> None:
-        while True:
-            with self._lock:
-                if self._next is None:
+        try:
+            while (asked := self._take()) is not None:
+                self._run_once(*asked)
+        finally:
+            with self._lock:  # however it ended: the next commit starts another
+                if self._thread is threading.current_thread():
                     self._thread = None
-                    return
-                (sync, model_dir), self._next = self._next, None
-            self._run_once(sync, model_dir)
+
+    def _take(self) -> tuple[SyncResult, Path] | None:
+        """None: nothing waits, and this thread is no longer the one that a new commit is left to."""
+        with self._lock:
+            asked, self._next = self._next, None
+            if asked is None:
+                self._thread = None
+            return asked
 
     def _run_once(self, sync: SyncResult, model_dir: Path) -> None:
         state = PostSync(sync.weight_version, started_at=time.time())
@@ -74,9 +82,14 @@ class PostSyncRunner:
                 version = taken.commit.weight_version if taken.commit else sync.weight_version
                 state = msgspec.structs.replace(state, weight_version=version)
                 self._call(taken, model_dir, sync)
-        except ApolloError as failure:
-            error = failure.message
-            log.error("the command after the sync of version %d failed: %s", state.weight_version, error)
+        except Exception as failure:  # of the system too: told, and the next one runs
+            is_ours = isinstance(failure, ApolloError)
+            error = failure.message if is_ours else f"{type(failure).__name__}: {failure}"
+            log.error(
+                "the command after the sync of version %d failed: %s",
+                *(state.weight_version, error),
+                exc_info=None if is_ours else failure,
+            )
         else:
             log.info("the command after the sync of version %d has ended well", state.weight_version)
         self._on_change(msgspec.structs.replace(state, ended_at=time.time(), error=error))

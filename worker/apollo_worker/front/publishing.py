@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,20 +27,32 @@ CONFIRM_S = 5.0  # all routers together; what one confirms later counts too
 
 
 class Publisher:
-    """send: whether that router took the message. Only the server's loop calls this."""
+    """send: whether that router took the message. distance_s: between two attempts, at least. Only the
+    server's loop calls this."""
 
-    def __init__(self, shared: Shared, peers: Peers, send: Callable[[bytes, DropCache], bool]):
+    def __init__(
+        self,
+        shared: Shared,
+        peers: Peers,
+        send: Callable[[bytes, DropCache], bool],
+        distance_s: float,
+    ):
         self._shared, self._peers, self._send = shared, peers, send
+        self._distance_s, self._asked_at = distance_s, -math.inf
         # (boot of vLLM, version) of the newest drop that a router has confirmed.
         self._dropped: tuple[str | None, int] = (None, 0)
         self._asking = asyncio.Lock()
         self._confirming: dict[bytes, tuple[int, asyncio.Future[bool]]] = {}  # router -> version awaited
 
     async def publish(self, weight_version: int, timeout_s: float) -> bool:
-        """Whether a router has confirmed. False where none is there (at once) or none confirmed in time."""
-        deadline = time.monotonic() + timeout_s
+        """Whether a router has confirmed. False where none is there (at once) or none confirmed in
+        `timeout_s`, to which the distance to the drop before comes."""
+        if not self._peers.routers(self._shared.vllm_boot_id, time.monotonic()):
+            return False
         with suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s), self._asking:
+            async with asyncio.timeout(self._distance_s + timeout_s), self._asking:
+                await asyncio.sleep(self._asked_at + self._distance_s - time.monotonic())
+                deadline = time.monotonic() + timeout_s
                 routers = self._peers.routers(self._shared.vllm_boot_id, time.monotonic())
                 for i, identity in enumerate(routers):
                     if self._is_dropped(weight_version):
@@ -78,6 +91,7 @@ class Publisher:
     async def _ask(self, identity: bytes, weight_version: int, timeout_s: float) -> None:
         confirmed: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._confirming[identity] = weight_version, confirmed
+        self._asked_at = time.monotonic()
         try:
             if self._send(identity, DropCache(weight_version)):
                 await asyncio.wait({confirmed}, timeout=timeout_s)

@@ -65,6 +65,7 @@ class Service:
         self.num_bad_messages = 0
         self._shared = shared
         self._queue = queue
+        self._publish_distance_s = config.train.publish_distance_s
         self._answers = Answers(
             config, shared, queue, lambda: (self.num_bad_messages, self._peers.num_routers)
         )
@@ -134,7 +135,7 @@ class Service:
         try:
             self._loop = asyncio.get_running_loop()
             self._stopped = asyncio.Event()
-            self._publisher = Publisher(self._shared, self._peers, self._send)
+            self._publisher = Publisher(self._shared, self._peers, self._send, self._publish_distance_s)
             self._socket = self._endpoint.bind(context)
         except BaseException as error:
             context.destroy(linger=0)

@@ -222,15 +222,18 @@ class Link:
         return bytes(parts)
 
     def _write(self) -> None:
-        while not self.is_closed.is_set():
-            messages, is_last = self._next()
-            try:
+        try:
+            while not self.is_closed.is_set():
+                messages, is_last = self._next()
                 for message in messages:
                     self._connection.sendall(frame(message))
-            except OSError:
+                if is_last:
+                    return
+        except OSError:
+            pass
+        finally:
+            if not self._is_finishing:  # `finish` closes by itself, once the other end has everything
                 self.close()
-            if is_last:
-                return
 
     def _next(self) -> tuple[list[Any], bool]:
         """What is to be sent now, waiting for it; and whether it is the last."""

@@ -31,7 +31,7 @@ from apollo_worker.link.link import (
 from apollo_worker.link.status_board import Shared
 
 logger = logging.getLogger(__name__)
-PUBLISH_TIMEOUT_S = 6.0  # the front itself gives up after 5 s
+PUBLISH_TIMEOUT_S = 6.0  # the front itself gives up after 5 s and the distance to the publish before
 LOCK_LOOK_S = 0.25
 
 
@@ -65,12 +65,14 @@ class TrainerEnd:
     def tell_model(self, facts: ModelFacts) -> None:
         self._link.send(facts)
 
-    def publish(self, weight_version: int, timeout_s: float = PUBLISH_TIMEOUT_S) -> bool:
+    def publish(self, weight_version: int, timeout_s: float | None = None) -> bool:
         """Call it after the last write of this version and after setting `shared.weight_version`.
 
         True once a router has confirmed that it dropped its prefix cache. False where none did, or without a
         front: heartbeats go on telling routers the version.
         """
+        if timeout_s is None:
+            timeout_s = PUBLISH_TIMEOUT_S + self.config.train.publish_distance_s
         self._note_state()
         with self._confirmed:
             self._answer = None
