@@ -103,7 +103,6 @@ class ChatClient:
         temperature: float = 0.0,
         schema: dict[str, Any] | None = None,
         tools: list[dict[str, Any]] | None = None,
-        seed: int | None = None,
     ) -> ChatAnswer:
         """The model's next turn, without its thoughts. schema: JSON Schema that the answer must follow, by
         guided decoding."""
@@ -118,8 +117,6 @@ class ChatClient:
             body["response_format"] = {"type": "json_schema", "json_schema": form}
         if tools:
             body["tools"] = tools
-        if seed is not None:
-            body["seed"] = seed
         choice = self._generate("/v1/chat/completions", body)
         message = choice["message"]
         # Without a reasoning parser in the server, a thought stands before the answer.
@@ -211,13 +208,6 @@ class ChatClient:
             gauges[name] += float(value)
         ended = sum(float(value) for value in _COUNTER.findall(text))
         return Load(int(gauges["running"]), int(gauges["waiting"]), int(ended))
-
-    def is_up(self) -> bool:
-        """Whether it answers now, without waiting for it."""
-        try:
-            return self._http.get("/v1/models", timeout=5).status_code == 200
-        except httpx.TransportError:
-            return False
 
     def close(self) -> None:
         self._http.close()

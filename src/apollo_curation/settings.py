@@ -56,7 +56,6 @@ class Curation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         default_factory=lambda: [StripRule(role="system"), StripRule(role="developer")]
     )
     max_record_bytes: Count = 16 * 1024 * 1024  # a longer line is counted and passed over
-    segment_messages: Count = 8  # of the conversation before a decision, so many are kept
     auto_confidence: Fraction = 0.8  # `--auto` approves from here on
     min_surprise: Annotated[float, Meta(ge=0)] = 0.0  # nats a token: an answer that is likelier is known
     window_s: Positive = 86400.0
@@ -113,7 +112,6 @@ class Tier(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lr: Annotated[float, Meta(gt=0, le=0.1)] = 1e-5
     epochs: Annotated[int, Meta(ge=1, le=1000)] = 1
     schedule: Literal["auto", "constant", "cosine"] = "auto"
-    accumulate_steps: Annotated[int, Meta(ge=1, le=65536)] = 1
     when: When = "nightly"
     max_examples: Count = 1000  # a job
 

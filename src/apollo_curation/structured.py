@@ -32,7 +32,6 @@ def ask_for(
     *,
     max_tokens: int,
     temperature: float = 0.0,
-    seed: int | None = None,
     counts: Counts | None = None,
 ) -> T | None:
     """The model's answer as `kind`, None where two answers did not parse.
@@ -45,7 +44,7 @@ def ask_for(
     schema = plain_schema(kind)
     asked = messages
     for attempt in (0, 1):
-        answer = model.chat(asked, max_tokens=max_tokens, temperature=temperature, schema=schema, seed=seed)
+        answer = model.chat(asked, max_tokens=max_tokens, temperature=temperature, schema=schema)
         try:
             found = parse(answer.content, kind)
         except (msgspec.DecodeError, ValueError) as error:

@@ -64,7 +64,6 @@ def judge(
     moments: Moments,
     model: ChatClient,
     settings: Judge,
-    counts: JudgeCounts | None = None,
     which: Iterable[Moment] | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> JudgeCounts:
@@ -74,7 +73,7 @@ def judge(
     what is left stays flagged. Raises ServerRefused where the server would refuse every request (no such
     model, no key). stop: asked before each request; what it leaves stays flagged.
     """
-    counts = counts or JudgeCounts()
+    counts = JudgeCounts()
     waiting = list(which) if which is not None else unjudged(moments)
     running: dict[Future[tuple[MomentVerdict | None, Counts]], Moment] = {}
     with ThreadPoolExecutor(settings.num_parallel, thread_name_prefix="judge") as pool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from apollo_ipc.wire.requests import Message
 
+SEGMENT_MESSAGES = 8  # before a decision, so many are kept
+
 
 def segment(messages: list[Message], at: int, num_messages: int) -> list[Message]:
     """The context of the decision messages[at], an assistant's message of a valid conversation.

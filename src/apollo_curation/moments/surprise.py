@@ -32,10 +32,9 @@ def score(
     moments: Moments,
     model: ChatClient,
     which: Iterable[Moment] | None = None,
-    counts: ScoreCounts | None = None,
 ) -> ScoreCounts:
     """Measures `which` (default: see unscored). One after another: each is a forward pass of its own."""
-    counts = counts or ScoreCounts()
+    counts = ScoreCounts()
     waiting = list(which) if which is not None else unscored(moments)
     for i, moment in enumerate(waiting):
         try:
@@ -62,10 +61,9 @@ def score(
     return counts
 
 
-def unscored(moments: Moments, *, again: bool = False) -> list[Moment]:
-    """What may be trained and has no score yet; again: also what has one already."""
-    found = moments.list(*SCORED_STATES)
-    return [moment for moment in found if moment.answer and (again or moment.surprise is None)]
+def unscored(moments: Moments) -> list[Moment]:
+    """What may be trained and has no score yet."""
+    return [one for one in moments.list(*SCORED_STATES) if one.answer and one.surprise is None]
 
 
 def surprise(moment: Moment, model: ChatClient) -> float:

@@ -24,7 +24,6 @@ from apollo_ipc.errors import UserError
 from apollo_ipc.wire.messages import JobInfo
 from apollo_ipc.wire.requests import TrainOptions, TrainRequest
 
-OnDuplicate = Literal["skip", "train"]
 Each = Callable[[JobInfo], None]
 
 MAX_ATTEMPTS = 3  # at what the server answers with a defect of its own, or forgets
@@ -83,22 +82,18 @@ class Batches:
         tier: TierName,
         moments: Sequence[Moment],
         each: Each = ignore,
-        *,
-        on_duplicate: OnDuplicate = "skip",
     ) -> Batch:
         """Trains those of `moments` that are still approved, as they now are in the store, and waits for it.
 
         each: sees the job now and then; it may raise StopTraining. Whatever else it raises leaves the job
-        running and the batch open. on_duplicate: `skip` leaves an example out that the worker has in its
-        weights already; with `train` it is trained once more, and moments that are `trained` are taken too.
+        running and the batch open. An example that the worker has in its weights already is left out.
 
         The result has ended. Where the server refused examples, their moments are dropped with its words,
         and the result is the batch of the rest. Raises NothingToTrain.
         """
-        expected: tuple[State, ...] = ("approved", "trained") if on_duplicate == "train" else ("approved",)
         ids = list(dict.fromkeys(moment.moment_id for moment in moments))
         with alone(self._lock, self._stop):
-            batch = self._prepare(tier, ids, expected, on_duplicate)
+            batch = self._prepare(tier, ids, "approved")
             if batch is None:
                 raise NothingToTrain("none of these moments is approved and has an answer")
             return self._finish(batch, each)
@@ -121,16 +116,14 @@ class Batches:
                 self.table.change(batch_id, state="undone")
                 self._move(batch, "undone", batch.error, expected=("trained", "failed"))
 
-    def _prepare(
-        self, tier: TierName, ids: Sequence[str], expected: Sequence[State], on_duplicate: OnDuplicate
-    ) -> Batch | None:
+    def _prepare(self, tier: TierName, ids: Sequence[str], expected: State) -> Batch | None:
         """Nothing of it has been sent yet. None where no moment is left to train."""
         batch_id = new_batch_id()
         taken = []
         with self._store.transaction():
             for moment_id in ids:
                 moment = self._moments.get(moment_id)
-                if moment.state in expected and moment.answer is not None:
+                if moment.state == expected and moment.answer is not None:
                     taken.append(self._moments.change(moment_id, state="training", batch_id=batch_id))
             if not taken:
                 return None
@@ -139,8 +132,7 @@ class Batches:
                 lr=own.lr,
                 epochs=own.epochs,
                 schedule=own.schedule,
-                accumulate_steps=own.accumulate_steps,
-                on_duplicate=on_duplicate,
+                on_duplicate="skip",
             )
             request = TrainRequest([one.example() for one in taken], options)
             return self.table.add(tier, taken, request, batch_id)
@@ -174,7 +166,7 @@ class Batches:
                     raise
                 found = _EXAMPLE.match(error.field or "") if error.status == 400 else None
                 if found and int(found[1]) < len(request.examples):
-                    return self._without(batch, int(found[1]), error.said, request), None
+                    return self._without(batch, int(found[1]), error.said), None
                 if error.code == "conflict":
                     said = (
                         f"the server knows the key {batch.batch_id} with another request, and may have "
@@ -187,14 +179,14 @@ class Batches:
                 time.sleep(RETRY_S)  # a defect may be a passing one
         raise AssertionError("the last attempt returns")
 
-    def _without(self, batch: Batch, at: int, said: str, request: TrainRequest) -> Batch:
+    def _without(self, batch: Batch, at: int, said: str) -> Batch:
         """The moment of example number `at` is dropped; the rest is a batch, and so a key, of its own."""
         bad = batch.moment_ids[at]
         rest = [moment_id for moment_id in batch.moment_ids if moment_id != bad]
         with self._store.transaction():
             reason = f"not trainable: {said}"
             self._moments.change(bad, state="dropped", decided_by="rule", decided_reason=reason)
-            after = self._prepare(batch.tier, rest, ("training",), request.options.on_duplicate or "skip")
+            after = self._prepare(batch.tier, rest, "training")
             if after is None:
                 return self._end(batch, "failed", said)
             self.table.remove(batch.batch_id)

@@ -11,23 +11,20 @@ from apollo_curation.chat_client import ChatClient
 class Idleness:
     """`is_idle()`, asked again and again, is true once nobody has asked the model for `idle_s`.
 
-    Nobody: no request runs or waits, and none has ended between two looks but our own. num_own: how many
-    requests of ours vLLM has counted as ended so far (ChatClient.num_ended, summed over those of this
-    process). One of ours that is under way counts as somebody, since training would slow it; so does what
-    other processes of ours ask, for instance a judge in another terminal. The two counts are read one after
-    the other, so that a request of ours that ends just then passes for somebody else's.
+    Nobody: no request runs or waits, and none has ended between two looks but those of `model`. One of ours
+    that is under way counts as somebody, since training would slow it; so does what other processes of ours
+    ask, for instance a judge in another terminal. The two counts are read one after the other, so that a
+    request of ours that ends just then passes for somebody else's.
     """
 
     def __init__(
         self,
         model: ChatClient,
         idle_s: float,
-        num_own: Callable[[], int] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._model = model
         self._idle_s = idle_s
-        self._num_own = num_own or (lambda: model.num_ended)
         self._clock = clock
         self._num_others: int | None = None  # requests of others that had ended at the last look
         self._quiet_since = 0.0
@@ -37,7 +34,7 @@ class Idleness:
 
         Raises ModelAway; UserError where the server has no metrics of vLLM.
         """
-        before = self._num_own()
+        before = self._model.num_ended
         load = self._model.load()
         now = self._clock()
         num_others = load.num_ended - before

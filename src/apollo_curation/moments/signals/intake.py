@@ -9,6 +9,7 @@ from apollo_curation.logs.conversation import Broken
 from apollo_curation.logs.follow import Follower, Record
 from apollo_curation.logs.strip import Stripped, strip
 from apollo_curation.moments.moments import Moment, Moments, identify
+from apollo_curation.moments.segments import SEGMENT_MESSAGES
 from apollo_curation.moments.signals import flag_stripped
 from apollo_curation.settings import Curation
 from apollo_curation.store import Store
@@ -82,7 +83,7 @@ def take(
         if stripped.problem:
             taken.problems[stripped.problem] += 1
             continue
-        if noticed := find(stripped, settings.segment_messages):
+        if noticed := find(stripped, SEGMENT_MESSAGES):
             keep(moments, noticed, taken)
 
 

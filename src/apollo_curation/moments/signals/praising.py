@@ -14,7 +14,6 @@ TAKEN = 0.3  # "I'll use it"
 THANKS = 0.15  # said out of habit
 EXCLAMATION = 0.1
 AFTER_A_REPAIR = 0.3  # what praise of the better answer adds to a correction
-OF_OTHERS = 0.9  # the sentence is about somebody or something else
 
 
 def weigh(praised: UserTurn, reaction: UserTurn) -> Evidence:

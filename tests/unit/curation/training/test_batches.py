@@ -20,7 +20,7 @@ def test_a_tier_is_trained_by_its_own_settings(server, parts):
     parts.batches.train("dream", parts.add("b", tier="dream"))
     parts.batches.train("bootstrap", parts.add("c", tier="bootstrap"))
     options = [body["options"] for body in server.bodies]
-    common = {"epochs": 1, "accumulate_steps": 1, "on_duplicate": "skip"}
+    common = {"epochs": 1, "on_duplicate": "skip"}
     assert options == [
         {"lr": 1e-4, "schedule": "constant", **common},
         {"lr": 2e-5, "schedule": "auto", **common},
@@ -48,14 +48,13 @@ def test_nothing_approved_is_said_and_sends_nothing(server, parts):
     assert parts.moments.get(silent.moment_id).state == "approved"
 
 
-def test_a_pattern_is_trained_again_only_where_that_is_asked_for(server, parts):
+def test_what_is_trained_is_not_trained_again(server, parts):
     (dream,) = parts.add("a", tier="dream")
     parts.batches.train("dream", [dream])
     with pytest.raises(NothingToTrain):
         parts.batches.train("dream", [dream])
-    parts.batches.train("dream", [dream], on_duplicate="train")
-    assert server.trained == {"a": 2}
-    assert server.bodies[1]["options"]["on_duplicate"] == "train"
+    assert server.trained == {"a": 1}
+    assert server.bodies[0]["options"]["on_duplicate"] == "skip"
 
 
 # --- what the server says ---
