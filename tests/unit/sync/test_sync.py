@@ -27,7 +27,7 @@ from saved_model import (
     stored,
 )
 
-from apollo_ipc.checkpoint import read_commit, verify
+from apollo_ipc.checkpoint import read_commit, recover, verify
 from apollo_ipc.checkpoint.shards import read_shards, shard_index
 from apollo_ipc.errors import CheckpointError
 
@@ -175,6 +175,23 @@ def test_an_fp32_live_tensor_is_rounded_to_the_shards_bf16(single):
     live[NORM] *= 1.01
     assert writer.sync(weight_version=3, applied_seq=0).num_tensors_changed == 1
     assert bits(stored(single)[NORM]) == bits(live[NORM].to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("kind", ["full", "delta"])
+def test_an_fp32_checkpoint_served_in_bf16_keeps_its_bits_where_nothing_was_trained(single, kind):
+    exact = {name: torch.randn(tensor.shape) for name, tensor in stored(single).items()}
+    save_file(exact, single / "model.safetensors", metadata={"format": "pt"})
+    live = {name: tensor.bfloat16() for name, tensor in exact.items()}
+    writer = CheckpointWriter(single, live)
+    assert writer.sync(kind, weight_version=1, applied_seq=0).num_tensors_changed == 0
+    live[NORM][0] += 1
+    assert writer.sync(kind, weight_version=2, applied_seq=0).num_tensors_changed == 1
+    recover(single)  # works a delta in
+    assert verify(single) == []
+    now = stored(single)
+    assert bits(now[NORM]) == bits(live[NORM].float())  # trained: what is served
+    assert [name for name in exact if bits(now[name]) != bits(exact[name])] == [NORM]
+    assert CheckpointWriter(single, live).sync(weight_version=3, applied_seq=0).num_tensors_changed == 0
 
 
 @pytest.mark.parametrize(

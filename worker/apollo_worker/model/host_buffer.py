@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from apollo_ipc.checkpoint.shards import BLOCK_BYTES, ShardTensor
+from apollo_ipc.checkpoint.shards import BLOCK_BYTES, ShardTensor, read_blocks
 from apollo_ipc.errors import CheckpointError
 
 MAX_BYTES = 512 * 1024  # max_abs goes twice over so many bytes while they are in a core's own cache
@@ -70,6 +70,14 @@ class HostBuffer:
             block = self._bytes.view(dtype)[: piece.numel()]
             block.copy_(piece.to(dtype))
             yield block
+
+
+def stored_blocks(model_dir: Path, tensor: ShardTensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """The elements of a tensor in its shard, cast to `dtype` as loading casts them: 1-D CPU tensors, each
+    valid until the next. Raises CheckpointError."""
+    stored = torch_dtype(model_dir, tensor)
+    for block in read_blocks(model_dir / tensor.shard, tensor.start, tensor.end):
+        yield torch.frombuffer(block, dtype=stored).to(dtype)
 
 
 def flat_pieces(tensor: torch.Tensor, max_elements: int) -> Iterator[torch.Tensor]:

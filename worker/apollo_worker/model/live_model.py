@@ -25,6 +25,7 @@ from apollo_worker.model.hf_model import (
     fill_parameters,
     parameter_names,
 )
+from apollo_worker.model.host_buffer import DTYPES
 from apollo_worker.model.mapping import Exporter, Transport, map_views, open_transport
 
 log = logging.getLogger(__name__)
@@ -195,6 +196,14 @@ def check_equal(live: LiveModel) -> None:
             refused=[f"{name}: differs from the checkpoint" for name in result.different],
         )
     log.info("%d views equal the checkpoint bit for bit", result.num_equal)
+    index = shard_index(live.model_dir)
+    served = {name: t.dtype.itemsize for name, t in live.trained_tensors().items() if name in index}
+    if num_rounded := sum(size < DTYPES[index[name].dtype].itemsize for name, size in served.items()):
+        log.warning(
+            "%d of them only after the cast of loading: their shards hold more bits than are served; a sync "
+            "keeps these where nothing was trained, and rounds what was",
+            num_rounded,
+        )
 
 
 def load_offline(model_dir: Path, device: torch.device | None = None) -> LiveModel:

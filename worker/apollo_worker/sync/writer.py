@@ -26,7 +26,15 @@ from apollo_ipc.checkpoint.transaction import begin
 from apollo_ipc.errors import CheckpointError
 from apollo_ipc.wire.messages import SyncResult
 from apollo_ipc.wire.requests import SyncKind
-from apollo_worker.model.host_buffer import DTYPES, HostBuffer, as_bytes, max_abs, one_thread, torch_dtype
+from apollo_worker.model.host_buffer import (
+    DTYPES,
+    HostBuffer,
+    as_bytes,
+    max_abs,
+    one_thread,
+    stored_blocks,
+    torch_dtype,
+)
 from apollo_worker.sync.copy_out import Arenas, CopyOut, budget_for
 from apollo_worker.sync.optimizer_file import OptimizerFile
 from apollo_worker.sync.sync_task import KnownDigests, RunningSync, SyncTask, Todo
@@ -69,6 +77,7 @@ class CheckpointWriter:
         _check_fit(model_dir, self._live, index)
         self._host = HostBuffer(pinned=any(tensor.is_cuda for tensor in self._live.values()))
         self._arenas = Arenas()
+        self._digests_as_loaded: dict[tuple[str, str], str] = {}  # by name and digest in the shard
         self._max_abs: tuple[float, str | None] = (0.0, None)
         self._running: RunningSync | None = None
 
@@ -172,33 +181,44 @@ class CheckpointWriter:
             self._running = None
 
     def _changed_shards(self, shards: Mapping[str, Shard], known: KnownDigests) -> Todo:
-        changed = [shard for shard in shards.values() if self._differs(shard, known)]
-        live = [t for shard in changed for t in shard.tensors if t.name in self._live]
+        changed = [shard for shard in shards.values() if self._has_changed(shard, known)]
+        # Of a changed shard everything live is written; what would be rounded only where it has changed.
+        live = [
+            tensor
+            for shard in changed
+            for tensor in shard.tensors
+            if tensor.name in self._live and (not self._is_rounded(tensor) or self._differs(tensor, known))
+        ]
         return Todo("full", changed, live, {}, sum(shard.size_bytes for shard in changed))
 
-    def _differs(self, shard: Shard, known: KnownDigests) -> bool:
+    def _has_changed(self, shard: Shard, known: KnownDigests) -> bool:
         """Stops at the first difference: the rest of a changed shard is read only once, to be written."""
-        return any(
-            self._live_digest(tensor) != known[tensor.name]
-            for tensor in shard.tensors
-            if tensor.name in self._live
-        )
+        return any(self._differs(tensor, known) for tensor in shard.tensors if tensor.name in self._live)
+
+    def _differs(self, tensor: ShardTensor, known: KnownDigests) -> bool:
+        """Whether training has changed it: a load of the shard would give other values than the live ones."""
+        if not self._is_rounded(tensor):
+            return self._live_digest(tensor, DTYPES[tensor.dtype]) != known[tensor.name]
+        dtype, key = self._live[tensor.name].dtype, (tensor.name, known[tensor.name])
+        if key not in self._digests_as_loaded:
+            self._digests_as_loaded[key] = _digest(stored_blocks(self.model_dir, tensor, dtype))
+        return self._live_digest(tensor, dtype) != self._digests_as_loaded[key]
+
+    def _is_rounded(self, tensor: ShardTensor) -> bool:
+        """Whether loading drops bits of it (F32 served in bf16): written back from the live tensor, they
+        would be lost where nothing was trained."""
+        return self._live[tensor.name].dtype.itemsize < DTYPES[tensor.dtype].itemsize
 
     def _changed_tensors(self, index: Mapping[str, ShardTensor], known: KnownDigests) -> Todo:
-        digests = {
-            tensor.name: self._live_digest(tensor) for tensor in index.values() if tensor.name in self._live
-        }
-        live = [tensor for name, tensor in index.items() if name in digests and digests[name] != known[name]]
+        live = [t for name, t in index.items() if name in self._live and self._differs(t, known)]
+        digests = {t.name: self._live_digest(t, DTYPES[t.dtype]) for t in live}
         space = sum(tensor.size_bytes for tensor in live) * DELTA_SPACE_FRACTION
-        return Todo("delta", [], live, {tensor.name: digests[tensor.name] for tensor in live}, int(space))
+        return Todo("delta", [], live, digests, int(space))
 
-    def _live_digest(self, tensor: ShardTensor) -> str:
+    def _live_digest(self, tensor: ShardTensor, dtype: torch.dtype) -> str:
         # Not looked at for NaN: bytes that are the committed ones were looked at when they were, and
         # what differs is looked at when it is copied. So an unchanged tensor costs one read.
-        found = xxhash.xxh3_128()
-        for block in self._host.blocks(self._live[tensor.name], DTYPES[tensor.dtype]):
-            found.update(as_bytes(block))
-        return found.hexdigest()
+        return _digest(self._host.blocks(self._live[tensor.name], dtype))
 
     def _checked_blocks(self, tensor: ShardTensor) -> Iterator[torch.Tensor]:
         """Raises CheckpointError at a weight that no checkpoint may hold."""
@@ -221,6 +241,13 @@ class CheckpointWriter:
             if largest > self._max_abs[0]:
                 self._max_abs = largest, tensor.name
             yield block
+
+
+def _digest(blocks: Iterator[torch.Tensor]) -> str:
+    found = xxhash.xxh3_128()
+    for block in blocks:
+        found.update(as_bytes(block))
+    return found.hexdigest()
 
 
 def _check_all_kept(
