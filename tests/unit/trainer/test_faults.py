@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import sqlite3
 
+import msgspec
 import pytest
 import torch
 from apollo_worker.step.step import StepResult, VllmDied
@@ -48,6 +49,10 @@ def out_of_memory_in_backward(trainer: Trainer) -> None:
 def test_an_error_while_a_torn_step_is_mended_syncs_nothing_and_the_next_trainer_mends(
     served, config, model_dir, monkeypatch
 ):
+    # This thread's priority would stay idle for every test after this one.
+    config = msgspec.structs.replace(
+        config, worker=msgspec.structs.replace(config.worker, idle_priority=False)
+    )
     with Trainer(config) as first:
         one = first.submit("one", epochs=3)
         first.train()
@@ -240,3 +245,16 @@ def test_a_job_keeps_its_plan_whatever_the_configuration_becomes(served, config)
         trainer.worker.attachment.trainer.step_on = step_on
         trainer.train()
         assert seen == [(1, config.train.lr)] * planned
+
+
+def test_attaching_and_restoring_show_life_at_every_tensor(served, config):
+    """The watchdog kills a trainer that does not progress; what takes minutes must show that it does."""
+    with Trainer(config) as trainer:
+        num_tensors = len(trainer.live())
+        assert trainer.shared.progress.activity_count >= num_tensors, "comparing with the disk"
+        trainer.submit("one")
+        trainer.train()
+        trainer.sync()
+        before = trainer.shared.progress.activity_count
+        restore(trainer, 0)
+        assert trainer.shared.progress.activity_count >= before + num_tensors

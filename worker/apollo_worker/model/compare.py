@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -24,17 +24,23 @@ class CompareResult(msgspec.Struct, frozen=True):
         return not self.different
 
 
-def compare(model_dir: Path, tensors: Mapping[str, torch.Tensor]) -> CompareResult:
+def compare(
+    model_dir: Path, tensors: Mapping[str, torch.Tensor], on_progress: Callable[[], None] = lambda: None
+) -> CompareResult:
     """Live views against the shards on disk, bit for bit, after the cast that loading does.
 
     A view that is fp32 where the shard is bf16 is equal when it is exactly the shard's values. Raises
-    CheckpointError for a directory or dtype that cannot be read.
+    CheckpointError for a directory or dtype that cannot be read. on_progress: called after each tensor.
     """
     index = shard_index(model_dir)
     mapped = {name: tensor.detach() for name, tensor in tensors.items() if name in index}
     host = HostBuffer(pinned=any(tensor.is_cuda for tensor in mapped.values()))
     with one_thread():
-        different = [name for name in mapped if not _equals_shard(model_dir, mapped[name], index[name], host)]
+        different = []
+        for name, live in mapped.items():
+            if not _equals_shard(model_dir, live, index[name], host):
+                different.append(name)
+            on_progress()
     return CompareResult(
         num_equal=len(mapped) - len(different),
         different=different,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -107,7 +108,7 @@ class LiveModel:
             torch.cuda.empty_cache()
 
 
-def attach(manifest: Manifest, *, verify: bool) -> LiveModel:
+def attach(manifest: Manifest, *, verify: bool, on_progress: Callable[[], None] = lambda: None) -> LiveModel:
     """Maps the weights that the manifest describes into a model of transformers, all of them.
 
     verify: compare every view bit for bit with the checkpoint on disk (at the first attach to this vLLM).
@@ -126,7 +127,7 @@ def attach(manifest: Manifest, *, verify: bool) -> LiveModel:
         if not exporter.is_alive():  # else the pid was the exporter's all the time, and so is what we mapped
             raise AttachError("vLLM ended while the worker was attaching; waiting for the next one")
         if verify:
-            check_equal(live)
+            check_equal(live, on_progress)
         return live
     except BaseException:
         if transport is not None:
@@ -186,9 +187,9 @@ def _why(name: str, reasons: dict[str, str]) -> str:
     return hits[0] if hits else "vLLM has loaded no tensor of this name"
 
 
-def check_equal(live: LiveModel) -> None:
+def check_equal(live: LiveModel, on_progress: Callable[[], None] = lambda: None) -> None:
     """Raises AttachError naming the live tensors that differ from the checkpoint on disk."""
-    result = compare(live.model_dir, live.trained_tensors())
+    result = compare(live.model_dir, live.trained_tensors(), on_progress)
     if not result.is_equal:
         raise AttachError(
             f"{len(result.different)} of {live.num_parameters} served tensors differ from {live.model_dir}, "

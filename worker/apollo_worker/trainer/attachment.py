@@ -116,7 +116,11 @@ class Attachment:
         recover(model_dir, is_folding=False)
         try:
             # Weights that were trained since vLLM loaded them differ from the disk, and rightly so.
-            live = attach(manifest, verify=is_new_boot and config.worker.verify_checkpoint)
+            live = attach(
+                manifest,
+                verify=is_new_boot and config.worker.verify_checkpoint,
+                on_progress=lambda: shared.show("attaching"),
+            )
         except AttachError as error:
             if error.refused:
                 self._refused_boot = manifest.boot_id

@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 
 from apollo_ipc.checkpoint import Commit, is_current, read_commit, recover, restore_version
+from apollo_ipc.checkpoint.disk import WatchedDisk
 from apollo_ipc.checkpoint.shards import shard_index
 from apollo_ipc.config import Config
 from apollo_ipc.errors import ApolloError
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 class Recovery:
     def __init__(self, config: Config, shared: Shared, queue: JobQueue, marks: StepMarks):
         self._config, self._shared, self._queue, self.marks = config, shared, queue, marks
+        self._disk = WatchedDisk(lambda: shared.show("restoring"))
 
     def at_attach(self, live: LiveModel, commit: Commit | None, *, is_new_boot: bool) -> bool:
         """Whether the weights had to be written back. `shared.weight_version`: the newest known, then the one
@@ -75,7 +77,7 @@ class Recovery:
         """The last commit's weights into the live ones; jobs that it does not hold are queued again,
         or undone where a restore took them away. A new weight version, not published yet."""
         self.marks.begin_write_back(live.boot_id)
-        recover(live.model_dir)
+        recover(live.model_dir, disk=self._disk)
         commit = current_commit(live.model_dir)
         copy_shards_into(live, lambda: self._shared.show("restoring"))
         self._reconcile(commit)
@@ -95,6 +97,7 @@ class Recovery:
                 new_version=self._shared.weight_version + 1,
                 applied_seq=self._queue.applied_seq(),
                 num_kept=self._config.checkpoint.history,
+                disk=self._disk,
             )
         except ApolloError:
             if read_commit(live.model_dir) == before:

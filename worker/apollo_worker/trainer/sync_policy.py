@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 from apollo_ipc.checkpoint import Commit, recover
+from apollo_ipc.checkpoint.disk import WatchedDisk
 from apollo_ipc.checkpoint.record import read_commit
 from apollo_ipc.config import Checkpoint
 from apollo_ipc.errors import ApolloError, CheckpointError, NotReady
@@ -187,7 +188,8 @@ class Syncing:
             return
         live = self._attachment.live
         if live is not None and live.is_alive():
-            recover(live.model_dir)  # works in a delta
+            disk = WatchedDisk(lambda: self._shared.show("syncing"))
+            recover(live.model_dir, disk=disk)  # works in a delta
 
     def refuse_waiting(self, error: ApolloError) -> None:
         while self._waiting:
