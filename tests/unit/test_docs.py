@@ -257,9 +257,9 @@ def test_every_file_of_the_state_page_is_one_that_the_code_makes(tmp_path):
     endpoint = Endpoint(config.runtime_dir, config.runtime_dir / "s")
     endpoint.lock()
     endpoint.unlock()
-    with trainer_lock(Shared(), config.runtime_dir) as is_ours:
-        assert is_ours
     train_key(config)
+    with trainer_lock(Shared(), config.state_dir) as is_ours:
+        assert is_ours
     queue = JobQueue(config.state_dir / "queue.sqlite", 1)
     StepMarks(config.state_dir / "step.marks").close()
     write_state(config.state_dir, LiveState("m", "b", 1))

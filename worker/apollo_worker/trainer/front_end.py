@@ -144,12 +144,13 @@ class TrainerEnd:
 
 
 @contextmanager
-def trainer_lock(shared: Shared, runtime_dir: Path) -> Iterator[bool]:
+def trainer_lock(shared: Shared, state_dir: Path) -> Iterator[bool]:
     """Held by the one process that may write to the weights. Waits for a trainer that outlives its front.
 
+    In the state directory, beside the queue that it protects: a runtime directory goes at logout.
     False, without the lock: `shared.stopping` was set while waiting. The kernel frees it however we end.
     """
-    fd = os.open(runtime_dir / "trainer.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    fd = os.open(state_dir / "trainer.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         yield _wait_for(fd, shared)
     finally:

@@ -1,0 +1,25 @@
+"""One trainer a queue, wherever its socket is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+
+from apollo_worker.link.status_board import Shared
+from apollo_worker.trainer.front_end import trainer_lock
+
+
+def test_a_trainer_whose_runtime_directory_is_gone_keeps_the_next_one_from_its_queue(config):
+    with trainer_lock(Shared(), config.state_dir) as is_first:
+        assert is_first
+        shutil.rmtree(config.runtime_dir)  # a logout
+        config.runtime_dir.mkdir(mode=0o700)
+        shared = Shared()
+        stopping = threading.Timer(0.5, lambda: (shared.stopping.set(), shared.wake.set()))
+        stopping.start()
+        with trainer_lock(shared, config.state_dir) as is_second:
+            assert not is_second
+        assert f"waiting for the trainer before this one (pid {os.getpid()})" in str(shared.attach_error)
+    with trainer_lock(Shared(), config.state_dir) as is_third:
+        assert is_third
