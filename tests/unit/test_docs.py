@@ -333,3 +333,20 @@ def test_the_messages_that_are_explained_are_the_programs_own(name, title):
     for row in explained:
         for fragment in spans(row[0]):
             assert fragment.strip() in everything, fragment
+
+
+def test_the_way_of_one_example_leads_from_file_to_file():
+    """Each file is imported by one before it in its process; the first of a process gets a message."""
+    seen: list[str] = []
+    for process, file, _ in rows(section("docs/protocol.md", "The way of one example")):
+        path = spans(file)[0]
+        if process:
+            seen = []
+        package, _, name = path.removesuffix(".py").replace("/", ".").partition(".apollo_")
+        module = f"apollo_{name}"
+        of, _, last = module.rpartition(".")
+        imports = (f"import {module}", f"from {module} import", f"from {of} import {last}")
+        sources = [page(one) for one in seen]
+        assert process or any(line in source for line in imports for source in sources), path
+        seen.append(path)
+    assert package
