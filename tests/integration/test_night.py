@@ -159,7 +159,7 @@ def english(place: Place) -> float:
 
 
 def test_a_night_moves_what_was_instructed_into_the_weights_and_every_stage_does_its_part(place):
-    report = demo.Report()
+    report = demo.DemoNight()
     demo.one_night(place.served, place.directory, report, seed=0)
     assert report.find_problems() == []
     moved = report.shifts[0]
@@ -234,7 +234,7 @@ def test_a_poisonous_log_is_stopped_and_the_weights_come_back_bit_for_bit(place)
     with Store(place.state / "curation.sqlite") as store:
         batch = BatchTable(store).list()[-1]
         assert batch.state == "undone"
-        assert 0 < batch.steps_done < 240
+        assert 0 < batch.job.steps_done < 240
         assert {one.state for one in Moments(store).of_batch(batch.batch_id)} == {"undone"}
     assert loss_after == loss_before
     # The same weights, bit for bit: live, as the next sync sees them, and on disk.
@@ -327,9 +327,9 @@ def test_a_server_that_restarts_in_the_middle_of_a_night_is_waited_for_and_nothi
     with Store(place.state / "curation.sqlite") as store:
         batch = BatchTable(store).list()[-1]
         assert (batch.state, batch.num_trained) == ("trained", 40)
-        assert batch.job_id == running[0]["job_id"]
+        assert batch.job.job_id == running[0]["job_id"]
     jobs = place.served.get("/train/jobs?limit=1000")["data"]
-    assert [job["state"] for job in jobs if job["job_id"] == batch.job_id] == ["durable"]
+    assert [job["state"] for job in jobs if job["job_id"] == batch.job.job_id] == ["durable"]
     assert len([job for job in jobs if job["num_examples"] == 40]) == 1
 
 
