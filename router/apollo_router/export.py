@@ -45,6 +45,7 @@ from apollo_ipc.manifest import (
 from apollo_router.cpu_layers import compute_from_live_weights
 from apollo_router.derived import Watch
 from apollo_router.memory import share_cpu, share_cuda
+from apollo_router.serving_options import engine_serving
 from apollo_router.views import Recording, derive_views, record_loading
 
 logger = init_logger("vllm.apollo_ipc.export")
@@ -233,6 +234,7 @@ class Export:
             },
             views={name: view for name, view in views.items() if view.tensor not in changed},
             refused=refused + unshareable + settings + memory.refused,
+            serving=engine_serving(self._vllm_config.model_config),
         )
 
     def _manifest(self, *, refused: list[Refusal], **shared: Any) -> Manifest:

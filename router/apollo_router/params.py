@@ -23,6 +23,7 @@ class NoQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class TrainQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     wait: bool = False  # answer when the job has ended
+    dry_run: bool = False  # answer with what would be trained; queue nothing
 
 
 class JobsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -61,6 +61,8 @@ class ApolloEndpoints:
         Raises ConfigError, which stops vLLM's start, where an inference key could train.
         """
         from apollo_router.auth import refuse_shared_key
+        from apollo_router.serving_options import tell_chat_options
 
         refuse_shared_key(self.gateway.train_key, args, os.environ.get("VLLM_API_KEY"))
         self.gateway.cache.set_engine(engine_client)
+        tell_chat_options(self.gateway.config.runtime_dir, args)

@@ -55,13 +55,17 @@ async def train(request: Request) -> Response:
     With `?wait=true`: 200 with `loss_history` when the job is in the served weights; 422 with the code
     `job_failed`, `job_cancelled`, `job_quarantined` or `job_undone` and the `job` when it ended otherwise
     (not 5xx, since clients send those again by themselves); 202 when it has not ended within
-    http.wait_timeout_s. A client that goes away meanwhile does not cancel the job. `Idempotency-Key`: the
-    same key and body give the same job, another body 422.
+    http.wait_timeout_s. A client that goes away meanwhile does not cancel the job. With `?dry_run=true`:
+    200 with what would be trained; nothing is queued. `Idempotency-Key`: the same key and body give the same
+    job, another body 422.
     """
     gateway = gateway_of(request)
     query = read_query(request, TrainQuery)
     key = read_idempotency_key(request)
     train_request = await read_train_request(request, gateway.config.http.max_body_bytes)
+    if query.dry_run:
+        seen = await gateway.client.request(messages.Preview("", train_request))
+        return json_response(seen.preview)
     reply = await gateway.client.request(messages.Submit("", train_request, key))
     job = reply.job
     assert job is not None

@@ -59,23 +59,21 @@ class Refusal(msgspec.Struct, frozen=True):
 class Serving(msgspec.Struct, frozen=True):
     """How this vLLM makes tokens of requests, where that is not what the model's directory says.
 
-    tokenizer: the directory or name it was loaded from, empty for the model's own; tokenizer_mode: "hf", or
-    what has a renderer of its own ("mistral", ...); stop_ids: the ids of its generation configuration that
-    end an answer, beside the tokenizer's own, None for what the directory says; chat_template and
-    tool_chat_template (of requests with tools): --chat-template, its text; content_format and
-    default_chat_template_kwargs: the options of those names; is_complete: the API server has added its
-    options to what the engine knows.
+    tokenizer: the directory or name it was loaded from, empty for the model's own; tokenizer_mode: "hf", what
+    renders by itself ("mistral", ...), or "auto" where nobody has looked yet; stop_ids: the ids of its
+    generation configuration that end an answer, beside the tokenizer's own, None for what the directory says;
+    chat_template and tool_chat_template (of requests with tools): --chat-template, its text; content_format
+    and default_chat_template_kwargs: the options of those names.
     """
 
     tokenizer: str = ""
-    tokenizer_mode: str = "hf"
+    tokenizer_mode: str = "auto"
     trust_remote_code: bool = False
     stop_ids: list[int] | None = None
     chat_template: str | None = None
     tool_chat_template: str | None = None
     content_format: Literal["auto", "string", "openai"] = "auto"
     default_chat_template_kwargs: dict[str, Any] = {}
-    is_complete: bool = True
 
 
 class Manifest(msgspec.Struct, frozen=True):

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from apollo_ipc.cli import checkpoint, jobs, plan, processes, serve, train, versions
+from apollo_ipc.cli import checkpoint, jobs, plan, preview, processes, serve, train, versions
 from apollo_ipc.cli.output import print_error
 from apollo_ipc.errors import ApolloError
 
@@ -76,6 +76,7 @@ checkpoint.app.command()(versions.forget)
 checkpoint.app.command(context_settings=PASS_ON)(versions.snapshot)
 app.command(context_settings=PASS_ON)(processes.check)
 app.command()(plan.plan)
+app.command()(preview.preview)
 app.command()(processes.key)
 app.command()(processes.demo)
 

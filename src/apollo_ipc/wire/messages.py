@@ -170,6 +170,28 @@ class Status(msgspec.Struct, frozen=True):
     post_sync: PostSync | None = None
 
 
+class FieldError(msgspec.Struct, frozen=True):
+    field: str | None
+    message: str
+
+
+class Previewed(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One learned turn (of messages) or the whole of an example as it would be trained; or why it would not.
+
+    example, message: indices; context_ids: what vLLM gives the model; target_ids: what it would learn to say
+    then; context, target: the same as text.
+    """
+
+    example: int
+    message: int | None = None
+    context_ids: list[int] | None = None
+    target_ids: list[int] | None = None
+    context: str | None = None
+    target: str | None = None
+    notes: list[str] = []
+    error: FieldError | None = None
+
+
 class ErrorInfo(msgspec.Struct, frozen=True):
     """A failure as it crosses the wire: the caller decides what to do with it."""
 
@@ -199,6 +221,13 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     request_id: str
     request: TrainRequest
     idempotency_key: str | None = None
+
+
+class Preview(msgspec.Struct, frozen=True, tag=True):
+    """From router: what would be trained? Replied to with Previewed; nothing is queued."""
+
+    request_id: str
+    request: TrainRequest
 
 
 class GetStatus(msgspec.Struct, frozen=True, tag=True):
@@ -272,6 +301,7 @@ class CacheDropped(msgspec.Struct, frozen=True, tag=True):
 FromClient = (
     Hello
     | Submit
+    | Preview
     | GetStatus
     | ListJobs
     | GetJob
@@ -317,6 +347,7 @@ class Reply(msgspec.Struct, frozen=True, tag=True):
     restore: RestoreResult | None = None
     pin: PinResult | None = None
     history: History | None = None
+    preview: list[Previewed] | None = None
 
 
 class JobEvent(msgspec.Struct, frozen=True, tag=True):

@@ -28,7 +28,7 @@ from synced_weights import Live, make_model
 
 from apollo_ipc.checkpoint import begin
 from apollo_ipc.errors import Conflict
-from apollo_ipc.wire.messages import RestoreResult, SyncResult
+from apollo_ipc.wire.messages import Previewed, RestoreResult, SyncResult
 
 # --- the worker ---
 
@@ -396,3 +396,12 @@ def test_a_worker_that_stops_does_not_wait_for_a_busy_checkpoint(config, server,
         assert time.monotonic() - started < 5
         thread.join(10)
     assert (found[0].status_code, error_of(found[0])["code"]) == (503, "stopping")
+
+
+def test_a_dry_run_shows_what_would_be_trained_and_queues_nothing(server, worker):
+    seen = Previewed(0, 1, [1, 2], [3], "a", "b")
+    worker.shared.preview = lambda request: [seen] * len(request.examples)
+    response = server.http.post("/train?dry_run=true", json=ONE)
+    assert response.status_code == 200
+    assert response.json() == [msgspec.to_builtins(seen)]
+    assert worker.queue.count("queued") == 0

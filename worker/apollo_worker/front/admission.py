@@ -11,6 +11,8 @@ import msgspec
 
 from apollo_ipc.config import Train
 from apollo_ipc.errors import NotReady, UserError
+from apollo_ipc.manifest import Serving, read_manifest
+from apollo_ipc.wire.messages import Previewed
 from apollo_ipc.wire.requests import TrainRequest
 from apollo_worker.jobs.job_plan import plan
 from apollo_worker.jobs.queue import JobQueue, UnplannedJob
@@ -27,8 +29,10 @@ LOAD_TIMEOUT_S = 60.0
 class Admitter:
     """Knows the last model that a trainer attached to, also after vLLM or the trainer has gone."""
 
-    def __init__(self, options: Train, shared: Shared, queue: JobQueue):
+    def __init__(self, options: Train, shared: Shared, queue: JobQueue, runtime_dir: Path):
         self._options, self._shared, self._queue = options, shared, queue
+        self._runtime_dir = runtime_dir
+        self._serving = Serving()
         self._facts: ModelFacts | None = None
         self._tokeniser: Future[Tokeniser] | None = None
         self._loading = ThreadPoolExecutor(1, "apollo-tokeniser")
@@ -36,20 +40,42 @@ class Admitter:
     def learn(self, facts: ModelFacts) -> None:
         """Returns at once; the tokeniser is loaded beside, and then plans what an older program queued."""
         self._facts = facts
-        self._tokeniser = self._loading.submit(load, facts)
-        self._tokeniser.add_done_callback(_log_failure)
-        self._loading.submit(self._plan_older_jobs, self._tokeniser)
+        self._loading.submit(self._plan_older_jobs, self._load(facts, self._told(facts) or Serving()))
+
+    def _load(self, facts: ModelFacts, serving: Serving) -> Future[Tokeniser]:
+        self._serving = serving
+        self._tokeniser = loaded = self._loading.submit(load, facts, serving)
+        loaded.add_done_callback(_log_failure)
+        return loaded
+
+    def _told(self, facts: ModelFacts) -> Serving | None:
+        """How vLLM serves this model, as the manifest says now: the API server adds to it, late."""
+        manifest = read_manifest(self._runtime_dir)
+        return manifest.serving if manifest is not None and manifest.model_path == facts.model_dir else None
+
+    def tokeniser(self) -> Tokeniser:
+        """As vLLM serves the model now. Raises NotReady where no model is known yet."""
+        facts, loaded = self._facts, self._tokeniser
+        if facts is None or loaded is None:
+            reason = self._shared.attach_error or "attaching to vLLM"
+            raise NotReady(f"the worker knows no model yet: {reason}")
+        if (told := self._told(facts)) is not None and told != self._serving:
+            loaded = self._load(facts, told)
+        try:
+            return loaded.result(LOAD_TIMEOUT_S)
+        except TimeoutError:
+            raise NotReady("the tokenizer is still loading; send it again") from None
+
+    def preview(self, request: TrainRequest) -> list[Previewed]:
+        """What would be trained. Raises NotReady."""
+        from apollo_worker.jobs.preview import preview
+
+        return preview(self.tokeniser(), request.examples)
 
     def admit(self, request: TrainRequest) -> Admission:
         """Raises UserError with the path of a wrong field; NotReady where no model is known yet."""
-        facts, tokeniser = self._facts, self._tokeniser
-        if facts is None or tokeniser is None:
-            reason = self._shared.attach_error or "attaching to vLLM"
-            raise NotReady(f"the worker knows no model yet: {reason}")
-        try:
-            loaded = tokeniser.result(LOAD_TIMEOUT_S)
-        except TimeoutError:
-            raise NotReady("the tokenizer is still loading; send it again") from None
+        loaded, facts = self.tokeniser(), self._facts
+        assert facts is not None
         made = plan(request, loaded, self._options, self._queue.known_examples)
         notes = rank_notes(facts, request.options.rank or self._options.rank, self._options.rank)
         if made.num_skipped:
@@ -79,10 +105,12 @@ class Admitter:
         self._loading.shutdown(wait=False, cancel_futures=True)
 
 
-def load(facts: ModelFacts) -> Tokeniser:
+def load(facts: ModelFacts, serving: Serving | None = None) -> Tokeniser:
     from apollo_worker.jobs.tokenise import load_tokeniser
 
-    return load_tokeniser(Path(facts.model_dir), vocab_size=facts.vocab_size, max_tokens=facts.max_tokens)
+    return load_tokeniser(
+        facts.model_dir, vocab_size=facts.vocab_size, max_tokens=facts.max_tokens, serving=serving
+    )
 
 
 def _log_failure(loaded: Future[Tokeniser]) -> None:

@@ -30,6 +30,7 @@ from apollo_ipc.wire.messages import (
     ListJobs,
     PinResult,
     PinVersion,
+    Preview,
     Reply,
     RestoreResult,
     RestoreVersion,
@@ -46,6 +47,7 @@ PIN_LOOK_S = 1.0
 
 Request = (
     Submit
+    | Preview
     | GetStatus
     | ListJobs
     | GetJob
@@ -82,6 +84,9 @@ class Answers:
         match message:
             case Submit():
                 return Reply(request_id, job=await _in(self._accepting, self._accept, message))
+            case Preview():
+                shown = await _in(self._accepting, self._shared.preview, message.request)
+                return Reply(request_id, preview=shown)
             case GetStatus():
                 return Reply(request_id, status=await _in(self._answering, self._status))
             case ListJobs():

@@ -53,8 +53,9 @@ class Front:
         self.shared = Shared()
         # Made and migrated here, before a trainer opens it.
         self.queue = JobQueue(config.state_dir / "queue.sqlite", config.worker.max_queued_jobs)
-        self.admitter = Admitter(config.train, self.shared, self.queue)
+        self.admitter = Admitter(config.train, self.shared, self.queue, config.runtime_dir)
         self.shared.admit = self.admitter.admit
+        self.shared.preview = self.admitter.preview
         self.service = Service(config, self.shared, self.queue)
         self.trainer = TrainerChild(config, self._read, trainer_command)
         # Asked of the trainer, not answered yet.

@@ -43,7 +43,7 @@ def load_tokeniser(
     """The tokeniser of a model as vLLM serves it; one without tokenizer files takes token ids only."""
     model_dir, serving = Path(model_dir), serving or Serving()
     mode = serving.tokenizer_mode
-    if mode == "auto" or (mode == "hf" and not serving.tokenizer):
+    if mode == "auto":
         mode = "mistral" if mistral_format(model_dir) else "hf"
     tokenizer = None
     if mode == "hf" and (serving.tokenizer or has_tokenizer(model_dir)):

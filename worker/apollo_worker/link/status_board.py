@@ -18,6 +18,7 @@ from apollo_ipc.errors import NotReady
 from apollo_ipc.process.flag import Flag
 from apollo_ipc.wire.messages import (
     PostSync,
+    Previewed,
     Progress,
     RestoreResult,
     RestoreVersion,
@@ -50,6 +51,10 @@ def admit_nothing(request: TrainRequest) -> Admission:
     raise NotReady("this process accepts no jobs")
 
 
+def preview_nothing(request: TrainRequest) -> list[Previewed]:
+    raise NotReady("this process has no tokenizer")
+
+
 class Shared:
     """Every attribute is replaced whole (an atomic store), never changed in place.
 
@@ -65,6 +70,7 @@ class Shared:
         self.worker_boot_id = uuid.uuid4().hex
         # Raises UserError (bad example) or NotReady (no model known yet). Called off the service's loop.
         self.admit = admit
+        self.preview: Callable[[TrainRequest], list[Previewed]] = preview_nothing
         self.progress = Progress(activity="starting", activity_count=0)
         self.vllm_boot_id: str | None = None
         self.vllm_pid: int | None = None

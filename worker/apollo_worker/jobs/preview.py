@@ -1,0 +1,34 @@
+"""What would be trained of examples, to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from apollo_ipc.errors import UserError
+from apollo_ipc.wire.messages import FieldError, Previewed
+from apollo_ipc.wire.requests import Example
+from apollo_worker.jobs.tokenise import Tokeniser
+
+
+def preview(tokeniser: Tokeniser, examples: Sequence[Example | UserError]) -> list[Previewed]:
+    """In the order given: each learned turn of an example, or why the example is refused."""
+    shown: list[Previewed] = []
+    for i, example in enumerate(examples):
+        try:
+            if isinstance(example, UserError):
+                raise example
+            shown += _turns(tokeniser, example, i)
+        except UserError as error:
+            shown.append(Previewed(i, error=FieldError(error.field, error.message)))
+    return shown
+
+
+def _turns(tokeniser: Tokeniser, example: Example, i: int) -> list[Previewed]:
+    served = tokeniser.tokenizer
+    decode = served.decode if served is not None else lambda ids: ""
+    return [
+        Previewed(i, turn.message, before, said, decode(before), decode(said), sequence.notes)
+        for sequence in tokeniser.encode(example, f"examples[{i}]", i)
+        for turn in sequence.turns
+        for before, said in [(sequence.input_ids[: turn.start], sequence.input_ids[turn.start : turn.end])]
+    ]
