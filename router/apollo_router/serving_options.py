@@ -34,12 +34,14 @@ def engine_serving(model_config: Any) -> Serving:
 
 def tell_chat_options(runtime_dir: Path, args: Namespace) -> None:
     """Adds the API server's options to the manifest that its engine has written. Raises AttachError."""
-    from vllm.renderers.chat_utils import load_chat_template
-
     manifest = read_manifest(runtime_dir)
     if manifest is None:  # nothing is shared, and no job can come
         return
-    template = load_chat_template(getattr(args, "chat_template", None))
+    template = getattr(args, "chat_template", None)
+    if template is not None:
+        from vllm.renderers.chat_utils import load_chat_template
+
+        template = load_chat_template(template)
     serving = msgspec.structs.replace(
         manifest.serving,
         chat_template=template,
