@@ -1,4 +1,4 @@
-"""Reading a request's body with a bound on memory and time, and decoding it off the event loop."""
+"""Reading a request's body with a bound on memory and time. It is decoded elsewhere: in the worker."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import asyncio
 
 from starlette.requests import Request
 
-from apollo_ipc.wire.requests import TrainRequest, parse_train_body
 from apollo_router.errors import HttpError
 
 BODY_TIMEOUT_S = 120.0  # 32 MiB at 2.3 Mbit/s
-INLINE_BYTES = 64 * 1024  # decoding this much takes well under a millisecond: cheaper here than in a thread
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
@@ -41,14 +39,6 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
             headers={"Connection": "close"},
         ) from None
     return b"".join(chunks)
-
-
-async def read_train_request(request: Request, max_bytes: int) -> TrainRequest:
-    """The validated body of `POST /train`. Raises like `read_body`, and UserError with the field's path."""
-    body = await read_body(request, max_bytes)
-    if len(body) <= INLINE_BYTES:
-        return parse_train_body(body)
-    return await asyncio.to_thread(parse_train_body, body)
 
 
 def _check_type(request: Request) -> None:

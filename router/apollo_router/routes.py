@@ -7,6 +7,7 @@ Every failure is OpenAI's error object (apollo_router.errors); 503 means "again 
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ from apollo_ipc.errors import NotReady
 from apollo_ipc.wire import messages
 from apollo_ipc.wire.requests import PinBody, RestoreBody, SyncBody, convert, parse_json
 from apollo_router.auth import KeyedRoute
-from apollo_router.body import read_body, read_train_request
+from apollo_router.body import read_body
 from apollo_router.errors import ErrorRoute, HttpError, error_response, json_response
 from apollo_router.events import event_stream
 from apollo_router.gateway import Gateway
@@ -61,18 +62,29 @@ async def train(request: Request) -> Response:
     """
     gateway = gateway_of(request)
     query = read_query(request, TrainQuery)
-    key = read_idempotency_key(request)
-    train_request = await read_train_request(request, gateway.config.http.max_body_bytes)
+    key = read_idempotency_key(request) or uuid.uuid4().hex
+    body = await read_body(request, gateway.config.http.max_body_bytes)
     if query.dry_run:
-        seen = await gateway.client.request(messages.Preview("", train_request))
+        seen = await gateway.client.request(messages.Preview("", body))
         return json_response(seen.preview)
-    reply = await gateway.client.request(messages.Submit("", train_request, key))
-    job = reply.job
-    assert job is not None
+    job = await _submit(gateway, body, key)
     if not query.wait:
         return json_response(_accepted(job), 202, _location(request, job))
     job = await gateway.until_gone(_end_of(gateway, job), request)
     return _waited(request, job)
+
+
+async def _submit(gateway: Gateway, body: bytes, key: str) -> messages.JobInfo:
+    """Raises, beside the worker's refusals, NotReady: whatever its code, sending the same again with the key
+    of its header `Idempotency-Key` trains once."""
+    submit = messages.Submit("", body, key)
+    try:
+        reply = await gateway.client.request(submit, timeout_s=gateway.config.http.wait_timeout_s)
+    except NotReady as error:
+        error.headers = {"Idempotency-Key": key}  # type: ignore[attr-defined]
+        raise
+    assert reply.job is not None
+    return reply.job
 
 
 def _accepted(job: messages.JobInfo) -> dict[str, Any]:

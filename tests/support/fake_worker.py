@@ -18,6 +18,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 from apollo_worker.front.server import Service
 from apollo_worker.jobs.queue import JobQueue
 from apollo_worker.link.status_board import Admission, Shared
@@ -29,7 +30,8 @@ from apollo_ipc.wire.requests import Example, TrainRequest
 
 
 def request_of(text="hello", num=1):
-    return TrainRequest([Example(prompt="say", completion=text)] * num)
+    """The body of a Submit."""
+    return msgspec.json.encode(TrainRequest([Example(prompt="say", completion=text)] * num))
 
 
 def admit(request):

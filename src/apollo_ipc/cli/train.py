@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import uuid
 from contextlib import aclosing
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,11 +19,12 @@ from apollo_ipc.cli.options import AsJson, ConfigFile
 from apollo_ipc.cli.output import FAILED_STATES, console, describe_job, print_json, say
 from apollo_ipc.cli.processes import worker_environment
 from apollo_ipc.config import Config, load_config
-from apollo_ipc.errors import ApolloError, UserError
+from apollo_ipc.errors import ApolloError, NotReady, UserError
 from apollo_ipc.model_dir import check_model_dir
 from apollo_ipc.wire.messages import ENDED_STATES, JobInfo, Submit
 from apollo_ipc.wire.requests import TrainOptions, TrainRequest, convert
 
+SUBMIT_TIMEOUT_S = 3600.0  # many examples are tokenised for minutes before they are accepted
 WORKER_AWAY_S = 60.0  # --wait outlasts a worker that restarts
 
 
@@ -96,7 +98,13 @@ async def _submit(request: TrainRequest, idempotency_key: str | None, wait: bool
     from apollo_ipc.wire.client import WorkerClient
 
     async with WorkerClient(config.socket_path, "cli") as client:
-        job = (await client.request(Submit("", request, idempotency_key))).job
+        submit = Submit("", msgspec.json.encode(request), idempotency_key or uuid.uuid4().hex)
+        try:
+            job = (await client.request(submit, timeout_s=SUBMIT_TIMEOUT_S)).job
+        except NotReady as error:
+            if error.code != "not_delivered":
+                say(f"it may be queued; to send it again safely: --idempotency-key {submit.idempotency_key}")
+            raise
         assert job is not None
         if not wait or job.state in ENDED_STATES:
             return job

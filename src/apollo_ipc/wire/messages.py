@@ -22,9 +22,9 @@ from typing import Any, Literal
 import msgspec
 
 from apollo_ipc.errors import ApolloError
-from apollo_ipc.wire.requests import SyncKind, TrainRequest
+from apollo_ipc.wire.requests import SyncKind
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 HEARTBEAT_INTERVAL_S = 0.25
 HELLO_INTERVAL_S = 1.0
 PEER_TIMEOUT_S = 5.0  # a client that has not said Hello for this long is forgotten
@@ -216,10 +216,14 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
-    """From router and CLI: train on this. Replied to with JobInfo after the queue's commit."""
+    """From router and CLI: train on this. Replied to with JobInfo after the queue's commit.
+
+    body: as `POST /train` takes it, not decoded yet: that takes a second for the largest, with the
+    interpreter's lock held, and neither vLLM's event loop nor the Ack shall wait for it.
+    """
 
     request_id: str
-    request: TrainRequest
+    body: bytes
     idempotency_key: str | None = None
 
 
@@ -227,7 +231,7 @@ class Preview(msgspec.Struct, frozen=True, tag=True):
     """From router: what would be trained? Replied to with Previewed; nothing is queued."""
 
     request_id: str
-    request: TrainRequest
+    body: bytes
 
 
 class GetStatus(msgspec.Struct, frozen=True, tag=True):

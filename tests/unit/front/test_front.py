@@ -10,6 +10,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 from fake_trainer import CRASH, HANG, NORMAL
 from fake_worker import short_dir
@@ -40,7 +41,8 @@ class Worker:
 
     def submit(self, kind=NORMAL, num=1, **options):
         example = Example(context_ids=[kind], continuation_ids=[2, 3])
-        return self.ask(Submit("", TrainRequest([example] * num, TrainOptions(**options)))).job.job_id
+        request = TrainRequest([example] * num, TrainOptions(**options))
+        return self.ask(Submit("", msgspec.json.encode(request))).job.job_id
 
     def job(self, job_id):
         return self.ask(GetJob("", job_id)).job
@@ -196,7 +198,7 @@ def test_stopping_lets_the_step_end_and_the_job_stays_for_the_next_worker(direct
 
 
 def test_a_trainer_without_its_front_ends_after_its_step_and_the_next_one_waits_for_that(directory):
-    with worker_in(directory, step_s=2.0) as worker:
+    with worker_in(directory, step_s=6.0) as worker:
         old = worker.wait_until_attached()
         job_id = worker.submit(num=3)
         wait_for(lambda: worker.lines("steps"))
@@ -207,7 +209,7 @@ def test_a_trainer_without_its_front_ends_after_its_step_and_the_next_one_waits_
             assert f"pid {old}" in waiting.attach_error
             assert successor.trainers() == [old]
             assert is_alive(old)
-            wait_for(lambda: not is_alive(old), timeout_s=5)
+            wait_for(lambda: not is_alive(old), timeout_s=15)
             wait_for(lambda: successor.job(job_id).state == "applied")
             steps = [(int(pid), int(step), kind) for pid, step, kind in successor.lines("steps")]
             assert steps[:2] == [(old, 1, "begin"), (old, 1, "end")]

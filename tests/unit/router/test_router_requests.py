@@ -103,7 +103,7 @@ def test_a_factory_that_fails_says_so_loudly(monkeypatch, caplog):
         ([], None, "send an object"),
     ],
 )
-def test_a_wrong_body_is_refused_with_the_path_of_the_field(server, body, param, says):
+def test_a_wrong_body_is_refused_with_the_path_of_the_field(server, worker, body, param, says):
     response = server.http.post("/train", json=body)
     error = error_of(response)
     assert (response.status_code, error["param"], error["type"]) == (400, param, "invalid_request_error")
@@ -113,7 +113,7 @@ def test_a_wrong_body_is_refused_with_the_path_of_the_field(server, body, param,
 @pytest.mark.parametrize(
     "body", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"a":' * 30_000, b"\x80\x04K\x01."]
 )
-def test_what_is_not_json_is_refused(server, body):
+def test_what_is_not_json_is_refused(server, worker, body):
     response = server.http.post("/train", content=body)
     assert (response.status_code, error_of(response)["code"]) == (400, "invalid_json")
 
@@ -197,14 +197,14 @@ def peak_bytes() -> int:
 
 
 @pytest.mark.parametrize("text", [rb"\ud800", rb"a\uDC00b", rb"\ud83d and \ude00"])
-def test_half_of_a_surrogate_pair_is_named(server, text):
+def test_half_of_a_surrogate_pair_is_named(server, worker, text):
     body = b'{"examples": [{"prompt": "a", "completion": "%s"}]}' % text
     response = server.http.post("/train", content=body, headers={"Content-Type": "application/json"})
     assert (response.status_code, error_of(response)["code"]) == (400, "invalid_json")
     assert "half of a surrogate pair" in error_of(response)["message"]
 
 
-def test_a_cut_body_is_not_taken_for_one_with_half_a_pair(server):
+def test_a_cut_body_is_not_taken_for_one_with_half_a_pair(server, worker):
     body = rb'{"examples": [{"prompt": "\\ud800 \ud83d\ude00"'
     response = server.http.post("/train", content=body, headers={"Content-Type": "application/json"})
     assert "truncated" in error_of(response)["message"]

@@ -31,6 +31,7 @@ from apollo_ipc.wire.messages import (
     PinResult,
     PinVersion,
     Preview,
+    Previewed,
     Reply,
     RestoreResult,
     RestoreVersion,
@@ -38,6 +39,7 @@ from apollo_ipc.wire.messages import (
     Submit,
     SyncCheckpoint,
 )
+from apollo_ipc.wire.requests import parse_train_body
 from apollo_worker.jobs.example import request_digest
 from apollo_worker.jobs.queue import JobQueue
 from apollo_worker.link.status_board import Shared
@@ -85,7 +87,7 @@ class Answers:
             case Submit():
                 return Reply(request_id, job=await _in(self._accepting, self._accept, message))
             case Preview():
-                shown = await _in(self._accepting, self._shared.preview, message.request)
+                shown = await _in(self._accepting, self._preview, message)
                 return Reply(request_id, preview=shown)
             case GetStatus():
                 return Reply(request_id, status=await _in(self._answering, self._status))
@@ -115,15 +117,19 @@ class Answers:
 
     def _accept(self, submit: Submit) -> JobInfo:
         # Before tokenising: the retry of an accepted job costs nothing and cannot be refused any more.
-        digest = request_digest(submit.request)
+        request = parse_train_body(submit.body)
+        digest = request_digest(request)
         if known := self._queue.find_by_key(submit.idempotency_key, digest):
             return known
-        admission = self._shared.admit(submit.request)
+        admission = self._shared.admit(request)
         job = self._queue.submit(
             admission.plan, digest, notes=admission.notes, idempotency_key=submit.idempotency_key
         )
         self._shared.wake.set()
         return job
+
+    def _preview(self, preview: Preview) -> list[Previewed]:
+        return self._shared.preview(parse_train_body(preview.body))
 
     def _status(self) -> Status:
         num_bad_messages, num_routers = self._count_peers()
