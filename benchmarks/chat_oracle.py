@@ -73,7 +73,8 @@ class Oracle:
     """vLLM's rendering with one tokenizer (vllm/renderers/online_renderer.py, preprocess_chat)."""
 
     def __init__(self, served: ServedTokenizer, name: str):
-        served.tokenizer.name_or_path = name  # vLLM caches content formats by it
+        # vLLM caches content formats by it, and looks for a processor there: on no hub.
+        name = served.tokenizer.name_or_path = f"/nowhere/{name}"
         self._served = served
         self.stop_texts = served.stop_texts
         self._config: Any = SimpleNamespace(

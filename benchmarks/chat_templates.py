@@ -14,7 +14,6 @@ import argparse
 import importlib.metadata
 import json
 import logging
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -62,7 +61,6 @@ def measure(
     templates: dict[str, str], conversations: dict[str, dict[str, Any]] | None = None
 ) -> dict[str, Any]:
     """Counts of cells: right, refused, refused_though_possible (of these), wrong; and what and where."""
-    os.environ["HF_HUB_OFFLINE"] = "1"  # vLLM would look for a processor of each template's name
     from chat_oracle import Oracle, could_be_trained, tokenizer_for
 
     conversations = conversations or CONVERSATIONS
