@@ -88,14 +88,14 @@ def serve() -> None:
 
 def work() -> None:
     """Prints a line when it serves; ends when stdin closes."""
-    from apollo_worker.front.server import Service
-    from apollo_worker.link.status_board import Admission, Shared
+    from apollo_worker.front.server import Server
+    from apollo_worker.link.status_board import Admission, StatusBoard
 
     from apollo_ipc.config import load_config
 
     config = load_config()
     queue = JobQueue(config.state_dir / "queue.sqlite", max_queued=MAX_QUEUED)
-    service = Service(config, Shared(lambda _: Admission(PLAN)), queue)
+    service = Server(config, StatusBoard(lambda _: Admission(PLAN)), queue)
     service.start()
     print("serving", flush=True)
     sys.stdin.read()
@@ -153,7 +153,7 @@ async def measure(
             return
 
         async def one(connection: Connection) -> None:
-            for _ in left:  # shared: whichever connection is free takes the next
+            for _ in left:  # board: whichever connection is free takes the next
                 times_s[kind].append(await connection.ask(encoded[kind]))
 
         await asyncio.gather(*(one(connection) for connection in connections))

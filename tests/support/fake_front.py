@@ -11,7 +11,7 @@ sys.modules["torch"] = None
 
 from apollo_worker.front import trainer_process as trainer_child
 from apollo_worker.front.front import Front
-from apollo_worker.roles import log_as
+from apollo_worker.process import log_as
 
 from apollo_ipc.config import load_config
 
@@ -28,5 +28,5 @@ if __name__ == "__main__":
     }
     trainer = (sys.executable, str(Path(__file__).with_name("fake_trainer.py")), directory, step_s)
     front = Front(load_config(environ={}, overrides=overrides), trainer)
-    signal.signal(signal.SIGTERM, lambda *_: front.shared.stopping.set())
+    signal.signal(signal.SIGTERM, lambda *_: front.board.stopping.set())
     front.run()

@@ -31,32 +31,32 @@ def note(name, text):
 
 class FakeWorker:
     def __init__(self, end):
-        self.end, self.shared = end, end.shared
+        self.end, self.board = end, end.board
         self.queue = JobQueue(end.config.state_dir / "queue.sqlite", 1000)
         self.queue.on_change = end.on_change
         note("trainers", os.getpid())
 
     def run(self):
-        shared = self.shared
-        shared.vllm_boot_id, shared.vllm_pid, shared.model_path = "boot-a", 1, str(DIRECTORY)
-        shared.num_parameters = shared.num_parameters_mapped = 3
-        shared.attached = True
+        board = self.board
+        board.state.vllm_boot_id, board.state.vllm_pid, board.state.model_path = "boot-a", 1, str(DIRECTORY)
+        board.state.num_parameters = board.state.num_parameters_mapped = 3
+        board.state.attached = True
         self.end.tell_model(ModelFacts(str(DIRECTORY), 100, 16, {"a": 8, "b": 128}))
-        while not shared.stopping.is_set():
+        while not board.stopping.is_set():
             self.answer_syncs()
             if (job := self.queue.take()) is not None:
                 self.train(job)
                 continue
-            shared.show("idle")
-            shared.wake.wait(0.25)
-            shared.wake.clear()
+            board.show("idle")
+            board.wake.wait(0.25)
+            board.wake.clear()
         note("ends", f"{os.getpid()} {self.end.has_front}")
         self.queue.close()
 
     def train(self, job):
         job_id, text = job.info.job_id, job.plan.examples[0].input_ids[0]
         for step in range(job.info.steps_done + 1, job.info.num_steps + 1):
-            if self.shared.stopping.is_set():
+            if self.board.stopping.is_set():
                 self.queue.release(job_id)
                 return
             if self.queue.is_cancel_requested(job_id):
@@ -69,15 +69,15 @@ class FakeWorker:
             time.sleep(1000 if text == HANG else STEP_S)
             note("steps", f"{os.getpid()} {step} end")
             self.queue.record_step(job_id, step, 1.0 / step)
-            self.shared.show("training", job_id=job_id, steps_done=step, num_steps=job.info.num_steps)
-        self.shared.weight_version += 1
-        self.end.publish(self.shared.weight_version, timeout_s=2.0)
-        self.queue.finish(job_id, "applied", weight_version=self.shared.weight_version)
+            self.board.show("training", job_id=job_id, steps_done=step, num_steps=job.info.num_steps)
+        self.board.state.weight_version += 1
+        self.end.publish(self.board.state.weight_version, timeout_s=2.0)
+        self.queue.finish(job_id, "applied", weight_version=self.board.state.weight_version)
 
     def answer_syncs(self):
-        while not self.shared.asked.empty():
-            version = self.shared.weight_version
-            self.shared.asked.get().done.set_result(SyncResult(version, 1.0, 1, 1, 1, 10, 10, 0.1))
+        while not self.board.asked.empty():
+            version = self.board.state.weight_version
+            self.board.asked.get().done.set_result(SyncResult(version, 1.0, 1, 1, 1, 10, 10, 0.1))
 
 
 if __name__ == "__main__":

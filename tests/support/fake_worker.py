@@ -19,9 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
-from apollo_worker.front.server import Service
+from apollo_worker.front.server import Server
 from apollo_worker.jobs.queue import JobQueue
-from apollo_worker.link.status_board import Admission, Shared
+from apollo_worker.link.status_board import Admission, StatusBoard
 from planned import plan_of
 
 from apollo_ipc.config import load_config
@@ -68,19 +68,19 @@ def short_dir():
 
 
 def start_service(directory):
-    """(service, shared, queue) in this process; the test is the main thread."""
-    config, shared = config_in(directory), Shared(admit)
+    """(service, board, queue) in this process; the test is the main thread."""
+    config, board = config_in(directory), StatusBoard(admit)
     queue = JobQueue(directory / "queue.sqlite", max_queued=1000)
-    service = Service(config, shared, queue)
+    service = Server(config, board, queue)
     service.start()
-    return service, shared, queue
+    return service, board, queue
 
 
 @contextmanager
 def serving(directory):
-    service, shared, queue = start_service(directory)
+    service, board, queue = start_service(directory)
     try:
-        yield service, shared, queue
+        yield service, board, queue
     finally:
         service.stop()
         queue.close()
@@ -105,23 +105,23 @@ def end(child, with_signal=signal.SIGKILL):
 
 
 def main(directory, step_s):
-    service, shared, queue = start_service(directory)
-    signal.signal(signal.SIGTERM, lambda *_: shared.stopping.set())
+    service, board, queue = start_service(directory)
+    signal.signal(signal.SIGTERM, lambda *_: board.stopping.set())
     print("ready", flush=True)
-    while not shared.stopping.is_set():
+    while not board.stopping.is_set():
         if (job := queue.take()) is None:
-            shared.show("idle")
-            shared.wake.wait(0.1)  # a signal wakes nobody: `wake` has a lock (see apollo_ipc.process.flag)
-            shared.wake.clear()
+            board.show("idle")
+            board.wake.wait(0.1)  # a signal wakes nobody: `wake` has a lock (see apollo_ipc.process.flag)
+            board.wake.clear()
             continue
-        train(job.info, step_s, shared, queue, service)
+        train(job.info, step_s, board, queue, service)
     service.stop()
     queue.close()
 
 
-def train(info, step_s, shared, queue, service):
+def train(info, step_s, board, queue, service):
     for step in range(info.steps_done + 1, info.num_steps + 1):
-        if shared.stopping.is_set():
+        if board.stopping.is_set():
             queue.release(info.job_id)
             return
         if queue.is_cancel_requested(info.job_id):
@@ -129,10 +129,10 @@ def train(info, step_s, shared, queue, service):
             return
         time.sleep(step_s)
         queue.record_step(info.job_id, step, 1.0 / step)
-        shared.show("training", job_id=info.job_id, steps_done=step, num_steps=info.num_steps)
-    shared.weight_version += 1
-    service.publish(shared.weight_version, timeout_s=1.0)
-    queue.finish(info.job_id, "applied", weight_version=shared.weight_version)
+        board.show("training", job_id=info.job_id, steps_done=step, num_steps=info.num_steps)
+    board.state.weight_version += 1
+    service.publish(board.state.weight_version, timeout_s=1.0)
+    queue.finish(info.job_id, "applied", weight_version=board.state.weight_version)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ from types import SimpleNamespace
 import httpx
 import uvicorn
 from apollo_router.plugin import ApolloEndpoints
-from apollo_worker.front.server import Service
+from apollo_worker.front import server as front
 from apollo_worker.jobs.queue import JobQueue
-from apollo_worker.link.status_board import Admission, Shared
+from apollo_worker.link.status_board import Admission, StatusBoard
 from fastapi import FastAPI
 from planned import plan_of
 
@@ -116,11 +116,11 @@ class FakeWorker:
     """The real service and queue; training is recording a loss."""
 
     def __init__(self, config: Config):
-        self.shared = Shared(
+        self.board = StatusBoard(
             lambda request: Admission(plan_of(request, len(request.examples)), notes=["a note"])
         )
         self.queue = JobQueue(config.state_dir / "queue.sqlite", config.worker.max_queued_jobs)
-        self.service = Service(config, self.shared, self.queue)
+        self.service = front.Server(config, self.board, self.queue)
 
     def __enter__(self) -> FakeWorker:
         self.service.start()
@@ -137,9 +137,9 @@ class FakeWorker:
         for step in range(1, job.info.num_steps + 1):
             time.sleep(step_s)
             self.queue.record_step(job.info.job_id, step, 2.0 / step)
-        self.shared.weight_version += 1
-        self.service.publish(self.shared.weight_version)
-        self.queue.finish(job.info.job_id, ends, weight_version=self.shared.weight_version, error=error)
+        self.board.state.weight_version += 1
+        self.service.publish(self.board.state.weight_version)
+        self.queue.finish(job.info.job_id, ends, weight_version=self.board.state.weight_version, error=error)
 
     def in_background(self, function, *args, **kwargs) -> threading.Thread:
         thread = threading.Thread(target=function, args=args, kwargs=kwargs, daemon=True)
@@ -148,7 +148,7 @@ class FakeWorker:
 
     def answer_sync(self) -> None:
         result = SyncResult(3, 1.0, 10, 2, 1, 1000, 200, 0.5)
-        self.shared.asked.get(timeout=5).done.set_result(result)
+        self.board.asked.get(timeout=5).done.set_result(result)
 
 
 def share_weights(config: Config, boot_id: str, pid: int | None = None) -> None:

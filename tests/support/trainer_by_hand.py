@@ -10,7 +10,7 @@ import torch
 from apollo_worker.front.admission import load
 from apollo_worker.jobs.example import request_digest
 from apollo_worker.jobs.job_plan import JobPlan, plan
-from apollo_worker.link.status_board import Shared
+from apollo_worker.link.status_board import StatusBoard
 from apollo_worker.trainer.attachment import model_facts
 from apollo_worker.trainer.loop import MainLoop
 
@@ -29,7 +29,7 @@ class End:
     has_front = True
 
     def __init__(self, config: Config):
-        self.config, self.shared = config, Shared()
+        self.config, self.board = config, StatusBoard()
 
     def on_change(self, job) -> None:
         pass
@@ -47,10 +47,10 @@ class Trainer:
     def __init__(self, config: Config):
         self.config = config
         self.worker = MainLoop(End(config))
-        self.shared, self.queue = self.worker.shared, self.worker.queue
+        self.board, self.queue = self.worker.board, self.worker.queue
 
     def __enter__(self) -> Trainer:
-        assert self.worker.attachment.ensure(), self.shared.attach_error
+        assert self.worker.attachment.ensure(), self.board.state.attach_error
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -135,6 +135,6 @@ def make_versions(trainer: Trainer) -> list[dict[str, torch.Tensor]]:
 
 
 def restore(trainer: Trainer, version: int):
-    asked = trainer.shared.ask(RestoreVersion("", version))
+    asked = trainer.board.ask(RestoreVersion("", version))
     trainer.worker.do_what_is_asked(is_training=False)
     return asked.result(0)

@@ -13,7 +13,7 @@ import typer
 from apollo_router.routes import router
 from apollo_worker.front.endpoint import Endpoint
 from apollo_worker.jobs.queue import JobQueue
-from apollo_worker.link.status_board import Shared
+from apollo_worker.link.status_board import StatusBoard
 from apollo_worker.trainer.front_end import trainer_lock
 from apollo_worker.trainer.step_marks import LiveState, StepMarks, write_state
 from places import ROOT
@@ -258,7 +258,7 @@ def test_every_file_of_the_state_page_is_one_that_the_code_makes(tmp_path):
     endpoint.lock()
     endpoint.unlock()
     train_key(config)
-    with trainer_lock(Shared(), config.state_dir) as is_ours:
+    with trainer_lock(StatusBoard(), config.state_dir) as is_ours:
         assert is_ours
     queue = JobQueue(config.state_dir / "queue.sqlite", 1)
     StepMarks(config.state_dir / "step.marks").close()

@@ -18,7 +18,7 @@ sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
 from apollo_ipc.config import load_config
 from apollo_ipc.errors import ApolloError
 from apollo_worker.front.front import Front
-from apollo_worker.roles import log_as
+from apollo_worker.process import log_as
 
 
 def main() -> int:
@@ -35,7 +35,7 @@ def main() -> int:
         )
         front = Front(config)
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: front.shared.stopping.set())
+            signal.signal(number, lambda *_: front.board.stopping.set())
         front.run()
     except ApolloError as error:
         print(f"apollo_worker: {error.message}", file=sys.stderr)

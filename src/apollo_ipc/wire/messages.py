@@ -146,27 +146,34 @@ class PostSync(msgspec.Struct, frozen=True):
     error: str | None = None
 
 
-class Status(msgspec.Struct, frozen=True):
-    worker_boot_id: str
-    worker_pid: int
-    vllm_boot_id: str | None  # None while not attached
-    vllm_pid: int | None
-    attached: bool
-    attach_error: str | None
-    model_path: str | None
-    weight_version: int
-    durable_version: int
-    num_parameters: int
-    num_parameters_mapped: int
-    num_queued: int
+class TrainerState(msgspec.Struct):
+    """What the trainer says of itself: carried whole to the front, and from there into Status."""
+
     progress: Progress
-    last_sync: SyncResult | None = None
-    sync_error: str | None = None
-    num_bad_messages: int = 0
-    num_routers: int = 0
+    attached: bool = False
+    attach_error: str | None = None
+    vllm_boot_id: str | None = None  # None while not attached
+    vllm_pid: int | None = None
+    model_path: str | None = None
+    weight_version: int = 0
+    durable_version: int = 0
+    num_parameters: int = 0
+    num_parameters_mapped: int = 0
     optimizer_state_bytes: int = 0
     refused: list[str] = []
+    last_sync: SyncResult | None = None
     is_syncing: bool = False  # a sync is being written, beside training
+    sync_error: str | None = None
+
+
+class Status(TrainerState, kw_only=True):
+    """TrainerState, and what the front knows."""
+
+    worker_boot_id: str
+    worker_pid: int
+    num_queued: int
+    num_bad_messages: int = 0
+    num_routers: int = 0
     post_sync: PostSync | None = None
 
 

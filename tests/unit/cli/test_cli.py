@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
-from apollo_worker.front.server import Service
+from apollo_worker.front.server import Server
 from apollo_worker.jobs.queue import JobQueue
-from apollo_worker.link.status_board import Admission, Shared
+from apollo_worker.link.status_board import Admission, StatusBoard
 from planned import plan_of, text_of
 
 from apollo_ipc.keys import key_path
@@ -29,21 +29,21 @@ EXAMPLE = {"prompt": "2 + 2 =", "completion": " 4"}
 @pytest.fixture
 def worker(config):
     """A worker whose trainer only pretends: every job takes three steps and its loss falls."""
-    shared = Shared(admit=lambda request: Admission(plan_of(request, 3), notes=["noted"]))
-    shared.attached, shared.vllm_boot_id, shared.vllm_pid = True, "boot", 4242
-    shared.model_path = "/models/small"
+    board = StatusBoard(admit=lambda request: Admission(plan_of(request, 3), notes=["noted"]))
+    board.state.attached, board.state.vllm_boot_id, board.state.vllm_pid = True, "boot", 4242
+    board.state.model_path = "/models/small"
     queue = JobQueue(config.state_dir / "queue.sqlite", max_queued=100)
-    service = Service(config, shared, queue)
+    service = Server(config, board, queue)
     service.start()
     over = threading.Event()
 
     def train():
         while not over.wait(0.01):
-            while not shared.asked.empty():
-                shared.asked.get().done.set_result(SyncResult(7, time.time(), 10, 3, 1, 2000, 600, 0.5))
+            while not board.asked.empty():
+                board.asked.get().done.set_result(SyncResult(7, time.time(), 10, 3, 1, 2000, 600, 0.5))
             if job := queue.take():
                 for step in (1, 2, 3):
-                    shared.progress = Progress("training", step, job.info.job_id, step, 3, 4.0 - step)
+                    board.state.progress = Progress("training", step, job.info.job_id, step, 3, 4.0 - step)
                     queue.record_step(job.info.job_id, step, 4.0 - step)
                 fails = text_of(job) == "fail"
                 queue.finish(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 from apollo_worker.front.admission import Admitter
 from apollo_worker.jobs.queue import JobQueue
 from apollo_worker.link.link import ModelFacts
-from apollo_worker.link.status_board import Shared
+from apollo_worker.link.status_board import StatusBoard
 from places import ROOT
 
 from apollo_ipc.config import Train
@@ -33,7 +34,7 @@ def older(tmp_path):
 
 
 def admitter_of(queue, facts, **options):
-    admitter = Admitter(Train(**options), Shared(), queue)
+    admitter = Admitter(Train(**options), StatusBoard(), queue, Path(facts.model_dir))
     admitter.learn(facts)
     deadline = time.monotonic() + 60
     while queue.unplanned():
@@ -64,7 +65,7 @@ def test_an_older_job_that_cannot_be_planned_fails_alone(older, facts):
 
 def test_equal_examples_are_skipped_as_soon_as_a_job_has_them_and_it_says_so(tmp_path, facts):
     queue = JobQueue(tmp_path / "new.sqlite", 10)
-    admitter = Admitter(Train(on_duplicate="skip"), Shared(), queue)
+    admitter = Admitter(Train(on_duplicate="skip"), StatusBoard(), queue, tmp_path)
     request = TrainRequest([Example(prompt="say", completion="it")], TrainOptions(epochs=2))
     with pytest.raises(NotReady, match="knows no model yet"):
         admitter.admit(request)

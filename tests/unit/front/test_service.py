@@ -23,33 +23,33 @@ from apollo_ipc.wire import messages as m
 
 
 def test_a_submitted_job_is_in_the_queue_when_the_reply_comes_and_wakes_the_trainer(served, peer):
-    _, shared, queue = served
+    _, board, queue = served
     reply = peer.ask(m.Submit("r1", request_of(num=3), "key"))
     assert queue.get(reply.job.job_id) == reply.job
     assert (reply.job.state, reply.job.num_steps, reply.job.notes) == ("queued", 3, ["admitted"])
-    assert shared.wake.is_set()
+    assert board.wake.is_set()
     assert peer.ask(m.Submit("r2", request_of(num=3), "key")).job == reply.job
     conflict = peer.ask(m.Submit("r3", request_of(num=2), "key")).error
     assert (conflict.type, conflict.http_status) == ("Conflict", 422)
 
 
 def test_every_question_gets_its_answer(served, peer, directory):
-    _, shared, _ = served
+    _, board, _ = served
     job = peer.ask(m.Submit("1", request_of())).job
     assert peer.ask(m.GetJob("2", job.job_id)).job.loss_history == []
     assert [one.job_id for one in peer.ask(m.ListJobs("3")).jobs] == [job.job_id]
     assert peer.ask(m.GetJob("4", "job-x")).error.http_status == 404
-    shared.wake.clear()
+    board.wake.clear()
     assert peer.ask(m.CancelJob("5", job.job_id)).job.state == "cancelled"
-    assert shared.wake.is_set()
+    assert board.wake.is_set()
     assert peer.ask(m.CancelJob("6", job.job_id)).error.http_status == 409
     peer.hello()
     status = peer.ask(m.GetStatus("7")).status
     assert (status.worker_pid, status.num_queued, status.num_routers) == (os.getpid(), 0, 1)
-    assert status.worker_boot_id == shared.worker_boot_id
+    assert status.worker_boot_id == board.worker_boot_id
 
     peer.send(m.SyncCheckpoint("8"))
-    future = shared.asked.get(timeout=2).done
+    future = board.asked.get(timeout=2).done
     future.set_result(m.SyncResult(3, 1.0, 1, 1, 1, 10, 10, 0.1))
     assert peer.receive(m.Reply).sync.weight_version == 3
 
@@ -124,13 +124,13 @@ def test_an_oversize_message_costs_its_sender_the_connection_and_nobody_else_any
 
 
 def test_heartbeats_go_to_those_who_said_hello_and_carry_boot_ids_and_progress(served, peer, directory):
-    _, shared, _ = served
+    _, board, _ = served
     assert peer.receive(m.Heartbeat, timeout_s=0.6) is None
     peer.hello()
     first = peer.receive(m.Heartbeat, timeout_s=0.2)  # at once
-    assert (first.worker_boot_id, first.vllm_boot_id) == (shared.worker_boot_id, None)
-    shared.vllm_boot_id, shared.attached, shared.weight_version = "vllm-1", True, 7
-    shared.show("training", job_id="job-1", steps_done=2, num_steps=3)
+    assert (first.worker_boot_id, first.vllm_boot_id) == (board.worker_boot_id, None)
+    board.state.vllm_boot_id, board.state.attached, board.state.weight_version = "vllm-1", True, 7
+    board.show("training", job_id="job-1", steps_done=2, num_steps=3)
     beats, deadline = [], time.monotonic() + 1.5
     while time.monotonic() < deadline:
         beats += filter(None, [peer.receive(m.Heartbeat, timeout_s=0.5)])
@@ -237,7 +237,7 @@ def test_a_client_that_does_not_read_holds_nobody_up(served, peer, directory):
 
 
 def test_stopping_answers_open_requests_and_frees_the_directory(directory):
-    service, shared, queue = start_service(directory)
+    service, board, queue = start_service(directory)
     with Peer(directory) as peer:
         peer.send(m.SyncCheckpoint("s"))
         assert peer.receive(m.Ack)
@@ -246,7 +246,7 @@ def test_stopping_answers_open_requests_and_frees_the_directory(directory):
         stopping.start()
         assert peer.receive(m.Reply).error.code == "stopping"
         stopping.join(timeout=5)
-        shared.asked.get(timeout=1).done.set_result(None)  # the main loop's answer harms nothing
+        board.asked.get(timeout=1).done.set_result(None)  # the main loop's answer harms nothing
     assert service.publish(1) is False
     service.stop()
     queue.close()

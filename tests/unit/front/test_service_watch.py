@@ -65,8 +65,8 @@ def publish_in_background(service, version, timeout_s):
 
 
 def test_publishing_without_a_router_returns_at_once(served, peer, directory):
-    service, shared, _ = served
-    shared.vllm_boot_id = "here"
+    service, board, _ = served
+    board.state.vllm_boot_id = "here"
     peer.hello(role="cli")
     with Peer(directory) as other:
         other.hello(vllm_boot_id="another vLLM")
@@ -81,8 +81,8 @@ def test_publishing_without_a_router_returns_at_once(served, peer, directory):
 def test_publishing_asks_the_next_router_where_the_first_does_not_confirm(
     served, peer, directory, first_does
 ):
-    service, shared, _ = served
-    shared.vllm_boot_id = "here"
+    service, board, _ = served
+    board.state.vllm_boot_id = "here"
     peer.hello(vllm_boot_id=None)  # not known yet: asked last
     assert peer.receive(m.Heartbeat)
     with Peer(directory) as first:

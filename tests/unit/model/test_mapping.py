@@ -15,7 +15,7 @@ import pytest
 import torch
 from apollo_worker.jobs.example import TokenisedExample
 from apollo_worker.jobs.queue import JobQueue
-from apollo_worker.link.status_board import Shared
+from apollo_worker.link.status_board import StatusBoard
 from apollo_worker.model.live_model import attach, load_offline
 from apollo_worker.model.mapping import Exporter as HeldExporter
 from apollo_worker.model.mapping import SharedMemoryTransport, map_views
@@ -204,9 +204,9 @@ class Attached:
         config = make_config(served.runtime_dir.parent)
         self.queue = JobQueue(config.state_dir / "queue.sqlite", 10)
         self.marks = StepMarks(config.state_dir / "step.marks")
-        self.shared = Shared()
-        recovery = Recovery(config, self.shared, self.queue, self.marks)
-        self.attachment = Attachment(config, self.shared, recovery)
+        self.board = StatusBoard()
+        recovery = Recovery(config, self.board, self.queue, self.marks)
+        self.attachment = Attachment(config, self.board, recovery)
 
     def __enter__(self) -> Attachment:
         return self.attachment

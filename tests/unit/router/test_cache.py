@@ -53,19 +53,19 @@ async def api_server(path, engine, vllm_boot_id="here"):
 
 @pytest.fixture
 def worker():
-    with short_dir() as directory, serving(directory) as (server, shared, _):
-        shared.vllm_boot_id, shared.attached = "here", True
-        yield directory / "worker.sock", server, shared
+    with short_dir() as directory, serving(directory) as (server, board, _):
+        board.state.vllm_boot_id, board.state.attached = "here", True
+        yield directory / "worker.sock", server, board
 
 
-def publish(server, shared, version):
-    shared.weight_version = version
+def publish(server, board, version):
+    board.state.weight_version = version
     return asyncio.to_thread(server.publish, version)
 
 
 @pytest.mark.parametrize("num_servers", [1, 2, 4])
 def test_a_version_is_dropped_once_whatever_the_number_of_api_servers(worker, num_servers):
-    path, server, shared = worker
+    path, server, board = worker
 
     async def main():
         engine = Engine()
@@ -73,9 +73,9 @@ def test_a_version_is_dropped_once_whatever_the_number_of_api_servers(worker, nu
             for _ in range(num_servers):
                 await stack.enter_async_context(api_server(path, engine))
             for version in (1, 2, 3):
-                assert await publish(server, shared, version)
+                assert await publish(server, board, version)
                 assert engine.num_drops == version
-            shared.weight_version = 4  # an attach raises the version without publishing it
+            board.state.weight_version = 4  # an attach raises the version without publishing it
             await until(lambda: engine.num_drops == 4)
             await asyncio.sleep(3 * m.HEARTBEAT_INTERVAL_S)
             assert engine.num_drops == 4
@@ -84,43 +84,43 @@ def test_a_version_is_dropped_once_whatever_the_number_of_api_servers(worker, nu
 
 
 def test_only_a_router_of_the_vllm_that_is_attached_is_asked(worker):
-    path, server, shared = worker
+    path, server, board = worker
 
     async def main():
         here, elsewhere = Engine(), Engine()
         async with api_server(path, elsewhere, "elsewhere"), api_server(path, here):
-            assert await publish(server, shared, 1)
+            assert await publish(server, board, 1)
             assert (here.num_drops, elsewhere.num_drops) == (1, 0)
 
     asyncio.run(main())
 
 
 def test_a_version_that_was_not_dropped_is_asked_for_again(worker):
-    path, server, shared = worker
-    shared.weight_version = 4
+    path, server, board = worker
+    board.state.weight_version = 4
 
     async def main():
         engine = Engine(num_failures=1)
         async with api_server(path, engine):  # it comes late
             await until(lambda: engine.num_drops == 1)
-            assert await publish(server, shared, 4)
+            assert await publish(server, board, 4)
             assert engine.num_drops == 1, "done already"
             engine.num_failures = 1
-            assert not await publish(server, shared, 5)
+            assert not await publish(server, board, 5)
             await until(lambda: engine.num_drops == 2)
 
     asyncio.run(main())
 
 
 def test_a_new_vllm_starts_with_nothing_dropped(worker):
-    path, _, shared = worker
-    shared.weight_version = 4
+    path, _, board = worker
+    board.state.weight_version = 4
 
     async def main():
         first, second = Engine(), Engine()
         async with api_server(path, first):
             await until(lambda: first.num_drops == 1)
-        shared.vllm_boot_id = "next"
+        board.state.vllm_boot_id = "next"
         async with api_server(path, second, "next"):
             await until(lambda: second.num_drops == 1)
 
@@ -130,24 +130,24 @@ def test_a_new_vllm_starts_with_nothing_dropped(worker):
 def test_a_new_worker_asks_for_a_drop_whatever_the_version(monkeypatch):
     """It may have restored older weights."""
 
-    async def main(path, shared, engine):
+    async def main(path, board, engine):
         async with api_server(path, engine):
             await until(lambda: engine.num_drops == 1)
 
     for _ in range(2):
-        with short_dir() as directory, serving(directory) as (_, shared, _):
-            shared.vllm_boot_id, shared.attached, shared.weight_version = "here", True, 3
-            asyncio.run(main(directory / "worker.sock", shared, Engine()))
+        with short_dir() as directory, serving(directory) as (_, board, _):
+            board.state.vllm_boot_id, board.state.attached, board.state.weight_version = "here", True, 3
+            asyncio.run(main(directory / "worker.sock", board, Engine()))
 
 
 def test_a_drop_that_takes_longer_than_the_wait_counts_when_it_is_done(worker):
-    path, server, shared = worker
+    path, server, board = worker
 
     async def main():
         engine = Engine(takes_s=0.8)
         async with api_server(path, engine):
             started = time.monotonic()
-            shared.weight_version = 1
+            board.state.weight_version = 1
             assert not await asyncio.to_thread(server.publish, 1, 0.2)
             assert time.monotonic() - started < 0.7
             await until(lambda: engine.num_drops == 1)
@@ -177,11 +177,11 @@ def test_drops_never_overlap_and_the_newest_version_wins():
 
 
 def test_two_drops_are_a_distance_apart_and_a_publish_waits_for_it(monkeypatch):
-    async def main(path, server, shared):
+    async def main(path, server, board):
         engine, dropped_at = Engine(), []
         async with api_server(path, engine):
             for version in (1, 2, 3):
-                assert await publish(server, shared, version)
+                assert await publish(server, board, version)
                 assert engine.num_drops == version
                 dropped_at.append(time.monotonic())
             assert min(b - a for a, b in itertools.pairwise(dropped_at)) > 0.35
@@ -194,9 +194,9 @@ def test_two_drops_are_a_distance_apart_and_a_publish_waits_for_it(monkeypatch):
         return msgspec.structs.replace(config, train=train)
 
     monkeypatch.setattr(fake_worker, "config_in", config_in)
-    with short_dir() as directory, serving(directory) as (server, shared, _):
-        shared.vllm_boot_id, shared.attached = "here", True
+    with short_dir() as directory, serving(directory) as (server, board, _):
+        board.state.vllm_boot_id, board.state.attached = "here", True
         started = time.monotonic()
         assert not server.publish(1), "no router: nothing to wait for"
         assert time.monotonic() - started < 0.3
-        asyncio.run(main(directory / "worker.sock", server, shared))
+        asyncio.run(main(directory / "worker.sock", server, board))

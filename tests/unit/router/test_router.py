@@ -89,7 +89,7 @@ def test_the_same_key_and_body_give_the_same_job_and_another_body_is_refused(ser
 
 def test_waiting_answers_with_the_losses_when_the_weights_are_served(server, worker, config):
     share_weights(config, "boot-a")
-    worker.shared.vllm_boot_id = "boot-a"
+    worker.board.state.vllm_boot_id = "boot-a"
     server.http.get("/train/health")  # looks at the manifest at once
     time.sleep(1.2)  # the next Hello tells the worker
     training = worker.in_background(worker.train_one)
@@ -176,7 +176,7 @@ def test_a_checkpoint_may_be_asked_for_as_a_delta(server, worker, body, kind):
     asked = []
 
     def answer() -> None:
-        asked.append(worker.shared.asked.get(timeout=5))
+        asked.append(worker.board.asked.get(timeout=5))
         asked[0].done.set_result(SyncResult(3, 1.0, 10, 2, 1, 1000, 200, 0.5, kind=kind))
 
     syncing = worker.in_background(answer)
@@ -186,7 +186,7 @@ def test_a_checkpoint_may_be_asked_for_as_a_delta(server, worker, body, kind):
 
 
 def test_a_bug_in_the_worker_reaches_the_client_without_a_traceback(server, worker, caplog):
-    worker.shared.admit = lambda request: 1 // 0
+    worker.board.admit = lambda request: 1 // 0
     response = server.http.post("/train", json=ONE)
     assert (response.status_code, error_of(response)["type"]) == (500, "internal_error")
     assert "Traceback" not in response.text
@@ -245,9 +245,9 @@ def test_health_is_200_only_while_the_worker_is_attached_to_this_vllm(server, co
     assert "does not answer" in health()[1]
     with FakeWorker(config) as worker:
         wait_until(lambda: "not attached" in health()[1])
-        worker.shared.vllm_boot_id, worker.shared.attached = "boot-b", True
+        worker.board.state.vllm_boot_id, worker.board.state.attached = "boot-b", True
         wait_until(lambda: "another vLLM" in health()[1])
-        worker.shared.vllm_boot_id = "boot-a"
+        worker.board.state.vllm_boot_id = "boot-a"
         wait_until(lambda: health() == (200, "boot-a"))
     wait_until(lambda: "does not answer" in health()[1])
     child = subprocess.Popen(["true"])
@@ -258,9 +258,9 @@ def test_health_is_200_only_while_the_worker_is_attached_to_this_vllm(server, co
 
 def test_publishing_drops_the_prefix_cache_and_is_counted(config, worker):
     share_weights(config, "boot-a")
-    worker.shared.vllm_boot_id = "boot-a"
+    worker.board.state.vllm_boot_id = "boot-a"
     with Server(FakeEngine(multimodal=True)) as server:
-        worker.shared.weight_version = 1
+        worker.board.state.weight_version = 1
         wait_until(lambda: worker.service.publish(1, timeout_s=1.0))
         assert server.engine.calls[:2] == [("reset_prefix_cache", True, False), ("reset_encoder_cache",)]
         from prometheus_client import generate_latest
@@ -274,18 +274,18 @@ def test_publishing_drops_the_prefix_cache_and_is_counted(config, worker):
 
 def test_a_cache_that_vllm_keeps_is_not_reported_as_dropped(config, worker):
     share_weights(config, "boot-a")
-    worker.shared.vllm_boot_id, worker.shared.attached = "boot-a", True
+    worker.board.state.vllm_boot_id, worker.board.state.attached = "boot-a", True
     with Server(FakeEngine(clears=False)) as server:
-        worker.shared.weight_version = 1
+        worker.board.state.weight_version = 1
         wait_until(lambda: len(server.engine.calls) > 0)
         assert not worker.service.publish(1, timeout_s=1.0)
 
 
 def test_no_request_is_preempted_where_there_is_no_prefix_cache(config, worker):
     share_weights(config, "boot-a")
-    worker.shared.vllm_boot_id = "boot-a"
+    worker.board.state.vllm_boot_id = "boot-a"
     with Server(FakeEngine(prefix_caching=False)) as server:
-        worker.shared.weight_version = 1
+        worker.board.state.weight_version = 1
         wait_until(lambda: worker.service.publish(1, timeout_s=1.0))
         assert server.engine.calls == []
 
@@ -294,7 +294,7 @@ def test_no_request_is_preempted_where_there_is_no_prefix_cache(config, worker):
 
 
 def answer(worker, result) -> None:
-    asked = worker.shared.asked.get(timeout=5)
+    asked = worker.board.asked.get(timeout=5)
     if isinstance(result, Exception):
         asked.done.set_exception(result)
     else:
@@ -340,7 +340,7 @@ def test_a_version_is_pinned_and_shown_in_the_history(server, worker, tmp_path):
     for path, body in (("pin", {"version": 1}), ("history", None)):
         response = server.http.request("POST" if body else "GET", f"/checkpoint/{path}", json=body)
         assert (response.status_code, error_of(response)["code"]) == (503, "not_ready"), "no model is known"
-    worker.shared.model_path = str(live.model_dir)
+    worker.board.state.model_path = str(live.model_dir)
     response = server.http.get("/checkpoint/history")
     assert response.status_code == 400
     assert "nothing was synced here yet" in error_of(response)["message"]
@@ -365,7 +365,7 @@ def test_a_pin_waits_for_a_sync_and_other_questions_do_not_wait_for_it(server, w
     live = Live(make_model(tmp_path / "model"))
     live.train()
     live.sync("full")
-    worker.shared.model_path = str(live.model_dir)
+    worker.board.state.model_path = str(live.model_dir)
     with begin(live.model_dir):
         found = []
         thread = worker.in_background(
@@ -387,7 +387,7 @@ def test_a_worker_that_stops_does_not_wait_for_a_busy_checkpoint(config, server,
     found = []
     with begin(live.model_dir):
         with FakeWorker(config) as worker:
-            worker.shared.model_path = str(live.model_dir)
+            worker.board.state.model_path = str(live.model_dir)
             thread = worker.in_background(
                 lambda: found.append(server.http.post("/checkpoint/pin", json={"version": 1}))
             )
@@ -400,7 +400,7 @@ def test_a_worker_that_stops_does_not_wait_for_a_busy_checkpoint(config, server,
 
 def test_a_dry_run_shows_what_would_be_trained_and_queues_nothing(server, worker):
     seen = Previewed(0, 1, [1, 2], [3], "a", "b")
-    worker.shared.preview = lambda request: [seen] * len(request.examples)
+    worker.board.preview = lambda request: [seen] * len(request.examples)
     response = server.http.post("/train?dry_run=true", json=ONE)
     assert response.status_code == 200
     assert response.json() == [msgspec.to_builtins(seen)]

@@ -207,7 +207,7 @@ def test_the_worker_paces_by_its_configuration_and_a_signal_stops_it(tmp_path):
     config = msgspec.structs.replace(config, worker=msgspec.structs.replace(config.worker, pace=100.0))
     with Exporter(model_dir, config.runtime_dir), TurnedByHand(config) as trainer:
         job_id = trainer.submit("one", epochs=1000)
-        before = signal.signal(signal.SIGALRM, lambda *_: trainer.shared.stopping.set())
+        before = signal.signal(signal.SIGALRM, lambda *_: trainer.board.stopping.set())
         try:
             signal.setitimer(signal.ITIMER_REAL, 1.0)
             started = time.monotonic()

@@ -64,7 +64,7 @@ def test_an_error_of_the_device_before_vllms_death_shows_releases_the_job(served
         trainer.worker.train(trainer.queue.take())
         dying.join()
         assert trainer.state(job) not in ("failed", "quarantined")
-        assert trainer.shared.stopping.is_set()
+        assert trainer.board.stopping.is_set()
 
 
 def test_a_device_that_is_lost_while_vllm_lives_ends_the_trainer(served, config, monkeypatch):
@@ -74,5 +74,5 @@ def test_a_device_that_is_lost_while_vllm_lives_ends_the_trainer(served, config,
         raise_in_step(trainer, ILLEGAL)
         with pytest.raises(torch.AcceleratorError):
             trainer.worker.train(trainer.queue.take())
-        assert not trainer.shared.attached  # nothing of it is synced
+        assert not trainer.board.state.attached  # nothing of it is synced
         assert trainer.state(job) != "failed"

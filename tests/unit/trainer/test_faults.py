@@ -251,10 +251,10 @@ def test_attaching_and_restoring_show_life_at_every_tensor(served, config):
     """The watchdog kills a trainer that does not progress; what takes minutes must show that it does."""
     with Trainer(config) as trainer:
         num_tensors = len(trainer.live())
-        assert trainer.shared.progress.activity_count >= num_tensors, "comparing with the disk"
+        assert trainer.board.state.progress.activity_count >= num_tensors, "comparing with the disk"
         trainer.submit("one")
         trainer.train()
         trainer.sync()
-        before = trainer.shared.progress.activity_count
+        before = trainer.board.state.progress.activity_count
         restore(trainer, 0)
-        assert trainer.shared.progress.activity_count >= before + num_tensors
+        assert trainer.board.state.progress.activity_count >= before + num_tensors

@@ -67,7 +67,7 @@ def test_killed_inside_a_step_the_last_checkpoint_comes_back_and_what_came_after
         assert second.steps() == {1}
         assert (second.state(kept), second.state(lost)) == ("durable", "queued")
         assert second.queue.get(torn).steps_done == 0
-        assert second.shared.weight_version > first.shared.weight_version
+        assert second.board.state.weight_version > first.board.state.weight_version
         assert second.train() == [lost, torn], "in the order in which they were accepted"
         second.sync()
         assert {second.state(job) for job in (kept, lost, torn)} == {"durable"}

@@ -28,7 +28,7 @@ def test_a_version_is_restored_live_with_its_optimizer_and_can_be_left_again(
         assert_same(trainer.live(), load_file(model_dir / "model.safetensors"))
         assert trainer.steps() == {target}
         assert (result.num_jobs_undone, result.has_optimizer) == (3 - target, target > 0)
-        assert result.weight_version == trainer.shared.durable_version == 4
+        assert result.weight_version == trainer.board.state.durable_version == 4
         undone = [job for job in trainer.queue.list() if job.state == "undone"]
         assert len(undone) == 3 - target
         assert all(job.undone_by == target and "undone" in job.notes[-1] for job in undone)
@@ -46,7 +46,7 @@ def test_what_was_not_synced_yet_is_a_version_before_it_is_left(served, config):
         make_versions(trainer)
         trainer.submit("four")
         trainer.train()
-        weights, version = trainer.live(), trainer.shared.weight_version
+        weights, version = trainer.live(), trainer.board.state.weight_version
         restore(trainer, 1)
         restore(trainer, version)
         assert_same(trainer.live(), weights)
@@ -84,10 +84,10 @@ def test_weights_that_no_sync_takes_are_replaced_by_a_restore(served, config):
         next(iter(trainer.worker.attachment.live.trained_tensors().values()))[0, 0] = float("nan")
         with pytest.raises(CheckpointError, match="restore VERSION --live"):
             trainer.sync()
-        assert trainer.shared.sync_error
+        assert trainer.board.state.sync_error
         restore(trainer, 3)
         assert_same(trainer.live(), weights[3])
-        assert trainer.shared.sync_error is None
+        assert trainer.board.state.sync_error is None
 
 
 def test_an_older_version_that_is_damaged_leaves_the_live_weights_alone(served, config, model_dir):
@@ -111,7 +111,7 @@ def test_a_restore_is_refused_while_a_job_trains_and_for_an_unknown_version(serv
         with pytest.raises(UserError, match="nothing was synced yet"):
             restore(trainer, 1)
         make_versions(trainer)
-        asked = trainer.shared.ask(RestoreVersion("", 1))
+        asked = trainer.board.ask(RestoreVersion("", 1))
         trainer.worker.do_what_is_asked(is_training=True)
         assert isinstance(asked.exception(0), Conflict)
         with pytest.raises(UserError, match="version 77 is not kept; there are: 0, 1, 2, 3"):

@@ -39,7 +39,7 @@ def test_a_sync_inside_a_job_is_a_version_of_its_own_and_training_goes_on(served
 
         def between_steps(job_id: str) -> None:
             if trainer.queue.get(job_id).steps_done == 2 and not asked:
-                asked.append(trainer.shared.ask(SyncCheckpoint("", "delta")))
+                asked.append(trainer.board.ask(SyncCheckpoint("", "delta")))
             real(job_id)
             seen.append(trainer.live())
 
@@ -48,7 +48,7 @@ def test_a_sync_inside_a_job_is_a_version_of_its_own_and_training_goes_on(served
         trainer.worker.syncing.wait()
         result = asked[0].result(0)
         commit = read_commit(model_dir)
-        assert (result.weight_version, commit.weight_version, trainer.shared.weight_version) == (1, 1, 2)
+        assert (result.weight_version, commit.weight_version, trainer.board.state.weight_version) == (1, 1, 2)
         assert commit.extra["running"]["steps_done"] == commit.extra["optimizer_steps"] == 2
         recover(model_dir)
         assert_same(seen[2], load_file(model_dir / "model.safetensors"))
@@ -65,5 +65,5 @@ def test_a_clock_that_jumps_back_changes_nothing(served, config, model_dir, monk
         restore(trainer, 2)
     with Trainer(config) as again:
         assert again.train() == []
-        assert again.shared.weight_version == again.shared.durable_version == 4
+        assert again.board.state.weight_version == again.board.state.durable_version == 4
     assert verify(model_dir) == []

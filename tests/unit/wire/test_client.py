@@ -101,14 +101,14 @@ def test_a_message_larger_than_the_limit_is_refused_before_it_is_sent(served, pa
 def test_the_heartbeat_tells_who_is_alive_and_a_new_worker_has_a_new_boot_id(path, directory):
     async def main():
         async with WorkerClient(path, "cli") as client:
-            with serving(directory) as (_, shared, _):
+            with serving(directory) as (_, board, _):
                 await until(lambda: client.is_alive, 1.0)
-                assert client.heartbeat.worker_boot_id == shared.worker_boot_id
+                assert client.heartbeat.worker_boot_id == board.worker_boot_id
                 assert client.heartbeat_age_s < 0.5
             await until(lambda: not client.is_alive, 2.5)
-            with serving(directory) as (_, shared, _):
+            with serving(directory) as (_, board, _):
                 await until(lambda: client.is_alive, 2.5)
-                assert client.heartbeat.worker_boot_id == shared.worker_boot_id
+                assert client.heartbeat.worker_boot_id == board.worker_boot_id
                 assert (await client.request(m.GetStatus(""))).status is not None
 
     asyncio.run(main())

@@ -17,7 +17,7 @@ from apollo_ipc.wire.requests import TrainRequest
 from apollo_worker.jobs.job_plan import plan
 from apollo_worker.jobs.queue import JobQueue, UnplannedJob
 from apollo_worker.link.link import ModelFacts
-from apollo_worker.link.status_board import Admission, Shared
+from apollo_worker.link.status_board import Admission, StatusBoard
 
 if TYPE_CHECKING:  # it imports transformers, which takes more than a second: in a thread, once it is needed
     from apollo_worker.jobs.tokenise import Tokeniser
@@ -29,8 +29,8 @@ LOAD_TIMEOUT_S = 60.0
 class Admitter:
     """Knows the last model that a trainer attached to, also after vLLM or the trainer has gone."""
 
-    def __init__(self, options: Train, shared: Shared, queue: JobQueue, runtime_dir: Path):
-        self._options, self._shared, self._queue = options, shared, queue
+    def __init__(self, options: Train, board: StatusBoard, queue: JobQueue, runtime_dir: Path):
+        self._options, self._board, self._queue = options, board, queue
         self._runtime_dir = runtime_dir
         self._serving = Serving()
         self._facts: ModelFacts | None = None
@@ -57,7 +57,7 @@ class Admitter:
         """As vLLM serves the model now. Raises NotReady where no model is known yet."""
         facts, loaded = self._facts, self._tokeniser
         if facts is None or loaded is None:
-            reason = self._shared.attach_error or "attaching to vLLM"
+            reason = self._board.state.attach_error or "attaching to vLLM"
             raise NotReady(f"the worker knows no model yet: {reason}")
         if (told := self._told(facts)) is not None and told != self._serving:
             loaded = self._load(facts, told)
@@ -93,7 +93,7 @@ class Admitter:
                 )
                 logger.error("job %s of an older program cannot be planned: %s", job.job_id, message)
                 self._queue.refuse_unplanned(job.job_id, message)
-        self._shared.wake.set()
+        self._board.wake.set()
 
     def _plan_older(self, job: UnplannedJob, tokeniser: Tokeniser) -> None:
         request = msgspec.msgpack.decode(job.request, type=TrainRequest)

@@ -42,7 +42,7 @@ from apollo_ipc.wire.messages import (
 from apollo_ipc.wire.requests import parse_train_body
 from apollo_worker.jobs.example import request_digest
 from apollo_worker.jobs.queue import JobQueue
-from apollo_worker.link.status_board import Shared
+from apollo_worker.link.status_board import StatusBoard
 
 PIN_WAIT_S = 900.0  # a sync of a large model holds the checkpoint for minutes
 PIN_LOOK_S = 1.0
@@ -65,9 +65,9 @@ class Answers:
     """count_peers: (messages that were none, routers), which only the socket knows."""
 
     def __init__(
-        self, config: Config, shared: Shared, queue: JobQueue, count_peers: Callable[[], tuple[int, int]]
+        self, config: Config, board: StatusBoard, queue: JobQueue, count_peers: Callable[[], tuple[int, int]]
     ):
-        self._config, self._shared, self._queue = config, shared, queue
+        self._config, self._board, self._queue = config, board, queue
         self._count_peers = count_peers
         self._accepting = ThreadPoolExecutor(1, "apollo-accept")
         self._answering = ThreadPoolExecutor(1, "apollo-answer")
@@ -98,11 +98,11 @@ class Answers:
                 return Reply(request_id, job=await self.job(message.job_id, with_history=True))
             case CancelJob():
                 job = await _in(self._answering, self._queue.cancel, message.job_id)
-                self._shared.wake.set()
+                self._board.wake.set()
                 return Reply(request_id, job=job)
             case SyncCheckpoint() | RestoreVersion():
                 # Shielded: the main loop could not set the result of a cancelled future.
-                result = await asyncio.shield(asyncio.wrap_future(self._shared.ask(message)))
+                result = await asyncio.shield(asyncio.wrap_future(self._board.ask(message)))
                 if isinstance(result, RestoreResult):
                     return Reply(request_id, restore=result)
                 return Reply(request_id, sync=result)
@@ -121,19 +121,19 @@ class Answers:
         digest = request_digest(request)
         if known := self._queue.find_by_key(submit.idempotency_key, digest):
             return known
-        admission = self._shared.admit(request)
+        admission = self._board.admit(request)
         job = self._queue.submit(
             admission.plan, digest, notes=admission.notes, idempotency_key=submit.idempotency_key
         )
-        self._shared.wake.set()
+        self._board.wake.set()
         return job
 
     def _preview(self, preview: Preview) -> list[Previewed]:
-        return self._shared.preview(parse_train_body(preview.body))
+        return self._board.preview(parse_train_body(preview.body))
 
     def _status(self) -> Status:
         num_bad_messages, num_routers = self._count_peers()
-        return self._shared.status(
+        return self._board.status(
             num_queued=self._queue.count("queued"),
             num_bad_messages=num_bad_messages,
             num_routers=num_routers,
@@ -164,8 +164,8 @@ class Answers:
 
     def _model_dir(self) -> Path:
         """Of the model last attached to, or of the one that is served."""
-        if self._shared.model_path is not None:
-            return Path(self._shared.model_path)
+        if self._board.state.model_path is not None:
+            return Path(self._board.state.model_path)
         if (manifest := read_manifest(self._config.runtime_dir)) is None:
             raise NotReady("no model is being served here yet, so its checkpoint cannot be found")
         return Path(manifest.model_path)

@@ -1,8 +1,8 @@
 """The worker's front: the process that is always there. It answers clients, and owns the trainer.
 
-    clients <-- ZMQ --> Service | Admitter | JobQueue | Shared (a mirror)    front, normal priority
+    clients <-- ZMQ --> Server | Admitter | JobQueue | StatusBoard    front, normal priority
                                      link (socket pair)
-                        TrainingWorker | Attachment | JobQueue | Shared      trainer, SCHED_IDLE on a CPU
+                        MainLoop | Attachment | JobQueue | StatusBoard    trainer, SCHED_IDLE on a CPU
 
 Two processes, since two threads share the interpreter's lock: on a busy CPU a trainer in SCHED_IDLE was put
 off for seconds while it held it, and status took as long (p99 1-2.6 s). No torch here, and no weights.
@@ -22,7 +22,7 @@ from apollo_ipc.wire.messages import RestoreResult, SyncResult
 from apollo_ipc.wire.remote import error_from
 from apollo_worker.front.admission import Admitter
 from apollo_worker.front.post_sync import PostSyncRunner
-from apollo_worker.front.server import Service
+from apollo_worker.front.server import Server
 from apollo_worker.front.trainer_process import COMMAND, TrainerChild
 from apollo_worker.jobs.queue import JobQueue
 from apollo_worker.link.link import (
@@ -37,7 +37,7 @@ from apollo_worker.link.link import (
     State,
     Wake,
 )
-from apollo_worker.link.status_board import Shared
+from apollo_worker.link.status_board import StatusBoard
 
 log = logging.getLogger(__name__)
 TICK_S = 0.1
@@ -50,58 +50,60 @@ class Front:
 
     def __init__(self, config: Config, trainer_command: tuple[str, ...] = COMMAND):
         make_private_dir(config.state_dir)
-        self.shared = Shared()
+        self.board = StatusBoard()
         # Made and migrated here, before a trainer opens it.
         self.queue = JobQueue(config.state_dir / "queue.sqlite", config.worker.max_queued_jobs)
-        self.admitter = Admitter(config.train, self.shared, self.queue, config.runtime_dir)
-        self.shared.admit = self.admitter.admit
-        self.shared.preview = self.admitter.preview
-        self.service = Service(config, self.shared, self.queue)
+        self.admitter = Admitter(config.train, self.board, self.queue, config.runtime_dir)
+        self.board.admit = self.admitter.admit
+        self.board.preview = self.admitter.preview
+        self.service = Server(config, self.board, self.queue)
         self.trainer = TrainerChild(config, self._read, trainer_command)
         # Asked of the trainer, not answered yet.
         self._asked: dict[int, Future[SyncResult | RestoreResult]] = {}
         self._num_asked = 0
         self._post_sync = PostSyncRunner(
-            config.checkpoint, lambda state: setattr(self.shared, "post_sync", state)
+            config.checkpoint, lambda state: setattr(self.board, "post_sync", state)
         )
         self._is_ready = False
         self._told_at = 0.0
 
     def run(self) -> None:
-        """Until `shared.stopping` is set. Raises AlreadyRunning or ConfigError before anything is touched."""
+        """Until `board.stopping` is set. Raises AlreadyRunning or ConfigError before anything is touched."""
         self.service.start()
         try:
-            while not self.shared.stopping.is_set():
+            while not self.board.stopping.is_set():
                 self.keep_trainer_running()
                 self.pass_on()
                 self.tell_supervisor()
-                self.shared.wake.wait(TICK_S)
+                self.board.wake.wait(TICK_S)
         finally:
             self.stop()
 
     def keep_trainer_running(self) -> None:
         if self.trainer.is_hung():
-            log.error("the trainer has not got on (%s): it is killed", self.shared.progress.activity)
+            log.error("the trainer has not got on (%s): it is killed", self.board.state.progress.activity)
             self.trainer.kill()
         if self.trainer.has_ended():
             reason = self.trainer.reap()
             log.error("%s", reason)
             self._show_no_trainer(reason)
         if self.trainer.can_start():
-            self.trainer.start(self.shared.progress.activity_count)
+            self.trainer.start(self.board.state)
 
     def pass_on(self) -> None:
         """What the service wants of the trainer."""
-        if is_woken := self.shared.wake.is_set():
-            self.shared.wake.clear()  # before looking: what comes in meanwhile sets it again
+        if is_woken := self.board.wake.is_set():
+            self.board.wake.clear()  # before looking: what comes in meanwhile sets it again
         link = self.trainer.open_link
-        while not self.shared.asked.empty():
-            asked = self.shared.asked.get()
+        while not self.board.asked.empty():
+            asked = self.board.asked.get()
             self._num_asked += 1
             self._asked[self._num_asked] = asked.done
             if link is None or not link.send(Ask(self._num_asked, asked.request)):
                 del self._asked[self._num_asked]
-                asked.done.set_exception(NotReady(self.shared.attach_error or "the trainer does not answer"))
+                asked.done.set_exception(
+                    NotReady(self.board.state.attach_error or "the trainer does not answer")
+                )
         if is_woken and link is not None:
             link.note(Wake, Wake)
 
@@ -111,7 +113,7 @@ class Front:
         if time.monotonic() - self._told_at < TELL_INTERVAL_S and self._is_ready:
             return
         self._told_at = time.monotonic()
-        if self.shared.attached and not self._is_ready:
+        if self.board.state.attached and not self._is_ready:
             self._is_ready = True
             notify("READY=1")
         elif not self._is_ready:
@@ -131,8 +133,8 @@ class Front:
         log.info("worker %d stopped", os.getpid())
 
     def _show_no_trainer(self, reason: str) -> None:
-        self.shared.attached, self.shared.attach_error = False, reason
-        self.shared.show("trainer restarting")
+        self.board.state.attached, self.board.state.attach_error = False, reason
+        self.board.show("trainer restarting")
         self._refuse_asked(reason)
 
     def _refuse_asked(self, reason: str, code: str | None = None) -> None:
@@ -156,9 +158,9 @@ class Front:
     def _handle(self, link: Link, message: object) -> None:
         match message:
             case State():
-                self.trainer.on_state(message)
-                self.shared.mirror(message)
-                self._post_sync.note(message.last_sync, message.model_path)
+                self.trainer.on_state(message.state)
+                self.board.state = message.state
+                self._post_sync.note(message.state.last_sync, message.state.model_path)
             case ModelFacts():
                 self.admitter.learn(message)
             case JobChanged():

@@ -17,7 +17,7 @@ from contextlib import suppress
 
 from apollo_ipc.wire.messages import CacheDropped, DropCache
 from apollo_worker.front.peers import Peers
-from apollo_worker.link.status_board import Shared
+from apollo_worker.link.status_board import StatusBoard
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +32,12 @@ class Publisher:
 
     def __init__(
         self,
-        shared: Shared,
+        board: StatusBoard,
         peers: Peers,
         send: Callable[[bytes, DropCache], bool],
         distance_s: float,
     ):
-        self._shared, self._peers, self._send = shared, peers, send
+        self._board, self._peers, self._send = board, peers, send
         self._distance_s, self._asked_at = distance_s, -math.inf
         # (boot of vLLM, version) of the newest drop that a router has confirmed.
         self._dropped: tuple[str | None, int] = (None, 0)
@@ -47,13 +47,13 @@ class Publisher:
     async def publish(self, weight_version: int, timeout_s: float) -> bool:
         """Whether a router has confirmed. False where none is there (at once) or none confirmed in
         `timeout_s`, to which the distance to the drop before comes."""
-        if not self._peers.routers(self._shared.vllm_boot_id, time.monotonic()):
+        if not self._peers.routers(self._board.state.vllm_boot_id, time.monotonic()):
             return False
         with suppress(TimeoutError):
             async with asyncio.timeout(self._distance_s + timeout_s), self._asking:
                 await asyncio.sleep(self._asked_at + self._distance_s - time.monotonic())
                 deadline = time.monotonic() + timeout_s
-                routers = self._peers.routers(self._shared.vllm_boot_id, time.monotonic())
+                routers = self._peers.routers(self._board.state.vllm_boot_id, time.monotonic())
                 for i, identity in enumerate(routers):
                     if self._is_dropped(weight_version):
                         break
@@ -64,7 +64,7 @@ class Publisher:
 
     async def keep_up(self) -> None:
         """One look: whether the served version still has to be published."""
-        shown = self._shared
+        shown = self._board.state
         has_router = bool(self._peers.routers(shown.vllm_boot_id, time.monotonic()))
         if not shown.attached or not has_router or self._is_dropped(shown.weight_version):
             await asyncio.sleep(LOOK_S)
@@ -74,7 +74,7 @@ class Publisher:
     def on_cache_dropped(self, identity: bytes, message: CacheDropped) -> None:
         if not message.ok:
             logger.warning("a router could not drop its cache: %s", message.error)
-        boot_id = self._shared.vllm_boot_id
+        boot_id = self._board.state.vllm_boot_id
         # Also where nobody waits for it any more.
         if message.ok and identity in self._peers.routers(boot_id, time.monotonic()):
             before = self._dropped[1] if self._dropped[0] == boot_id else 0
@@ -86,7 +86,7 @@ class Publisher:
 
     def _is_dropped(self, weight_version: int) -> bool:
         boot_id, version = self._dropped
-        return weight_version <= (version if boot_id == self._shared.vllm_boot_id else 0)
+        return weight_version <= (version if boot_id == self._board.state.vllm_boot_id else 0)
 
     async def _ask(self, identity: bytes, weight_version: int, timeout_s: float) -> None:
         confirmed: asyncio.Future[bool] = asyncio.get_running_loop().create_future()

@@ -44,7 +44,7 @@ from apollo_worker.front.endpoint import Endpoint
 from apollo_worker.front.peers import Peers, Watches
 from apollo_worker.front.publishing import Publisher
 from apollo_worker.jobs.queue import JobQueue
-from apollo_worker.link.status_board import Shared
+from apollo_worker.link.status_board import StatusBoard
 
 logger = logging.getLogger(__name__)
 
@@ -54,20 +54,20 @@ START_TIMEOUT_S = 10.0
 GOODBYE_S = 0.05
 
 
-class Service:
+class Server:
     """`start` binds and returns; `stop` answers what is open with NotReady and closes.
 
     `publish`, `start_publishing` and `note_change` are for other threads; everything else happens in the
     service's own.
     """
 
-    def __init__(self, config: Config, shared: Shared, queue: JobQueue):
+    def __init__(self, config: Config, board: StatusBoard, queue: JobQueue):
         self.num_bad_messages = 0
-        self._shared = shared
+        self._board = board
         self._queue = queue
         self._publish_distance_s = config.train.publish_distance_s
         self._answers = Answers(
-            config, shared, queue, lambda: (self.num_bad_messages, self._peers.num_routers)
+            config, board, queue, lambda: (self.num_bad_messages, self._peers.num_routers)
         )
         self._endpoint = Endpoint(config.runtime_dir, config.socket_path)
         self._peers = Peers()
@@ -103,7 +103,7 @@ class Service:
 
     def publish(self, weight_version: int, timeout_s: float = 5.0) -> bool:
         """Has one live router of this vLLM drop its prefix cache. Call it after the last write of this
-        version and after setting `shared.weight_version`.
+        version and after setting `board.state.weight_version`.
 
         True once a router confirmed. False when none is there (at once) or none confirmed in `timeout_s`:
         they are asked again, as soon as one is there.
@@ -135,7 +135,7 @@ class Service:
         try:
             self._loop = asyncio.get_running_loop()
             self._stopped = asyncio.Event()
-            self._publisher = Publisher(self._shared, self._peers, self._send, self._publish_distance_s)
+            self._publisher = Publisher(self._board, self._peers, self._send, self._publish_distance_s)
             self._socket = self._endpoint.bind(context)
         except BaseException as error:
             context.destroy(linger=0)
@@ -183,14 +183,14 @@ class Service:
         await asyncio.sleep(HEARTBEAT_INTERVAL_S)
 
     def _heartbeat(self) -> Heartbeat:
-        shared = self._shared
+        board = self._board
         return Heartbeat(
             protocol=PROTOCOL_VERSION,
-            worker_boot_id=shared.worker_boot_id,
-            vllm_boot_id=shared.vllm_boot_id,
-            attached=shared.attached,
-            weight_version=shared.weight_version,
-            progress=shared.progress,
+            worker_boot_id=board.worker_boot_id,
+            vllm_boot_id=board.state.vllm_boot_id,
+            attached=board.state.attached,
+            weight_version=board.state.weight_version,
+            progress=board.state.progress,
         )
 
     async def _push_events(self) -> None:

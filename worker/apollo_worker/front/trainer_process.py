@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable
 
 from apollo_ipc.config import Config
-from apollo_ipc.wire.messages import Progress
-from apollo_worker.link.link import FromTrainer, Link, Start, State, Stop, make_pair
+from apollo_ipc.wire.messages import Progress, TrainerState
+from apollo_worker.link.link import FromTrainer, Link, Start, Stop, make_pair
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class TrainerChild:
     def can_start(self) -> bool:
         return self._process is None and time.monotonic() >= self._start_again_at
 
-    def start(self, activity_count: int) -> None:
+    def start(self, state: TrainerState) -> None:
         ours, its = make_pair()
         # systemd hears the front only.
         environment = {name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"}
@@ -66,7 +66,7 @@ class TrainerChild:
                 stdin=subprocess.DEVNULL,
             )
         self.link = Link(ours, FromTrainer)
-        self.link.send(Start(self._config, activity_count))
+        self.link.send(Start(self._config, state))
         self._started_at = self._moved_at = time.monotonic()
         self._progress = self._closed_at = None
         self._reader = threading.Thread(
@@ -74,7 +74,7 @@ class TrainerChild:
         )
         self._reader.start()
 
-    def on_state(self, state: State) -> None:
+    def on_state(self, state: TrainerState) -> None:
         """Whether it gets on is what the count says, not that messages come: another thread sends those."""
         if self._progress is None or state.progress.activity_count != self._progress.activity_count:
             self._moved_at = time.monotonic()

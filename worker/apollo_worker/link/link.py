@@ -30,11 +30,11 @@ import msgspec
 from apollo_ipc.config import Config
 from apollo_ipc.wire.messages import (
     ErrorInfo,
-    Progress,
     RestoreResult,
     RestoreVersion,
     SyncCheckpoint,
     SyncResult,
+    TrainerState,
 )
 
 logger = logging.getLogger(__name__)
@@ -48,10 +48,10 @@ UPDATE_INTERVAL_S = 0.05  # States and JobChanged go out at most this often
 
 
 class Start(msgspec.Struct, frozen=True, tag=True):
-    """First of all. activity_count: where the trainer before this one stopped counting."""
+    """First of all. state: what the trainer before this one last said; the new one goes on from it."""
 
     config: Config
-    activity_count: int = 0
+    state: TrainerState
 
 
 class Wake(msgspec.Struct, frozen=True, tag=True):
@@ -82,23 +82,9 @@ FromFront = Start | Wake | Ask | Published | Stop
 
 
 class State(msgspec.Struct, frozen=True, tag=True):
-    """What the trainer knows of what Status and Heartbeat show; the front's Shared mirrors it."""
+    """The trainer's state, after changes and at least every STATE_INTERVAL_S."""
 
-    progress: Progress
-    attached: bool = False
-    attach_error: str | None = None
-    vllm_boot_id: str | None = None
-    vllm_pid: int | None = None
-    model_path: str | None = None  # None: this trainer has not attached yet
-    weight_version: int = 0
-    durable_version: int = 0
-    num_parameters: int = 0
-    num_parameters_mapped: int = 0
-    optimizer_state_bytes: int = 0
-    refused: list[str] = []
-    last_sync: SyncResult | None = None
-    is_syncing: bool = False
-    sync_error: str | None = None
+    state: TrainerState
 
 
 class ModelFacts(msgspec.Struct, frozen=True, tag=True):

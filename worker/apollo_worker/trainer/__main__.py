@@ -23,7 +23,7 @@ from typing import Protocol
 from apollo_ipc.errors import ApolloError
 from apollo_ipc.process.serving import die_with_parent
 from apollo_worker.link.link import FromFront, Link, Start
-from apollo_worker.roles import log_as
+from apollo_worker.process import log_as
 from apollo_worker.trainer.front_end import TrainerEnd, trainer_lock
 
 log = logging.getLogger(__name__)
@@ -45,10 +45,10 @@ def run(link_fd: int, make_worker: Callable[[TrainerEnd], Runs]) -> int:
         return 0  # the front ended meanwhile
     end = TrainerEnd(link, start)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: end.shared.stopping.set())
+        signal.signal(number, lambda *_: end.board.stopping.set())
     end.start()
     try:
-        with trainer_lock(end.shared, end.config.state_dir) as has_lock:
+        with trainer_lock(end.board, end.config.state_dir) as has_lock:
             if has_lock:
                 make_worker(end).run()
     except ApolloError as error:

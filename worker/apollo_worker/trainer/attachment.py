@@ -13,7 +13,7 @@ from apollo_ipc.config import Config
 from apollo_ipc.errors import ApolloError, AttachError, CheckpointError, UserError
 from apollo_ipc.manifest import Manifest, read_manifest
 from apollo_worker.link.link import ModelFacts
-from apollo_worker.link.status_board import Shared
+from apollo_worker.link.status_board import StatusBoard
 from apollo_worker.model.hf_model import vocab_size_of
 from apollo_worker.model.live_model import LiveModel, attach
 from apollo_worker.step.pace import Pace
@@ -33,11 +33,11 @@ class Attachment:
     def __init__(
         self,
         config: Config,
-        shared: Shared,
+        board: StatusBoard,
         recovery: Recovery,
         tell_model: Callable[[ModelFacts], None] = lambda facts: None,
     ):
-        self._config, self._shared, self.recovery = config, shared, recovery
+        self._config, self._board, self.recovery = config, board, recovery
         self._tell_model = tell_model
         self.live: LiveModel | None = None
         self.trainer: Trainer | None = None
@@ -46,7 +46,7 @@ class Attachment:
         self._refused_boot: str | None = None  # a manifest that was refused is not tried again and again
 
     def ensure(self) -> bool:
-        """True when attached to the vLLM that runs now. False: `shared.attach_error` says what is missing."""
+        """True when attached to the vLLM that runs now. False: `attach_error` says what is missing."""
         if self.live is not None and self.live.is_alive():
             return True
         if self.live is not None:
@@ -72,9 +72,9 @@ class Attachment:
 
     def detach(self, reason: str) -> None:
         """Drops every view of the weights. Nothing is written to them any more."""
-        self._shared.attached = False
-        self._shared.attach_error = reason
-        self._shared.vllm_boot_id = self._shared.vllm_pid = None
+        self._board.state.attached = False
+        self._board.state.attach_error = reason
+        self._board.state.vllm_boot_id = self._board.state.vllm_pid = None
         writer, live = self.writer, self.live
         self.trainer = self.writer = self.live = None
         if live is not None:
@@ -83,10 +83,10 @@ class Attachment:
             writer.wait(is_urgent=True)  # what was copied out is committed; its compaction can wait
 
     def _wait_for_vllm(self, reason: str, refused: list[str] | None = None) -> None:
-        if reason != self._shared.attach_error:
+        if reason != self._board.state.attach_error:
             log.info("not attached: %s", reason)
-        self._shared.attach_error = reason
-        self._shared.refused = refused or []
+        self._board.state.attach_error = reason
+        self._board.state.refused = refused or []
 
     def _may_try(self, boot_id: str) -> bool:
         """A vLLM at once, the same one again only after a while: an attempt may read the whole model."""
@@ -106,8 +106,8 @@ class Attachment:
 
     def _attach(self, manifest: Manifest) -> None:
         """Raises AttachError; one that will not go away without another vLLM is remembered by its boot_id."""
-        config, shared = self._config, self._shared
-        shared.show("attaching")
+        config, board = self._config, self._board
+        board.show("attaching")
         before = read_state(config.state_dir)
         check_same_model(before, manifest.model_path, config.state_dir)
         model_dir = Path(manifest.model_path)
@@ -119,7 +119,7 @@ class Attachment:
             live = attach(
                 manifest,
                 verify=is_new_boot and config.worker.verify_checkpoint,
-                on_progress=lambda: shared.show("attaching"),
+                on_progress=lambda: board.show("attaching"),
             )
         except AttachError as error:
             if error.refused:
@@ -133,7 +133,7 @@ class Attachment:
         self._tell_model(model_facts(live, self.trainer, config))
         commit = current_commit(model_dir)
         known = before.weight_version if before else 0
-        shared.weight_version = max(known, commit.weight_version if commit else 0)
+        board.state.weight_version = max(known, commit.weight_version if commit else 0)
         if self.recovery.at_attach(live, commit, is_new_boot=is_new_boot):
             commit = current_commit(model_dir)
         is_loaded = load_optimizer(self.trainer, model_dir, commit)
@@ -141,21 +141,21 @@ class Attachment:
         # Moments at zero begin with step 0, or the correction of their bias would take them for warm ones.
         if is_loaded and (num_lost := self.recovery.marks.num_steps - num_steps_of(commit)) > 0:
             self.trainer.main_optimizer.advance(num_lost)
-        shared.durable_version = commit.weight_version if commit else 0
-        shared.vllm_boot_id, shared.vllm_pid = manifest.boot_id, manifest.pid
-        shared.model_path = manifest.model_path
-        shared.num_parameters = shared.num_parameters_mapped = live.num_parameters
-        shared.optimizer_state_bytes = self.trainer.optimizer.state_size_bytes()
-        shared.attach_error, shared.refused = None, []
-        shared.attached = True
+        board.state.durable_version = commit.weight_version if commit else 0
+        board.state.vllm_boot_id, board.state.vllm_pid = manifest.boot_id, manifest.pid
+        board.state.model_path = manifest.model_path
+        board.state.num_parameters = board.state.num_parameters_mapped = live.num_parameters
+        board.state.optimizer_state_bytes = self.trainer.optimizer.state_size_bytes()
+        board.state.attach_error, board.state.refused = None, []
+        board.state.attached = True
         log.info(
             "attached to vLLM pid %d (boot %s): %d of %d parameters of %s, weight version %d",
             *(manifest.pid, manifest.boot_id[:8], live.num_parameters, live.num_parameters),
-            *(manifest.model_path, shared.weight_version),
+            *(manifest.model_path, board.state.weight_version),
         )
 
     def _make_trainer(self, live: LiveModel) -> Trainer:
-        pace = Pace(self._config.worker.pace, self._shared.stopping.is_set)
+        pace = Pace(self._config.worker.pace, self._board.stopping.is_set)
         return Trainer(live, self._config.train, pace)
 
     def write_back(self) -> None:

@@ -1,4 +1,4 @@
-"""The trainer's end of the link: a Shared that the front mirrors, and what the front asks for."""
+"""The trainer's end of the link: a StatusBoard that the front mirrors, and what the front asks for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
-from apollo_ipc.wire.messages import JobInfo, Progress, RestoreResult, SyncResult
+from apollo_ipc.wire.messages import JobInfo, RestoreResult, SyncResult
 from apollo_ipc.wire.remote import error_info
 from apollo_worker.link.link import (
     Answered,
@@ -28,7 +28,7 @@ from apollo_worker.link.link import (
     Stop,
     Wake,
 )
-from apollo_worker.link.status_board import Shared
+from apollo_worker.link.status_board import StatusBoard
 
 logger = logging.getLogger(__name__)
 PUBLISH_TIMEOUT_S = 6.0  # the front itself gives up after 5 s and the distance to the publish before
@@ -36,17 +36,18 @@ LOCK_LOOK_S = 0.25
 
 
 class TrainerEnd:
-    """`start` it in the trainer; then the main loop works with `shared`, and `publish` and `tell_model`."""
+    """`start` it in the trainer; then the main loop works with `board`, and `publish` and `tell_model`."""
 
     def __init__(self, link: Link, start: Start):
         self.config = start.config
-        self.shared = Shared(on_show=self._note_state)
+        self.board = StatusBoard(on_show=self._note_state)
         self._link = link
         self._front_pid = os.getppid()
         self._is_alone = self._is_finishing = False
         self._confirmed = threading.Condition()
         self._answer: Published | None = None
-        self.shared.progress = Progress("starting", start.activity_count)
+        self.board.state = start.state
+        self.board.show("starting")
 
     @property
     def has_front(self) -> bool:
@@ -54,7 +55,7 @@ class TrainerEnd:
         return not self._is_alone and os.getppid() == self._front_pid
 
     def start(self) -> None:
-        self._link.beat(State, self.shared.state)
+        self._link.beat(State, self._state)
         threading.Thread(target=self._read, name="apollo-front", daemon=True).start()
 
     def on_change(self, job: JobInfo) -> None:
@@ -66,7 +67,7 @@ class TrainerEnd:
         self._link.send(facts)
 
     def publish(self, weight_version: int, timeout_s: float | None = None) -> bool:
-        """Call it after the last write of this version and after setting `shared.weight_version`.
+        """Call it after the last write of this version and after setting `board.state.weight_version`.
 
         True once a router has confirmed that it dropped its prefix cache. False where none did, or without a
         front: heartbeats go on telling routers the version.
@@ -92,11 +93,14 @@ class TrainerEnd:
         self._link.finish(timeout_s=1.0)
 
     def stop(self) -> None:
-        self.shared.stopping.set()
-        self.shared.wake.set()
+        self.board.stopping.set()
+        self.board.wake.set()
 
     def _note_state(self) -> None:
-        self._link.note(State, self.shared.state)
+        self._link.note(State, self._state)
+
+    def _state(self) -> State:
+        return State(self.board.state)
 
     def _read(self) -> None:
         while True:
@@ -107,7 +111,7 @@ class TrainerEnd:
                 return
             match message:
                 case Wake():
-                    self.shared.wake.set()
+                    self.board.wake.set()
                 case Stop():
                     self.stop()
                 case Ask():
@@ -128,7 +132,7 @@ class TrainerEnd:
                 case RestoreResult():
                     self._link.send(Answered(ask.id, restore=result))
 
-        self.shared.ask(ask.request).add_done_callback(answer)
+        self.board.ask(ask.request).add_done_callback(answer)
 
     def _on_front_gone(self) -> None:
         if self._is_finishing:
@@ -144,32 +148,34 @@ class TrainerEnd:
 
 
 @contextmanager
-def trainer_lock(shared: Shared, state_dir: Path) -> Iterator[bool]:
+def trainer_lock(board: StatusBoard, state_dir: Path) -> Iterator[bool]:
     """Held by the one process that may write to the weights. Waits for a trainer that outlives its front.
 
     In the state directory, beside the queue that it protects: a runtime directory goes at logout.
-    False, without the lock: `shared.stopping` was set while waiting. The kernel frees it however we end.
+    False, without the lock: `board.stopping` was set while waiting. The kernel frees it however we end.
     """
     fd = os.open(state_dir / "trainer.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
-        yield _wait_for(fd, shared)
+        yield _wait_for(fd, board)
     finally:
         os.close(fd)
 
 
-def _wait_for(fd: int, shared: Shared) -> bool:
-    while not shared.stopping.is_set():
+def _wait_for(fd: int, board: StatusBoard) -> bool:
+    while not board.stopping.is_set():
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
-            shared.attach_error = f"waiting for the trainer before this one (pid {holder}) to finish its step"
-            shared.show("waiting for the old trainer")
-            shared.wake.wait(LOCK_LOOK_S)
-            shared.wake.clear()
+            board.state.attach_error = (
+                f"waiting for the trainer before this one (pid {holder}) to finish its step"
+            )
+            board.show("waiting for the old trainer")
+            board.wake.wait(LOCK_LOOK_S)
+            board.wake.clear()
         else:
             os.ftruncate(fd, 0)
             os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-            shared.attach_error = None
+            board.state.attach_error = None
             return True
     return False

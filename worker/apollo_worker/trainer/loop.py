@@ -41,7 +41,7 @@ class JobStopped(Exception):
 class MainLoop:
     def __init__(self, end: TrainerEnd):
         self.config = config = end.config
-        self.front_end, self.shared = end, end.shared
+        self.front_end, self.board = end, end.board
         # The front answers clients and never holds the file for long; a job must not fail on it.
         busy_timeout_s = config.worker.step_timeout_s
         self.queue = JobQueue(
@@ -49,17 +49,17 @@ class MainLoop:
         )
         self.queue.on_change = end.on_change
         self.marks = StepMarks(config.state_dir / "step.marks")
-        recovery = Recovery(config, self.shared, self.queue, self.marks)
-        self.attachment = Attachment(config, self.shared, recovery, end.tell_model)
-        self.syncing = Syncing(config.checkpoint, self.shared, self.queue, self.attachment, self.marks)
+        recovery = Recovery(config, self.board, self.queue, self.marks)
+        self.attachment = Attachment(config, self.board, recovery, end.tell_model)
+        self.syncing = Syncing(config.checkpoint, self.board, self.queue, self.attachment, self.marks)
         self._published_at = time.monotonic()
         self._num_unpublished = 0  # steps since the last weight version
 
     def run(self) -> None:
-        """Until `shared.stopping` is set."""
+        """Until `board.stopping` is set."""
         use_idle_priority(self.config)  # before OpenMP's threads are born, which inherit it
         try:
-            while not self.shared.stopping.is_set():
+            while not self.board.stopping.is_set():
                 if not self.attachment.ensure():
                     self.wait("waiting for vLLM")
                     continue
@@ -75,7 +75,7 @@ class MainLoop:
         """One job from its first step not done to its end. What goes wrong in it ends this job only."""
         try:
             self.train_steps(job)
-            version = self.publish() if job.plan.num_steps else self.shared.weight_version
+            version = self.publish() if job.plan.num_steps else self.board.state.weight_version
             self.queue.finish(job.info.job_id, "applied", weight_version=version)
         except JobStopped as stopped:
             self.end_early(job, str(stopped))
@@ -88,12 +88,12 @@ class MainLoop:
                 # takes it on: a backward pass that was cut off leaves memory to C++.
                 log.warning("job %s waits for the next vLLM and a new trainer (%s)", job.info.job_id, error)
                 self.queue.release(job.info.job_id)
-                self.shared.stopping.set()
+                self.board.stopping.set()
                 return
             if is_lost:
                 # The CUDA context is beyond use: every job after this one would fail of it too. The next
                 # trainer finds the torn step; a job that does this three times is quarantined.
-                self.shared.attached = False  # nothing of this is synced
+                self.board.state.attached = False  # nothing of this is synced
                 raise
             self.fail(job, error)
         else:
@@ -130,7 +130,7 @@ class MainLoop:
         num_steps, loss = todo.num_steps, None
 
         def show(steps_done: int) -> None:
-            self.shared.show("training", job_id=job_id, steps_done=steps_done, num_steps=num_steps, loss=loss)
+            self.board.show("training", job_id=job_id, steps_done=steps_done, num_steps=num_steps, loss=loss)
 
         show(job.info.steps_done)
         for step in range(job.info.steps_done, num_steps):
@@ -149,7 +149,7 @@ class MainLoop:
 
     def between_steps(self, job_id: str) -> None:
         """What may happen while no step is in the making."""
-        if self.shared.stopping.is_set():
+        if self.board.stopping.is_set():
             raise JobStopped("stopping")
         if self.queue.is_cancel_requested(job_id):
             raise JobStopped("cancelled")
@@ -173,14 +173,14 @@ class MainLoop:
     def publish(self) -> int:
         """A new weight version: routers drop the KV that older weights computed. Returns the version."""
         self.marks.check_whole()
-        version = self.shared.weight_version + 1
+        version = self.board.state.weight_version + 1
         self.attachment.recovery.set_version(self.attachment.require_live(), version)
         self.announce()
         return version
 
     def announce(self) -> None:
         """The version as it is, which a write-back has raised already."""
-        version = self.shared.weight_version
+        version = self.board.state.weight_version
         if not self.front_end.publish(version):
             log.info("weight version %d: no router has confirmed yet", version)
         self._published_at, self._num_unpublished = time.monotonic(), 0
@@ -189,8 +189,8 @@ class MainLoop:
 
     def do_what_is_asked(self, *, is_training: bool) -> None:
         """Starts a sync that is asked for or due; restores an older version, while no job trains."""
-        while not self.shared.asked.empty():
-            asked = self.shared.asked.get()
+        while not self.board.asked.empty():
+            asked = self.board.asked.get()
             if isinstance(asked.request, SyncCheckpoint):
                 self.syncing.ask(asked)
             else:
@@ -228,18 +228,20 @@ class MainLoop:
         if before is None:
             raise UserError("nothing was synced yet, so there is no older version", field="VERSION")
         history.find(before, weight_version)
-        log.warning("restoring weight version %d; now it is %d", weight_version, self.shared.weight_version)
+        log.warning(
+            "restoring weight version %d; now it is %d", weight_version, self.board.state.weight_version
+        )
         if self._has_changed():
             self.sync_before_restore()
         self.syncing.wait()
-        self.shared.show("restoring")
+        self.board.show("restoring")
         num_undone = self.queue.count("undone")
         commit = self.attachment.restore_version(weight_version)
         self.announce()
         num_undone = self.queue.count("undone") - num_undone
-        new_version = self.shared.weight_version
+        new_version = self.board.state.weight_version
         # What a sync said of the weights that are gone (NaN, for one) is over with them.
-        self.shared.durable_version, self.shared.sync_error = new_version, None
+        self.board.state.durable_version, self.board.state.sync_error = new_version, None
         log.warning(
             "weight version %d restored as %d; %d jobs undone", weight_version, new_version, num_undone
         )
@@ -264,21 +266,25 @@ class MainLoop:
         self.queue.forget_plans(time.time() - self.config.worker.keep_examples_s)
 
     def _has_changed(self) -> bool:
-        return self._num_unpublished > 0 or self.shared.weight_version != self.shared.durable_version
+        return (
+            self._num_unpublished > 0 or self.board.state.weight_version != self.board.state.durable_version
+        )
 
     def wait(self, activity: str) -> None:
-        self.shared.show(activity)
-        while not self.shared.asked.empty() and self.attachment.live is None:
-            reason = self.shared.attach_error or "not attached to vLLM"
-            self.shared.asked.get().done.set_exception(NotReady(reason))
-        self.shared.wake.wait(IDLE_WAIT_S)
-        self.shared.wake.clear()
+        self.board.show(activity)
+        while not self.board.asked.empty() and self.attachment.live is None:
+            reason = self.board.state.attach_error or "not attached to vLLM"
+            self.board.asked.get().done.set_exception(NotReady(reason))
+        self.board.wake.wait(IDLE_WAIT_S)
+        self.board.wake.clear()
 
     def stop(self) -> None:
         """Syncs what changed, lets go of the weights. Without a front the next trainer waits: no sync."""
-        # `shared.attached` is set at the end of an attach: weights that were not yet mended are not synced.
+        # It is set at the end of an attach: weights that were not yet mended are not synced.
         live = self.attachment.live
-        is_attached = self.shared.attached and live is not None and live.is_alive() and not self.marks.is_torn
+        is_attached = (
+            self.board.state.attached and live is not None and live.is_alive() and not self.marks.is_torn
+        )
         is_wanted = self.config.checkpoint.sync_at_stop and self.front_end.has_front
         try:
             if is_attached and is_wanted:
@@ -287,7 +293,7 @@ class MainLoop:
                 self.syncing.wait()
         except ApolloError as error:
             log.error("the last sync failed, the checkpoint stays at version %d: %s",
-                      self.shared.durable_version, error.message)  # fmt: skip
+                      self.board.state.durable_version, error.message)  # fmt: skip
         self.syncing.refuse_waiting(
             NotReady("the worker is stopping; send the request again", code="stopping")
         )

@@ -20,7 +20,7 @@ from apollo_ipc.checkpoint.shards import shard_index
 from apollo_ipc.config import Config
 from apollo_ipc.errors import ApolloError
 from apollo_worker.jobs.queue import JobQueue
-from apollo_worker.link.status_board import Shared
+from apollo_worker.link.status_board import StatusBoard
 from apollo_worker.model.live_model import LiveModel
 from apollo_worker.trainer.step_marks import LastStep, LiveState, StepMarks, write_state
 
@@ -28,21 +28,21 @@ log = logging.getLogger(__name__)
 
 
 class Recovery:
-    def __init__(self, config: Config, shared: Shared, queue: JobQueue, marks: StepMarks):
-        self._config, self._shared, self._queue, self.marks = config, shared, queue, marks
-        self._disk = WatchedDisk(lambda: shared.show("restoring"))
+    def __init__(self, config: Config, board: StatusBoard, queue: JobQueue, marks: StepMarks):
+        self._config, self._board, self._queue, self.marks = config, board, queue, marks
+        self._disk = WatchedDisk(lambda: board.show("restoring"))
 
     def at_attach(self, live: LiveModel, commit: Commit | None, *, is_new_boot: bool) -> bool:
-        """Whether the weights had to be written back. `shared.weight_version`: the newest known, then the one
-        that these weights have."""
+        """Whether the weights had to be written back. The board's weight version: the newest known, then the
+        one that these weights have."""
         if is_new_boot:  # the weights are those that vLLM loaded: the last commit's
             num_queued_again = self._reconcile(commit)
             self.marks.clear(num_steps_of(commit))
             # Last: until here the next trainer sees a new boot.
-            self.set_version(live, self._shared.weight_version + bool(num_queued_again))
+            self.set_version(live, self._board.state.weight_version + bool(num_queued_again))
             return False
         is_mended = self.mend(live)
-        self.set_version(live, self._shared.weight_version)
+        self.set_version(live, self._board.state.weight_version)
         return is_mended
 
     def mend(self, live: LiveModel) -> bool:
@@ -66,7 +66,7 @@ class Recovery:
                 "step %d of job %s was cut off; going on with the weights as they are (on_torn_step)",
                 *(last.begun, last.job_id),
             )
-            self.set_version(live, self._shared.weight_version + 1)
+            self.set_version(live, self._board.state.weight_version + 1)
             self.marks.clear(last.num_steps)
             return False
         log.warning("%s was cut off (step %d); restoring the last checkpoint", last.job_id, last.begun)
@@ -79,9 +79,9 @@ class Recovery:
         self.marks.begin_write_back(live.boot_id)
         recover(live.model_dir, disk=self._disk)
         commit = current_commit(live.model_dir)
-        copy_shards_into(live, lambda: self._shared.show("restoring"))
+        copy_shards_into(live, lambda: self._board.show("restoring"))
         self._reconcile(commit)
-        version = self._shared.weight_version + 1
+        version = self._board.state.weight_version + 1
         self.set_version(live, max(version, commit.weight_version) if commit else version)
         self.marks.clear(num_steps_of(commit))  # last: until here the next trainer does all this again
 
@@ -94,7 +94,7 @@ class Recovery:
             commit = restore_version(
                 live.model_dir,
                 weight_version,
-                new_version=self._shared.weight_version + 1,
+                new_version=self._board.state.weight_version + 1,
                 applied_seq=self._queue.applied_seq(),
                 num_kept=self._config.checkpoint.history,
                 disk=self._disk,
@@ -107,7 +107,7 @@ class Recovery:
         return commit
 
     def set_version(self, live: LiveModel, version: int) -> None:
-        self._shared.weight_version = version
+        self._board.state.weight_version = version
         write_state(self._config.state_dir, LiveState(str(live.model_dir), live.boot_id, version))
 
     def _running(self, last: LastStep):

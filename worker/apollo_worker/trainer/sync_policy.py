@@ -17,7 +17,7 @@ from apollo_ipc.errors import ApolloError, CheckpointError, NotReady
 from apollo_ipc.wire.messages import SyncCheckpoint
 from apollo_ipc.wire.requests import SyncKind
 from apollo_worker.jobs.queue import JobQueue
-from apollo_worker.link.status_board import Asked, Shared
+from apollo_worker.link.status_board import Asked, StatusBoard
 from apollo_worker.sync.sync_task import RunningSync
 from apollo_worker.trainer.attachment import Attachment
 from apollo_worker.trainer.step_marks import StepMarks
@@ -44,12 +44,12 @@ class Syncing:
     def __init__(
         self,
         config: Checkpoint,
-        shared: Shared,
+        board: StatusBoard,
         queue: JobQueue,
         attachment: Attachment,
         marks: StepMarks,
     ):
-        self._config, self._shared, self._queue = config, shared, queue
+        self._config, self._board, self._queue = config, board, queue
         self._attachment, self._marks = attachment, marks
         self._synced_at = self._full_at = time.monotonic()
         self._is_bulk_done = False  # a bulk job has ended since the last sync
@@ -99,7 +99,7 @@ class Syncing:
     def _start(self, kind: SyncKind, waiting: list[Future]) -> None:
         self.wait()
         self._marks.check_whole()
-        attached, shared = self._attachment, self._shared
+        attached, board = self._attachment, self._board
         live, writer, trainer = attached.live, attached.writer, attached.trainer
         if live is None or not live.is_alive():
             raise NotReady("not attached to vLLM: there are no live weights to sync")
@@ -111,13 +111,13 @@ class Syncing:
             if not live.is_alive():
                 raise NotReady("vLLM has ended before its weights could be synced")
 
-        shared.show("syncing")
+        board.show("syncing")
         optimizer = trainer.main_optimizer
         before, applied_seq = read_commit(live.model_dir), self._queue.applied_seq()
         try:
             running = writer.start(
                 kind,
-                weight_version=shared.weight_version,
+                weight_version=board.state.weight_version,
                 applied_seq=applied_seq,
                 optimizer=(optimizer.state_tensors(), optimizer.state_meta()),
                 extra={
@@ -126,22 +126,22 @@ class Syncing:
                     "optimizer_steps": self._marks.num_steps,
                 },
                 check_live=check_live,
-                on_progress=lambda: shared.show("syncing"),
+                on_progress=lambda: board.show("syncing"),
             )
         except CheckpointError:
             self._note_commit(live.model_dir, before)
             raise
         self._in_progress = InProgress(running, live.model_dir, before, applied_seq, waiting)
-        shared.is_syncing = True
-        shared.show("syncing")
+        board.state.is_syncing = True
+        board.show("syncing")
 
     def look(self) -> None:
         """Takes notice of a sync that has ended."""
         if self._in_progress is None or not self._in_progress.running.committed.done():
             return
         ended, self._in_progress = self._in_progress, None
-        shared = self._shared
-        shared.is_syncing = False
+        board = self._board
+        board.state.is_syncing = False
         if error := ended.running.committed.exception():
             if not isinstance(error, ApolloError):
                 log.error("sync failed", exc_info=error)
@@ -153,8 +153,8 @@ class Syncing:
             return
         result = ended.running.committed.result()
         self._queue.mark_durable(ended.applied_seq)
-        shared.last_sync, shared.sync_error = result, None
-        shared.durable_version = result.weight_version
+        board.state.last_sync, board.state.sync_error = result, None
+        board.state.durable_version = result.weight_version
         if result.kind == "full":
             self._full_at, self._is_delta_large = time.monotonic(), False
         else:
@@ -165,7 +165,7 @@ class Syncing:
             *(result.weight_version, result.kind, result.bytes_written, result.duration_s),
             *(result.training_waited_s, result.max_abs_weight, result.max_abs_name),
         )
-        shared.on_show()  # the front mirrors it
+        board.on_show()  # the front mirrors it
         for done in ended.waiting:
             done.set_result(result)
 
@@ -176,7 +176,7 @@ class Syncing:
             while not running.is_committed(LOOK_S):
                 if running.bytes_written != seen:
                     seen = running.bytes_written
-                    self._shared.show("syncing")
+                    self._board.show("syncing")
             self.look()
 
     def sync_at_stop(self, has_changed: bool) -> None:
@@ -188,7 +188,7 @@ class Syncing:
             return
         live = self._attachment.live
         if live is not None and live.is_alive():
-            disk = WatchedDisk(lambda: self._shared.show("syncing"))
+            disk = WatchedDisk(lambda: self._board.show("syncing"))
             recover(live.model_dir, disk=disk)  # works in a delta
 
     def refuse_waiting(self, error: ApolloError) -> None:
@@ -197,13 +197,13 @@ class Syncing:
 
     def _note_failure(self, error: ApolloError) -> None:
         log.error("sync failed: %s", error.message)
-        self._shared.sync_error = error.message
+        self._board.state.sync_error = error.message
 
     def _note_commit(self, model_dir: Path, before: Commit | None) -> None:
         """What failed may have come after the rename that commits: then the commit stands."""
         if (commit := read_commit(model_dir)) is not None and commit != before:
             self._queue.mark_durable(commit.applied_seq)
-            self._shared.durable_version = commit.weight_version
+            self._board.state.durable_version = commit.weight_version
 
 
 def running_job(queue: JobQueue) -> dict | None:
