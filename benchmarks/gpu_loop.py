@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--vllm", default="", metavar="FLAGS", help="more flags for vLLM, in one argument")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE",
-                        help="configuration, e.g. worker.pace=1")  # fmt: skip
+                        help="configuration, e.g. train.rank=16")  # fmt: skip
     parser.add_argument("--vision-part", action=argparse.BooleanOptionalAction,
                         help="write Qwen3.5 as a whole multimodal model; default: for vLLM 0.26")  # fmt: skip
     parser.add_argument(

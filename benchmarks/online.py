@@ -50,12 +50,6 @@ SETTINGS = [
     Setting("no-limiter", keywords={"limiter_ratio": 0.0}),
     Setting("floor-0.1", keywords={"limiter_floor": 0.1}),
     Setting("floor-0.01", keywords={"limiter_floor": 0.01}),
-    Setting("guard-0.5", keywords={"noise_guard": 0.5}),
-    Setting("guard-1", keywords={"noise_guard": 1.0}),
-    Setting("guard-2", keywords={"noise_guard": 2.0}),
-    Setting("guard-0.5-no-limiter", keywords={"noise_guard": 0.5, "limiter_ratio": 0.0}),
-    Setting("guard-1-no-limiter", keywords={"noise_guard": 1.0, "limiter_ratio": 0.0}),
-    Setting("guard-2-no-limiter", keywords={"noise_guard": 2.0, "limiter_ratio": 0.0}),
     Setting("adamw-fp32", storage="fp32", is_adamw=True),
 ]
 

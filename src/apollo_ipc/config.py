@@ -55,8 +55,6 @@ class Train(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     projection: Literal["gaussian", "block_sign"] = "gaussian"
     limiter_ratio: Annotated[float, Meta(ge=0)] = 1.01  # 0 switches the norm-growth limiter off
     limiter_floor: Annotated[float, Meta(ge=0)] = 1.0  # RMS of an update, in units of lr, that it lets pass
-    limiter_norm: Literal["estimate", "exact"] = "estimate"
-    noise_guard: Annotated[float, Meta(ge=0)] = 0.0  # 0: off; see docs/apollo.md
     rounding: Literal["stochastic", "nearest", "kahan"] = "stochastic"
     seed: Annotated[int, Meta(ge=0, le=2**62)] = 0
     max_tokens: Annotated[int, Meta(ge=2)] = 2048  # longest example
@@ -77,8 +75,6 @@ class Worker(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     num_threads: Annotated[int, Meta(ge=0)] = 0  # 0: as many as cores
     idle_priority: bool = True  # CPU: training threads run only when serving leaves time (SCHED_IDLE)
-    # Seconds of rest between decoder layers for each second of computing (apollo_worker.step.pace); 0: none.
-    pace: Annotated[float, Meta(ge=0, le=100)] = 0.0
     max_queued_jobs: Annotated[int, Meta(ge=1)] = 10_000
     keep_examples_s: Annotated[float, Meta(ge=0)] = 30 * 86400.0  # those of ended jobs; results stay
     verify_checkpoint: bool = True  # compare views with the checkpoint at the first attach to a vLLM

@@ -56,11 +56,7 @@ def test_three_steps_are_the_references(shape, rank, dtype, projection, rounding
         "betas": (0.5, 0.999),
         "limiter_floor": 0.01,
     }
-    options |= {
-        "weight_decay": 0.1,
-        "noise_guard": 0.5,
-        "limiter_norm": "exact" if rank == 64 else "estimate",
-    }
+    options["weight_decay"] = 0.1
     weight = randn(*shape, scale=0.02).to(dtype)
     reference, ours = make(weight, SameProjection(dtype), **options), make(weight, **options)
     norms = []
@@ -161,10 +157,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing_at_all(shape, bad, roundi
 
 
 @pytest.mark.parametrize("projection", ["gaussian", "block_sign"])
-@pytest.mark.parametrize("limiter_norm", ["estimate", "exact"])
-def test_the_host_waits_for_nothing(projection: str, limiter_norm: str) -> None:
+def test_the_host_waits_for_nothing(projection: str) -> None:
     shapes = [(1024, 512), (512, 1024), (5120,), (48, 5120), ()]
-    options = {"projection": projection, "limiter_norm": limiter_norm}
+    options = {"projection": projection}
     made = [make(randn(*shape, scale=0.02).bfloat16(), **options) for shape in shapes]
     for one, shape in zip(made, shapes, strict=True):
         step(*one, randn(*shape, seed=1).bfloat16())  # compiles, loads, makes cuBLAS's handle

@@ -58,15 +58,18 @@ def reference(
             m[j] = betas[0] * m[j] + (1 - betas[0]) * R[j]
             v[j] = betas[1] * v[j] + (1 - betas[1]) * R[j] ** 2
             U[j] = (m[j] / (1 - betas[0] ** t)) / ((v[j] / (1 - betas[1] ** t)).sqrt() + eps)
-        D = torch.zeros_like(G)
+        D, norm2 = torch.zeros_like(G), 0.0
         for j in range(num_channels):
             s = U.norm() / (R.norm() + eps) if rank == 1 else U[j].norm() / (R[j].norm() + eps)
-            D[j] = (math.sqrt(k / rank) if alpha is None else alpha) * s * G[j]
+            s *= math.sqrt(k / rank) if alpha is None else alpha
+            D[j] = s * G[j]
+            norm2 += float(s * R[j].norm()) ** 2  # |R_j| stands for |G_j|: the limiter's norm costs nothing
+        norm = math.sqrt(norm2)
         if ratio and norms:
             largest = ratio * max(norms[-1], LIMITER_FLOOR * math.sqrt(D.numel()))
-            if D.norm() > largest:
-                D *= largest / D.norm()
-        norms.append(D.norm().item())
+            if norm > largest:
+                D, norm = D * (largest / norm), largest
+        norms.append(norm)
         W -= lr * (D + weight_decay * W)
     return (W.T if transposed else W), norms
 

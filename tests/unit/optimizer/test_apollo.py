@@ -37,8 +37,7 @@ def test_the_optimizer_is_the_design_formula_in_both_orientations(shape, rank, w
     grads = [randn(*shape, seed=i, scale=1 + 3 * (i % 3)) for i in range(7)]
     start, param = parameter(*shape).data.clone(), parameter(*shape)
     options = {"lr": 1e-2, "rank": rank, "weight_decay": weight_decay, "refresh_steps": 3, "seed": 5}
-    exact = {"limiter_ratio": ratio, "limiter_norm": "exact", "backend": backend}
-    optimizer = Apollo([("layer.weight", param)], **exact, **options)
+    optimizer = Apollo([("layer.weight", param)], limiter_ratio=ratio, backend=backend, **options)
     run(optimizer, param, grads)
     expected, norms = reference(start, grads, name="layer.weight", ratio=ratio, **options)
     assert largest_error(param, expected, start) < TOLERANCE
@@ -51,7 +50,7 @@ def test_a_large_parameter_is_the_formula_too_when_it_is_worked_on_in_blocks(mon
     for shape in [(24, 48), (48, 24)]:
         grads = [randn(*shape, seed=i) for i in range(3)]
         start, param = parameter(*shape).data.clone(), parameter(*shape)
-        run(Apollo([("w", param)], lr=1e-2, rank=4, limiter_norm="exact", backend="torch"), param, grads)
+        run(Apollo([("w", param)], lr=1e-2, rank=4, backend="torch"), param, grads)
         assert largest_error(param, reference(start, grads, name="w", lr=1e-2, rank=4)[0], start) < TOLERANCE
 
 
@@ -72,8 +71,7 @@ def test_a_given_alpha_replaces_the_square_root_of_k_over_r():
         parameter(32, 16).data.clone(),
         parameter(32, 16),
     )
-    exact = {"alpha": math.sqrt(128), "limiter_norm": "exact"}
-    run(Apollo([("w", param)], lr=1e-2, rank=1, **exact), param, grads)
+    run(Apollo([("w", param)], lr=1e-2, rank=1, alpha=math.sqrt(128)), param, grads)
     expected, _ = reference(start, grads, name="w", lr=1e-2, rank=1, alpha=math.sqrt(128))
     assert largest_error(param, expected, start) < TOLERANCE
 
@@ -129,7 +127,7 @@ def full_rank(request):
 def test_the_update_has_the_size_of_full_rank_channel_wise_adams(rank, full_rank, projection):
     grads, full_norm = full_rank
     param = parameter(*grads[0].shape)
-    options = {"limiter_ratio": 0, "limiter_norm": "exact", "projection": projection}
+    options = {"limiter_ratio": 0, "projection": projection}
     optimizer = Apollo([("w", param)], lr=1e-3, rank=rank, **options)
     run(optimizer, param, grads)
     ratio = optimizer.state_tensors()["w.update_norm"].item() / full_norm

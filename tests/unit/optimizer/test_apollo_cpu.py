@@ -45,7 +45,7 @@ SHAPES = [(24, 48), (48, 24), (33, 70), (129, 31), (40, 1031), (520, 2050), (300
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_both_backends_compute_the_same_update(shape, projection_kind, dtype, monkeypatch):
     monkeypatch.setattr(apollo_cpu, "has_bf16_units", lambda: False)
-    options = {"lr": 1e-2, "rank": 12, "weight_decay": 0.1, "refresh_steps": 2, "noise_guard": 0.3}
+    options = {"lr": 1e-2, "rank": 12, "weight_decay": 0.1, "refresh_steps": 2}
     (a, plain), (b, fast) = twins(shape, dtype, projection=projection_kind, rounding="nearest", **options)
     for i in range(4):
         grad = randn(*shape, seed=i, scale=1 + 5 * (i % 2))
@@ -208,46 +208,21 @@ def test_coherent_channels_do_not_cancel_in_a_block_sign_sketch(pattern):
     assert abs(sum(ratios) / 20 - 1) < 4 * math.sqrt(2 / rank / 20)
 
 
-# --- the limiter's norm, and the guard ---
+# --- the limiter's norm ---
 
 
 @pytest.mark.parametrize("backend", ["torch", "numba"])
 @pytest.mark.parametrize("kind", ["gaussian", "block_sign"])
-def test_the_estimated_norm_is_within_a_few_percent_of_the_exact_one(backend, kind):
-    norms = {}
-    for way in ("estimate", "exact"):
-        param = torch.nn.Parameter(randn(512, 640).bfloat16())
-        optimizer = Apollo(
-            [("w", param)], lr=1e-4, projection=kind, limiter_norm=way, limiter_ratio=0, backend=backend
-        )
-        for i in range(3):
-            step(param, optimizer, randn(512, 640, seed=i))
-        norms[way] = optimizer.state_tensors()["w.update_norm"].item()
-    # s_j holds 1 / |R_j|, so the estimate is low by about sqrt(r / (r - 2)) = 1.6 % at rank 64.
-    assert 0.95 < norms["estimate"] / norms["exact"] < 1.01
-
-
-@pytest.mark.parametrize("backend", ["torch", "numba"])
-def test_the_guard_keeps_the_step_of_a_vanished_gradient_small(backend):
-    sizes = {}
-    for guard in (0.0, 1.0):
-        param = torch.nn.Parameter(randn(64, 96))
-        optimizer = Apollo(
-            [("w", param)],
-            lr=1e-3,
-            rank=16,
-            noise_guard=guard,
-            limiter_ratio=0,
-            betas=(0.9, 0.999),
-            backend=backend,
-        )
-        for i in range(60):
-            step(param, optimizer, randn(64, 96, seed=i))
+def test_the_limiters_norm_is_within_a_few_percent_of_the_updates(backend, kind):
+    param = torch.nn.Parameter(torch.zeros(512, 640))
+    options = {"projection": kind, "limiter_ratio": 0, "backend": backend}
+    optimizer = Apollo([("w", param)], lr=1.0, **options)
+    for i in range(3):
         before = param.data.clone()
-        step(param, optimizer, randn(64, 96, seed=99, scale=1e-3))
-        sizes[guard] = (param.data - before).norm().item()
-    # Unguarded, the step along the tiny gradient is nearly a full one; guarded it is about a thousandth.
-    assert sizes[1.0] < 0.005 * sizes[0.0]
+        step(param, optimizer, randn(512, 640, seed=i))
+    norm = optimizer.state_tensors()["w.update_norm"].item()
+    # s_j holds 1 / |R_j|, so the estimate is low by about sqrt(r / (r - 2)) = 1.6 % at rank 64.
+    assert 0.95 < norm / (param.data - before).norm().item() < 1.01
 
 
 # --- compiling before the first step ---

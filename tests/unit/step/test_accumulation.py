@@ -13,7 +13,7 @@ from apollo_worker.jobs.example import TokenisedExample
 from apollo_worker.jobs.job_plan import JobPlan, plan
 from apollo_worker.jobs.queue import JobQueue
 from apollo_worker.model.live_model import load_offline
-from apollo_worker.step.step import StepResult, Trainer
+from apollo_worker.step.step import StepResult, Trainer, VllmDied
 from planned import submit
 
 from apollo_ipc.config import Train
@@ -138,13 +138,65 @@ def test_the_cost_is_told_and_refused_where_a_gpu_has_no_room(model_dir, monkeyp
     trainer = make_trainer(model_dir)
     assert trainer.prepare_accumulation(1) == []
     (note,) = trainer.prepare_accumulation(4)
-    in_gb = f"{sum(p.nbytes for p in trainer.live.model.parameters()) / 1e9:.3g} GB more"
+    in_gb = f"{4 * sum(p.numel() for p in trainer.live.model.parameters()) / 1e9:.3g} GB more"
     assert note == f"gradient accumulation over 4 examples keeps all gradients: {in_gb}"
     monkeypatch.setattr(type(trainer.live), "device", torch.device("cuda"))
     monkeypatch.setattr("apollo_worker.step.step.free_bytes", lambda device: 1000)
     with pytest.raises(UserError, match="leave accumulate_steps at 1") as refused:
         trainer.prepare_accumulation(4)
     assert refused.value.code == "not_enough_memory"
+
+
+def test_a_thousand_examples_weigh_alike_in_bf16(tmp_path):
+    """In a bf16 sum the 257th equal term is less than half of the sum's last bit, and lost."""
+    directory = make_model(tmp_path / "m", "qwen3", dtype=torch.bfloat16, **TINY)
+    trainer = Trainer(load_offline(directory), OPTIONS)
+    one = example_of(1, 6)
+    seen: list[dict[torch.Tensor, torch.Tensor]] = []
+
+    def remember(param: torch.Tensor) -> None:
+        assert param.grad is not None
+        seen[-1][param], param.grad = param.grad.float(), None
+
+    trainer.optimizer.update_parameter = remember
+    for num in (1, 1024):  # the loss of each is halved ten times, which is exact
+        seen.append({})
+        trainer.step_on([one] * num, 1e-3)
+    for param, alone in seen[0].items():
+        # 1,024 equal terms of bf16 sum up exactly in fp32: 8 + 10 of its 24 bits.
+        assert torch.equal(seen[1][param], alone)
+
+
+def test_nothing_is_written_after_vllm_has_ended_whichever_example_reached_the_parameter(
+    model_dir, monkeypatch
+):
+    trainer, alive = make_trainer(model_dir), True
+    monkeypatch.setattr(type(trainer.live), "is_alive", lambda self: alive)
+    unreached = trainer.live.model.get_parameter("model.norm.weight")
+    before, real = weights(trainer), trainer._backward
+
+    def backward(example: TokenisedExample, weight: float) -> float:
+        """The last example reaches nothing, as an expert that it is not sent to; then vLLM ends."""
+        nonlocal alive
+        if trainer._is_last:
+            alive = False
+            return 1.0
+        return real(example, weight)
+
+    monkeypatch.setattr(trainer, "_backward", backward)
+    with pytest.raises(VllmDied):
+        trainer.step_on([example_of(0), example_of(1)], 1e-3)
+    assert not differing(before, weights(trainer))
+    assert unreached.grad is None
+    assert not trainer._sum.parameters()
+
+
+def test_what_only_an_earlier_example_reached_is_updated_too(model_dir, monkeypatch):
+    trainer, real = make_trainer(model_dir), Trainer._backward
+    before = weights(trainer)
+    monkeypatch.setattr(trainer, "_backward", lambda *args: 1.0 if trainer._is_last else real(trainer, *args))
+    trainer.step_on([example_of(0), example_of(1)], 1e-3)
+    assert differing(before, weights(trainer)) == list(before)
 
 
 # --- the steps of a job ---

@@ -87,8 +87,9 @@ def plan(request: Request) -> MemoryPlan:
         Item("one step, at its peak", needs[chosen].peak_bytes, "not the sum of its parts below"),
     ]
     if options.accumulate_steps > 1:
-        note = f"of {options.accumulate_steps} examples, all parameters"
-        trainer.append(Item("gradients of accumulation", num_trained, note))
+        note = f"of {options.accumulate_steps} examples, all parameters, fp32"
+        num_bytes = 4 * sum(p.numel() for p in step.model.parameters())
+        trainer.append(Item("gradients of accumulation", num_bytes, note))
     if device.is_gpu:
         trainer.append(Item("CUDA context", CUDA_CONTEXT_BYTES, "assumed"))
     elif has_compiled_update(is_gpu=False):

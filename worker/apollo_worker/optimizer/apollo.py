@@ -24,7 +24,6 @@ from apollo_worker.optimizer.update import Backend, Hyper, new_state
 
 FORMAT_VERSION = 1
 ROUNDINGS = ("stochastic", "nearest", "kahan")
-LIMITER_NORMS = ("estimate", "exact")
 # In units of lr, in which Adam's first update is 1 and later ones are 0.1 to 1. With a lower floor a quiet
 # time, whose updates are short, keeps those after it short as well (docs/log.md).
 LIMITER_FLOOR = 1.0
@@ -39,11 +38,9 @@ class Apollo(torch.optim.Optimizer):
     projection: "gaussian", the paper's, or "block_sign", which costs no dense product.
     limiter_ratio: 0 switches the norm-growth limiter off; it never applies to Adam's parameters.
     limiter_floor: root mean square of an update, in units of lr, below which it does not bite.
-    limiter_norm: "estimate" takes an update's norm from the projection (1.4 % off at rank 64), "exact" from a
-        third pass over the gradient.
-    noise_guard: a channel's gradient counts as no smaller than this share of its usual size; 0: off.
     backend: None for the fastest that runs here; "torch" for the plain one.
     grid_dtypes: name -> dtype in which the checkpoint keeps it, where that is coarser than its storage.
+    before_write: called before each parameter is touched; what it raises stops the write.
     `lr` and `weight_decay` (of `param_groups[0]` too) may be set between steps.
 
     Raises UserError with the name of the argument or parameter.
@@ -61,31 +58,25 @@ class Apollo(torch.optim.Optimizer):
         refresh_steps: int = 200,
         limiter_ratio: float = 1.01,
         limiter_floor: float = LIMITER_FLOOR,
-        limiter_norm: str = "estimate",
-        noise_guard: float = 0.0,
         projection: str = "gaussian",
         rounding: str = "stochastic",
         seed: int = 0,
         alpha: float | None = None,
         grid_dtypes: Mapping[str, torch.dtype] | None = None,
         backend: str | None = None,
+        before_write: Callable[[], None] | None = None,
     ):
         named = list(named_parameters)
         _check_hyperparameters(
             lr=lr, eps=eps, weight_decay=weight_decay, rank=rank, refresh_steps=refresh_steps,
-            limiter_ratio=limiter_ratio, limiter_floor=limiter_floor, limiter_norm=limiter_norm,
-            noise_guard=noise_guard, beta1=betas[0], beta2=betas[1], alpha=alpha, rounding=rounding,
-            projection=projection,
+            limiter_ratio=limiter_ratio, limiter_floor=limiter_floor, beta1=betas[0], beta2=betas[1],
+            alpha=alpha, rounding=rounding, projection=projection,
         )  # fmt: skip
         _check_parameters(named)
         super().__init__([param for _, param in named], {"lr": lr, "weight_decay": weight_decay})
         self.betas, self.eps, self.rank, self.alpha = betas, eps, rank, alpha
-        self.refresh_steps, self.limiter_ratio, self.limiter_floor = (
-            refresh_steps,
-            limiter_ratio,
-            limiter_floor,
-        )
-        self.limiter_norm, self.noise_guard, self.projection = limiter_norm, noise_guard, projection
+        self.refresh_steps, self.projection = refresh_steps, projection
+        self.limiter_ratio, self.limiter_floor = limiter_ratio, limiter_floor
         self.rounding, self.seed = rounding, seed
         self._names = {param: name for name, param in named}
         self._grids = {
@@ -95,7 +86,7 @@ class Apollo(torch.optim.Optimizer):
             raise UserError(f"{odd} is {self._grids[odd]}; float32, bfloat16 or float16 is needed", field=odd)
         self._bad_updates = torch.zeros((), dtype=torch.int64, device=named[0][1].device)
         self._backends: dict[str, Backend[Any]] = {}  # by kind of device
-        self._backend_name = backend
+        self._backend_name, self._before_write = backend, before_write
         for name, param in named:
             self.state[param] = self._new_state(name, param)
 
@@ -164,6 +155,8 @@ class Apollo(torch.optim.Optimizer):
         assert grad is not None, f"{name} has no gradient"
         if grad.layout != torch.strided:
             raise UserError(f"{name} has a sparse gradient; build its layer with sparse=False", field=name)
+        if self._before_write is not None:
+            self._before_write()
         backend, hyper = self._backend(param), self._hyper(name, param)
         if self._is_projected(param):
             sketch = backend.sketch(self._draw(name, param))
@@ -191,8 +184,7 @@ class Apollo(torch.optim.Optimizer):
             lr=self.lr, weight_decay=self.weight_decay,
             beta1=self.betas[0], beta2=self.betas[1], eps=self.eps,
             alpha=alpha if self.alpha is None else self.alpha, limiter_ratio=self.limiter_ratio,
-            limiter_floor=self.limiter_floor, is_limiter_exact=self.limiter_norm == "exact",
-            noise_guard=self.noise_guard, rounding=self.rounding, grid=self._grids[name],
+            limiter_floor=self.limiter_floor, rounding=self.rounding, grid=self._grids[name],
             rounding_seed=derive_seed(self.seed, name, "rounding"),
         )  # fmt: skip
 
@@ -214,16 +206,9 @@ class Apollo(torch.optim.Optimizer):
             "format_version": FORMAT_VERSION, "lr": self.lr, "weight_decay": self.weight_decay,
             "betas": list(self.betas), "eps": self.eps, "rank": self.rank, "alpha": self.alpha,
             "refresh_steps": self.refresh_steps, "limiter_ratio": self.limiter_ratio,
-            "limiter_floor": self.limiter_floor, "limiter_norm": self.limiter_norm,
-            "noise_guard": self.noise_guard, "projection": self.projection, "rounding": self.rounding,
+            "limiter_floor": self.limiter_floor, "projection": self.projection, "rounding": self.rounding,
             "seed": self.seed,
         }  # fmt: skip
-
-    def advance(self, num_steps: int) -> None:
-        """Steps whose weights are there and whose moments are lost: counted, so that projections are drawn
-        anew when they would have been. Not for steps that were left out for one parameter."""
-        for param in self._names:
-            self.state[param]["step"] += num_steps
 
     def state_size_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.state_tensors().values())
@@ -288,8 +273,6 @@ def _check_hyperparameters(**values: Any) -> None:
         "refresh_steps": ("a whole number, at least 1", lambda x: isinstance(x, int) and x >= 1),
         "alpha": ("None or above 0", lambda x: x is None or 0 < x < math.inf),
         "limiter_floor": ("finite and not negative", lambda x: 0 <= x < math.inf),
-        "noise_guard": ("0 (off) or above, and finite", lambda x: 0 <= x < math.inf),
-        "limiter_norm": (f"one of {', '.join(LIMITER_NORMS)}", lambda x: x in LIMITER_NORMS),
         "projection": (f"one of {', '.join(PROJECTIONS)}", lambda x: x in PROJECTIONS),
         "rounding": (f"one of {', '.join(ROUNDINGS)}", lambda x: x in ROUNDINGS),
     }

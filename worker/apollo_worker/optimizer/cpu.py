@@ -29,7 +29,6 @@ from apollo_worker.optimizer.update import (
     Hyper,
     State,
     TorchBackend,
-    channel_norms,
     channels_first,
     new_state,
     project,
@@ -68,13 +67,11 @@ class NumbaBackend:
         self._threads.share(kernels.row_squares, num_channels, R.size, R, norm_R2)
         if not np.isfinite(norm_R2).all():
             return torch.tensor(False)
-        norm_U2, sum_vhat = np.empty(num_channels, F32), np.empty(num_channels, F32)
+        norm_U2 = np.empty(num_channels, F32)
         betas = F32(hyper.beta1), F32(1 - hyper.beta1), F32(hyper.beta2), F32(1 - hyper.beta2)
-        moments = (R, m, v, *betas, *corrections, F32(hyper.eps), norm_U2, sum_vhat)
+        moments = (R, m, v, *betas, *corrections, F32(hyper.eps), norm_U2)
         self._threads.share(kernels.update_moments, num_channels, R.size, *moments)
-        scale, norm = self._scale(
-            norm_R2, norm_U2, sum_vhat, grad, state, hyper, is_tensor_wise=R.shape[1] == 1
-        )
+        scale, norm = self._scale(norm_R2, norm_U2, grad, state, hyper, is_tensor_wise=R.shape[1] == 1)
         state["update_norm"].fill_(norm)
         self._write(weight, grad, scale, state, hyper)
         state["step"] += 1
@@ -120,19 +117,15 @@ class NumbaBackend:
         return R_cr
 
     def _scale(
-        self, norm_R2: np.ndarray, norm_U2: np.ndarray, sum_vhat: np.ndarray, grad: Tensor, state: State,
-        hyper: Hyper, *, is_tensor_wise: bool,
+        self, norm_R2: np.ndarray, norm_U2: np.ndarray, grad: Tensor, state: State, hyper: Hyper, *,
+        is_tensor_wise: bool,
     ) -> tuple[np.ndarray, float]:  # fmt: skip
         """(s (c,) fp32, |D|), as channel_scales, update_norm and limit_growth of apollo_update, in fp64."""
-        R2, U2, vhat = (x.astype(np.float64) for x in (norm_R2, norm_U2, sum_vhat))
+        R2, U2 = norm_R2.astype(np.float64), norm_U2.astype(np.float64)
+        size2 = R2
         if is_tensor_wise:
-            U2, vhat, size2 = (np.full(len(R2), x.sum()) for x in (U2, vhat, R2))
-        else:
-            size2 = R2
-        size = np.maximum(np.sqrt(size2) + hyper.eps, hyper.noise_guard * np.sqrt(vhat))
-        scale = hyper.alpha * np.sqrt(U2) / size
-        if hyper.is_limiter_exact:
-            R2 = channel_norms(channels_first(grad)).double().square().flatten().numpy()
+            U2, size2 = (np.full(len(R2), x.sum()) for x in (U2, R2))
+        scale = hyper.alpha * np.sqrt(U2) / (np.sqrt(size2) + hyper.eps)
         norm = math.sqrt(float((scale * scale * R2).sum()))
         if hyper.limiter_ratio and int(state["step"]):
             floor = hyper.limiter_floor * math.sqrt(grad.numel())

@@ -90,20 +90,18 @@ def row_squares(first, end, R_cr, out_c):
 
 @_kernel(fastmath=_SUM)
 def update_moments(
-    first, end, R_cr, m_cr, v_cr, beta1, rest1, beta2, rest2, correction1, correction2, eps, norm_U2, sum_vhat
+    first, end, R_cr, m_cr, v_cr, beta1, rest1, beta2, rest2, correction1, correction2, eps, norm_U2
 ):
     for j in range(first, end):
-        U2, V = F32(0), F32(0)
+        U2 = F32(0)
         for i in range(R_cr.shape[1]):
             R = R_cr[j, i]
             m = m_cr[j, i] * beta1 + R * rest1
             v = v_cr[j, i] * beta2 + R * R * rest2
             m_cr[j, i], v_cr[j, i] = m, v
-            vhat = v / correction2
-            U = (m / correction1) / (np.sqrt(vhat) + eps)
+            U = (m / correction1) / (np.sqrt(v / correction2) + eps)
             U2 += U * U
-            V += vhat
-        norm_U2[j], sum_vhat[j] = U2, V
+        norm_U2[j] = U2
 
 
 @_kernel(fastmath={"contract"})

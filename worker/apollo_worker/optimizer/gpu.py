@@ -5,14 +5,13 @@ makes six launches; those that touch only c r or k r elements are short:
 
     normals         writes P (k, r) in the gradient's dtype, so that the product runs on tensor cores
     torch.mm        reads G and P, writes R (c, r) fp32
-    channel_stats   reads R, m, v; writes each channel's scale, and of each program five sums
+    channel_stats   reads R, m, v; writes each channel's scale, and of each program four sums
     verdict         one program: reads those sums; writes ok, the limiter's factor, step, update_norm
     store_moments   reads R, m, v; writes m, v
     write           reads G, W and the scales; writes W (with Kahan summation its leftovers, too)
 
 "block_sign" has hash_counters and signs in the place of normals. Its P of 0 and +-1 is exact in bf16, and on
-tensor cores the product takes as long as reading G does. An exact limiter adds channel_squares, a third
-reading of G. Adam is one launch, above _ADAM_ALONE elements three.
+tensor cores the product takes as long as reading G does. Adam is one launch, above _ADAM_ALONE elements 3.
 
 Nothing waits for the device: only kernels look at step, ok and norms, and make the keys of the random bits.
 Nothing is added atomically: a step can be repeated bit for bit. Without fused multiply-adds and with div_rn
@@ -67,7 +66,7 @@ class TritonBackend:
             if not _is_fast(weight, grad, hyper):
                 return self._plain.apollo(weight, grad, state, Gaussian(sketch(torch.float32)), hyper)
             R_cr = self._project(grad, sketch(grad.dtype))
-            ok, scale_c, factor = _scale(R_cr, grad, state, hyper)
+            ok, scale_c, factor = _scale(R_cr, grad.numel(), state, hyper)
             _write_weight(weight, grad, scale_c, factor, ok, state, hyper)
             return ok.view(torch.bool)
 
@@ -117,7 +116,7 @@ def _block_sign(draw: Draw, dtype: torch.dtype) -> Tensor:
     return P_kr
 
 
-def _scale(R_cr: Tensor, grad: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, Tensor, Tensor]:
+def _scale(R_cr: Tensor, num_elements: int, state: State, hyper: Hyper) -> tuple[Tensor, Tensor, Tensor]:
     """(ok (0-dim int8), scale (c,), factor (0-dim)): channel j of G is multiplied by scale[j] * factor.
 
     Leaves in `state` what comes after the step, where ok.
@@ -127,16 +126,15 @@ def _scale(R_cr: Tensor, grad: Tensor, state: State, hyper: Hyper) -> tuple[Tens
     block_c = max(1, _TILE // block_r)
     num_parts = triton.cdiv(num_channels, block_c)
     new = functools.partial(torch.empty, dtype=torch.float32, device=R_cr.device)
-    scale_c, sums, factor = new(num_channels), new(5, num_parts), new(())
+    scale_c, sums, factor = new(num_channels), new(4, num_parts), new(())
     ok = torch.empty((), dtype=torch.int8, device=R_cr.device)
-    norm2_G = _squares(grad) if hyper.is_limiter_exact else scale_c  # not read
     m, v, step, betas = state["exp_avg"], state["exp_avg_sq"], state["step"], _betas(hyper)
-    rule = float(hyper.eps), float(hyper.alpha), float(hyper.noise_guard)
+    rule = float(hyper.eps), float(hyper.alpha)
     kernels.channel_stats[(num_parts,)](
-        R_cr, m, v, step, norm2_G, scale_c, sums, num_channels, *betas, *rule, **_logarithms(hyper),
-        IS_EXACT=hyper.is_limiter_exact, RANK=rank, BLOCK_C=block_c, BLOCK_R=block_r, num_warps=8, **_EXACT,
+        R_cr, m, v, step, scale_c, sums, num_channels, *betas, *rule, **_logarithms(hyper),
+        RANK=rank, BLOCK_C=block_c, BLOCK_R=block_r, num_warps=8, **_EXACT,
     )  # fmt: skip
-    floor = hyper.limiter_floor * math.sqrt(grad.numel())
+    floor = hyper.limiter_floor * math.sqrt(num_elements)
     kernels.verdict[(1,)](
         sums, num_parts, step, state["update_norm"], ok, factor, *rule, float(hyper.limiter_ratio), floor,
         IS_TENSOR_WISE=rank == 1, IS_LIMITED=hyper.limiter_ratio > 0, BLOCK=1024, **_EXACT,
@@ -144,18 +142,6 @@ def _scale(R_cr: Tensor, grad: Tensor, state: State, hyper: Hyper) -> tuple[Tens
     grid = (triton.cdiv(R_cr.numel(), 1024),)
     kernels.store_moments[grid](R_cr, m, v, ok, R_cr.numel(), *betas, BLOCK=1024, **_EXACT)
     return ok, scale_c, factor
-
-
-def _squares(grad: Tensor) -> Tensor:
-    """|G_j|^2 (c,) fp32; tiles are long in the dim that is contiguous."""
-    G_ck = channels_first(grad)
-    norm2 = torch.empty(len(G_ck), dtype=torch.float32, device=grad.device)
-    block_c, block_k = (64, 64) if G_ck.stride(0) < G_ck.stride(1) else (8, 512)
-    grid = (triton.cdiv(len(G_ck), block_c),)
-    kernels.channel_squares[grid](
-        G_ck, norm2, *G_ck.shape, *G_ck.stride(), BLOCK_C=block_c, BLOCK_K=block_k, num_warps=8, **_EXACT
-    )
-    return norm2
 
 
 def _write_weight(

@@ -86,44 +86,28 @@ def _moments(R, m, v, beta1, rest1, beta2, rest2):
 
 @jit
 def _direction(m, v, step, eps, LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr):
-    """(U, vhat). The corrections 1 - beta^(step + 1) in fp64: in fp32 1 - 0.999 has an error of 6e-5."""
+    """U. The corrections 1 - beta^(step + 1) in fp64: in fp32 1 - 0.999 has an error of 6e-5."""
     t = (step + 1).to(tl.float64)
     correction1 = (1.0 - tl.exp2(t * tl.full((), LOG_BETA1, tl.float64))).to(tl.float32)
     correction2 = (1.0 - tl.exp2(t * tl.full((), LOG_BETA2, tl.float64))).to(tl.float32)
     vhat = tl.div_rn(v, correction2 + tl.zeros_like(v))
     mhat = tl.div_rn(m, correction1 + tl.zeros_like(m))
-    return tl.div_rn(mhat, tl.sqrt_rn(vhat) + eps), vhat
+    return tl.div_rn(mhat, tl.sqrt_rn(vhat) + eps)
 
 
 @jit
-def _scales(U2, R2, sum_vhat, eps, alpha, guard):
+def _scales(U2, R2, eps, alpha):
     """apollo_update.channel_scales, from sums."""
-    size = tl.maximum(tl.sqrt_rn(R2) + eps, guard * tl.sqrt_rn(sum_vhat))
-    return tl.div_rn(alpha * tl.sqrt_rn(U2), size)
-
-
-@jit
-def channel_squares(
-    G, norm2, num_channels, k, stride_c, stride_k, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    start = G + channel[:, None].to(tl.int64) * stride_c
-    total = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
-    for first in range(0, k, BLOCK_K):
-        i = first + tl.arange(0, BLOCK_K)
-        inside = (channel < num_channels)[:, None] & (i < k)[None, :]
-        part = tl.load(start + i[None, :].to(tl.int64) * stride_k, mask=inside, other=0.0).to(tl.float32)
-        total += part * part
-    tl.store(norm2 + channel, tl.sum(total, 1), mask=channel < num_channels)
+    return tl.div_rn(alpha * tl.sqrt_rn(U2), tl.sqrt_rn(R2) + eps)
 
 
 @jit
 def channel_stats(
-    R_cr, m_cr, v_cr, step, norm2_G, scale_c, sums, num_channels, beta1, rest1, beta2, rest2, eps, alpha,
-    guard, LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr, IS_EXACT: tl.constexpr, RANK: tl.constexpr,
+    R_cr, m_cr, v_cr, step, scale_c, sums, num_channels, beta1, rest1, beta2, rest2, eps, alpha,
+    LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr, RANK: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """sums (5, programs): of channels that are not finite, |D|^2 (at rank 1 unscaled), |U|^2, |R|^2, vhat."""
+    """sums (4, programs): of channels that are not finite, |D|^2 (at rank 1 unscaled), |U|^2, |R|^2."""
     part, num_parts = tl.program_id(0), tl.num_programs(0)
     channel = part * BLOCK_C + tl.arange(0, BLOCK_C)
     here, column = channel < num_channels, tl.arange(0, BLOCK_R)
@@ -132,21 +116,19 @@ def channel_stats(
     R = tl.load(R_cr + at, mask=inside, other=0.0)
     m, v = tl.load(m_cr + at, mask=inside, other=0.0), tl.load(v_cr + at, mask=inside, other=0.0)
     m, v = _moments(R, m, v, beta1, rest1, beta2, rest2)
-    U, vhat = _direction(m, v, tl.load(step), eps, LOG_BETA1, LOG_BETA2)
-    R2, U2, sum_vhat = tl.sum(R * R, 1), tl.sum(U * U, 1), tl.sum(vhat, 1)
+    U = _direction(m, v, tl.load(step), eps, LOG_BETA1, LOG_BETA2)
+    R2, U2 = tl.sum(R * R, 1), tl.sum(U * U, 1)
     # Also a finite gradient may be too large: squares that overflow would make v infinite for ever.
     is_finite = _is_finite(R2) & (tl.sum(_is_finite(v).to(tl.int32), 1) == BLOCK_R)
     scale = tl.full((BLOCK_C,), 1.0, tl.float32)
     if RANK > 1:
-        scale = _scales(U2, R2, sum_vhat, eps, alpha, guard)
+        scale = _scales(U2, R2, eps, alpha)
     tl.store(scale_c + channel, scale, mask=here)
-    size2 = tl.load(norm2_G + channel, mask=here, other=0.0) if IS_EXACT else R2
-    D = scale * tl.sqrt_rn(size2)
+    D = scale * tl.sqrt_rn(R2)
     tl.store(sums + part, tl.sum((is_finite == 0).to(tl.float32), 0))
     tl.store(sums + num_parts + part, tl.sum(D * D, 0))
     tl.store(sums + 2 * num_parts + part, tl.sum(U2, 0))
     tl.store(sums + 3 * num_parts + part, tl.sum(R2, 0))
-    tl.store(sums + 4 * num_parts + part, tl.sum(sum_vhat, 0))
 
 
 @jit
@@ -160,7 +142,7 @@ def _total(sums, num_parts, BLOCK: tl.constexpr):
 
 @jit
 def verdict(
-    sums, num_parts, step, update_norm, ok, factor, eps, alpha, guard, ratio, floor,
+    sums, num_parts, step, update_norm, ok, factor, eps, alpha, ratio, floor,
     IS_TENSOR_WISE: tl.constexpr, IS_LIMITED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """apollo_update.limit_growth, whether anything is written, and the scalars of the state."""
@@ -171,7 +153,7 @@ def verdict(
     if IS_TENSOR_WISE:
         U2 = _total(sums + 2 * num_parts, num_parts, BLOCK)
         R2 = _total(sums + 3 * num_parts, num_parts, BLOCK)
-        by = _scales(U2, R2, _total(sums + 4 * num_parts, num_parts, BLOCK), eps, alpha, guard)
+        by = _scales(U2, R2, eps, alpha)
         norm *= by
     if IS_LIMITED:
         largest = tl.where(t == 0, norm, ratio * tl.maximum(previous, floor))
@@ -305,7 +287,7 @@ def adam(
     v_new = tl.load(v + i, mask=inside, other=0.0)
     m_new, v_new = _moments(G, m_new, v_new, beta1, rest1, beta2, rest2)
     before = tl.load(step)
-    U, _ = _direction(m_new, v_new, before, eps, LOG_BETA1, LOG_BETA2)
+    U = _direction(m_new, v_new, before, eps, LOG_BETA1, LOG_BETA2)
     if PHASE == "write":
         num_bad = _total(bad, num_parts, 512)
     else:

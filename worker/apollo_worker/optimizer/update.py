@@ -33,7 +33,7 @@ State = dict[str, Tensor]  # of one parameter: step, exp_avg, exp_avg_sq, update
 
 
 class Hyper(NamedTuple):
-    """What one update is made with. limiter_ratio, noise_guard: 0 is off."""
+    """What one update is made with. limiter_ratio: 0 is off."""
 
     lr: float
     weight_decay: float
@@ -43,8 +43,6 @@ class Hyper(NamedTuple):
     alpha: float
     limiter_ratio: float
     limiter_floor: float  # root mean square of D, in units of lr, below which the limiter does not bite
-    is_limiter_exact: bool  # else |D| is estimated by the projected norms, which are there anyway
-    noise_guard: float
     rounding: str
     rounding_seed: int  # of this parameter
     grid: torch.dtype  # what is written is rounded to
@@ -99,9 +97,8 @@ class TorchBackend:
     def apollo(self, weight: Tensor, grad: Tensor, state: State, sketch: Sketch, hyper: Hyper) -> Tensor:
         R_cr = project(grad, sketch)
         m_cr, v_cr, U_cr = adam_update(R_cr, state["exp_avg"], state["exp_avg_sq"], state["step"], hyper)
-        vhat_cr = v_cr / _correction(hyper.beta2, state["step"])
-        scale_c = channel_scales(R_cr, U_cr, vhat_cr, hyper)
-        norm = update_norm(scale_c, R_cr, grad, hyper)
+        scale_c = channel_scales(R_cr, U_cr, hyper)
+        norm = update_norm(scale_c, R_cr)
         scale_c, norm = limit_growth(scale_c, norm, state["update_norm"], state["step"], grad.numel(), hyper)
         # Also a finite gradient may be too large: squares that overflow would make v infinite for ever.
         ok = (
@@ -160,32 +157,17 @@ def _correction(beta: float, step: Tensor) -> Tensor:
     return (1 - beta ** (step + 1).double()).float()
 
 
-def channel_scales(R_cr: Tensor, U_cr: Tensor, vhat_cr: Tensor, hyper: Hyper) -> Tensor:
-    """s (c, 1) fp32. At rank 1 one for the whole tensor (APOLLO-Mini): one number a channel says too little.
-
-    noise_guard: the gradient of a channel counts as no smaller than that share of its usual size
-    |sqrt(vhat_j)|. Without it a gradient a thousand times smaller than before makes a nearly full step.
-    """
+def channel_scales(R_cr: Tensor, U_cr: Tensor, hyper: Hyper) -> Tensor:
+    """s (c, 1) fp32. At rank 1 one for the whole tensor (APOLLO-Mini): one a channel says too little."""
     over = 1 if R_cr.shape[1] > 1 else (0, 1)
     size = torch.linalg.vector_norm(R_cr, dim=over, keepdim=True) + hyper.eps
-    if hyper.noise_guard:
-        size = size.maximum(hyper.noise_guard * vhat_cr.sum(dim=over, keepdim=True).sqrt())
     norm_U = torch.linalg.vector_norm(U_cr, dim=over, keepdim=True)
     return (hyper.alpha * norm_U / size).expand(len(R_cr), 1)
 
 
-def update_norm(scale_c: Tensor, R_cr: Tensor, grad: Tensor, hyper: Hyper) -> Tensor:
-    """|D| (0-dim fp32), exact, or with |R_j| in the place of |G_j|: unbiased in its square."""
-    norm_c = channel_norms(channels_first(grad) if hyper.is_limiter_exact else R_cr)
-    return torch.linalg.vector_norm(scale_c * norm_c)
-
-
-def channel_norms(G_ck: Tensor) -> Tensor:
-    """|G_j| (c, 1) fp32, of R_cr as well."""
-    norm_c = torch.empty(len(G_ck), 1, dtype=torch.float32, device=G_ck.device)
-    for block in blocks(G_ck):
-        torch.linalg.vector_norm(G_ck[block].float(), dim=1, keepdim=True, out=norm_c[block])
-    return norm_c
+def update_norm(scale_c: Tensor, R_cr: Tensor) -> Tensor:
+    """|D| (0-dim fp32) with |R_j| in the place of |G_j|: unbiased in its square, and there already."""
+    return torch.linalg.vector_norm(scale_c * torch.linalg.vector_norm(R_cr, dim=1, keepdim=True))
 
 
 def limit_growth(

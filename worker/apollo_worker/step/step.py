@@ -6,8 +6,8 @@ import dataclasses
 import logging
 import math
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,8 @@ from apollo_ipc.errors import NotReady, UserError
 from apollo_worker.jobs.example import TokenisedExample
 from apollo_worker.model.live_model import LiveModel
 from apollo_worker.optimizer.apollo import Apollo
+from apollo_worker.step.gradient_sum import GradientSum
 from apollo_worker.step.loss import IGNORED, gather_targets, target_loss, token_logprobs
-from apollo_worker.step.pace import Pace
 
 log = logging.getLogger(__name__)
 
@@ -53,18 +53,18 @@ class Head:
 class Trainer:
     """Owns the optimizer of one live model. Not thread-safe: one step at a time."""
 
-    def __init__(self, live: LiveModel, options: Train, pace: Pace | None = None):
+    def __init__(self, live: LiveModel, options: Train):
         self.live = live
         self.options = options
-        self._pace = (pace or Pace(0)).attach(live.model)
         # The configured rank's moments, which outlive jobs; a job with a rank of its own borrows the weights.
         self.main_optimizer = self.optimizer = make_optimizer(live, options, options.rank)
-        # Before the optimizer's own hooks: a dead exporter must stop the write, not follow it.
-        self._guards = [
-            parameter.register_post_accumulate_grad_hook(self._require_vllm)
+        self._sum, self._is_last = GradientSum(), True  # of the step's examples: is this one its last?
+        # The optimizer in backward: a gradient lives until its parameter is updated. Once a backward pass,
+        # after a tied parameter's last use.
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(self._take_gradient)
             for parameter in live.model.parameters()
         ]
-        self._hooks = self.optimizer.attach_hooks()
         if options.activation_checkpointing:
             enable_activation_checkpointing(live.model)
         self._head = read_head(live.model)
@@ -89,7 +89,7 @@ class Trainer:
         gone.
 
         A non-finite loss of any of them stops before anything is written; a non-finite gradient leaves its
-        weight bit-identical. Gradients of all but the last example are summed in the parameters' dtype.
+        weight bit-identical. Gradients of several examples are summed in fp32.
         on_example: called after each example but the last.
         """
         self.optimizer.lr = lr
@@ -97,49 +97,50 @@ class Trainer:
         values: list[float] = []
         try:
             for example in examples:
-                is_last = len(values) == len(examples) - 1
-                with nullcontext() if is_last else self._without_updates():
-                    values.append(self._backward(example, 1 / len(examples)))
+                self._is_last = len(values) == len(examples) - 1
+                values.append(self._backward(example, 1 / len(examples)))
                 if not math.isfinite(values[-1]):
-                    self.live.model.zero_grad(set_to_none=True)
+                    self._drop_gradients()
                     return StepResult(values[-1], is_bad=True)
-                if on_example is not None and not is_last:
+                if on_example is not None and not self._is_last:
                     on_example()
+            for parameter in self._sum.parameters():  # what the last example did not reach: an expert, say
+                self._take_gradient(parameter)
         except BaseException as error:
             # What this step has left must not become part of the next one, nor live on in a traceback:
             # the graph holds views of weights that may be about to go.
             traceback.clear_frames(error.__traceback__)
-            self.live.model.zero_grad(set_to_none=True)
+            self._drop_gradients()
             raise
-        self.optimizer.step()  # what an earlier example reached and the last did not: an expert, say
         # Waits for the device, so that the step's last write is done when this returns.
         return StepResult(sum(values) / len(values), is_bad=self.optimizer.take_bad_updates() > 0)
 
     def _backward(self, example: TokenisedExample, weight: float) -> float:
         """The example's loss; its gradients, times `weight`, are in the parameters or used up by the
         optimizer. No backward pass where the loss is not finite."""
-        self._require_vllm()
+        require_vllm(self.live)
         ids, labels = self._inputs(example)
-        with torch.enable_grad(), self._pace:
+        with torch.enable_grad():
             loss = self._loss(ids, labels)
             value = float(loss.detach())
             if math.isfinite(value):
                 (loss if weight == 1 else loss * weight).backward()
         return value
 
-    @contextmanager
-    def _without_updates(self) -> Iterator[None]:
-        """Inside, gradients stay in the parameters: no optimizer in backward."""
-        for hook in self._hooks:
-            hook.remove()
-        try:
-            yield
-        finally:
-            self._hooks = self.optimizer.attach_hooks()
+    def _take_gradient(self, parameter: Tensor) -> None:
+        if not self._is_last:
+            self._sum.add(parameter)
+            return
+        self._sum.give_back(parameter)
+        self.optimizer.update_parameter(parameter)
+
+    def _drop_gradients(self) -> None:
+        self._sum.clear()
+        self.live.model.zero_grad(set_to_none=True)
 
     def accumulation_bytes(self) -> int:
-        """What accumulation keeps more than a step on one example: every parameter's gradient."""
-        return sum(parameter.nbytes for parameter in self.live.model.parameters())
+        """What accumulation keeps more than a step on one example: every parameter's gradient, in fp32."""
+        return 4 * sum(parameter.numel() for parameter in self.live.model.parameters())
 
     def prepare_accumulation(self, num_examples: int) -> list[str]:
         """Notes on what updates of `num_examples` cost. Raises UserError where the GPU has no room for it."""
@@ -162,25 +163,17 @@ class Trainer:
         rank = rank or self.options.rank
         if self.optimizer is self.main_optimizer and rank == self.options.rank:
             return
-        for hook in self._hooks:
-            hook.remove()
         is_main = rank == self.options.rank
         self.optimizer = self.main_optimizer if is_main else make_optimizer(self.live, self.options, rank)
-        self._hooks = self.optimizer.attach_hooks()
 
     def close(self) -> None:
         """Takes its hooks off the model, so that another trainer may train it."""
-        self._pace.detach()
-        for hook in [*self._guards, *self._hooks]:
+        for hook in self._hooks:
             hook.remove()
 
     def smaller_dims(self) -> dict[str, int]:
         """Name of each matrix -> its smaller dimension: at a rank above it, Adam updates the matrix."""
         return {name: min(p.shape) for name, p in self.live.model.named_parameters() if p.dim() == 2}
-
-    def _require_vllm(self, _: Tensor | None = None) -> None:
-        if not self.live.is_alive():
-            raise VllmDied("vLLM has ended; the step was stopped and its weights are gone with it")
 
     def _inputs(self, example: TokenisedExample) -> tuple[Tensor, Tensor]:
         """((1, S) ids on the model's device, (1, S) labels on the CPU with IGNORED where not a target)."""
@@ -251,6 +244,11 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + unused
 
 
+def require_vllm(live: LiveModel) -> None:
+    if not live.is_alive():
+        raise VllmDied("vLLM has ended; the step was stopped and its weights are gone with it")
+
+
 def make_optimizer(live: LiveModel, options: Train, rank: int) -> Apollo:
     return Apollo(
         live.model.named_parameters(),
@@ -263,11 +261,10 @@ def make_optimizer(live: LiveModel, options: Train, rank: int) -> Apollo:
         projection=options.projection,
         limiter_ratio=options.limiter_ratio,
         limiter_floor=options.limiter_floor,
-        limiter_norm=options.limiter_norm,
-        noise_guard=options.noise_guard,
         rounding=options.rounding,
         seed=options.seed,
         grid_dtypes=live.grid_dtypes(),
+        before_write=partial(require_vllm, live),
     )
 
 

@@ -16,11 +16,10 @@ from apollo_worker.link.link import ModelFacts
 from apollo_worker.link.status_board import StatusBoard
 from apollo_worker.model.hf_model import vocab_size_of
 from apollo_worker.model.live_model import LiveModel, attach
-from apollo_worker.step.pace import Pace
 from apollo_worker.step.step import Trainer
 from apollo_worker.sync.optimizer_file import read_optimizer
 from apollo_worker.sync.writer import CheckpointWriter
-from apollo_worker.trainer.recovery import Recovery, current_commit, num_steps_of
+from apollo_worker.trainer.recovery import Recovery, current_commit
 from apollo_worker.trainer.step_marks import check_same_model, read_state
 
 log = logging.getLogger(__name__)
@@ -136,11 +135,8 @@ class Attachment:
         board.state.weight_version = max(known, commit.weight_version if commit else 0)
         if self.recovery.at_attach(live, commit, is_new_boot=is_new_boot):
             commit = current_commit(model_dir)
-        is_loaded = load_optimizer(self.trainer, model_dir, commit)
-        # Steps since that commit: their weights are in vLLM's memory, their moments went with the worker.
-        # Moments at zero begin with step 0, or the correction of their bias would take them for warm ones.
-        if is_loaded and (num_lost := self.recovery.marks.num_steps - num_steps_of(commit)) > 0:
-            self.trainer.main_optimizer.advance(num_lost)
+        # Weights may be newer than these moments, whose own steps are what corrects their bias.
+        load_optimizer(self.trainer, model_dir, commit)
         board.state.durable_version = commit.weight_version if commit else 0
         board.state.vllm_boot_id, board.state.vllm_pid = manifest.boot_id, manifest.pid
         board.state.model_path = manifest.model_path
@@ -155,8 +151,7 @@ class Attachment:
         )
 
     def _make_trainer(self, live: LiveModel) -> Trainer:
-        pace = Pace(self._config.worker.pace, self._board.stopping.is_set)
-        return Trainer(live, self._config.train, pace)
+        return Trainer(live, self._config.train)
 
     def write_back(self) -> None:
         """The last checkpoint's weights and moments, in place (Recovery.write_back)."""
@@ -185,16 +180,13 @@ class Attachment:
         load_optimizer(self.trainer, live.model_dir, current_commit(live.model_dir))
 
 
-def load_optimizer(trainer: Trainer, model_dir: Path, commit: Commit | None) -> bool:
-    """The moments of the last commit; anew, with a warning, where those do not fit or are damaged. Whether
-    there were any."""
+def load_optimizer(trainer: Trainer, model_dir: Path, commit: Commit | None) -> None:
+    """The moments of the last commit; anew, with a warning, where those do not fit or are damaged."""
     try:
         if commit is not None and (saved := read_optimizer(model_dir, commit.optimizer)) is not None:
             trainer.main_optimizer.load_state(*saved)
-            return True
     except (UserError, CheckpointError) as error:
         log.warning("the saved optimizer state is not used, moments start anew: %s", error.message)
-    return False
 
 
 def make_writer(live: LiveModel, config: Config) -> CheckpointWriter:
