@@ -42,7 +42,9 @@ def test_killed_between_two_steps_no_step_is_lost_and_the_moments_count_their_ow
     with Trainer(config) as second:
         assert_same(second.live(), weights)
         assert second.queue.get(job_id).steps_done == 2
-        assert second.steps() == {2}, "the moments are the last checkpoint's, and so is what corrects their bias"
+        assert second.steps() == {2}, (
+            "the moments are the last checkpoint's, and so is what corrects their bias"
+        )
         assert second.train() == [job_id]
         assert second.steps() == {3}
         second.sync()
