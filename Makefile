@@ -5,12 +5,16 @@
 SHELL := /bin/bash
 ARGS ?=
 TEST_TIMEOUT_S ?= 3600
+# Two lanes, one for vLLM and one for the rest (tests/conftest.py); each keeps a core busy. JOBS=0: in series.
+JOBS ?= 2
+PYTEST = timeout --foreground --kill-after=60 $(TEST_TIMEOUT_S) $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+CRASH_STATES := 2000
 BIN := .venv/bin
 # Else each process compiles torch, transformers and vLLM from source anew: half of its start.
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-night test check lock bench clean
+.PHONY: help setup demo demo-night test test-slow test-all check lock bench clean
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -24,8 +28,14 @@ demo: setup  ## serve a small model, teach it something while it answers, show t
 demo-night: setup  ## a whole night: a day's logs flagged, stripped, dreamt of, trained, watched, reported
 	@$(BIN)/python -m apollo_curation.demo.night $(ARGS)
 
-test: setup  ## run the tests
-	@timeout --foreground --kill-after=60 $(TEST_TIMEOUT_S) $(BIN)/python -m pytest $(ARGS)
+test: setup  ## run the tests, without the slow ones
+	@$(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: setup  ## run only what `make test` leaves out
+	@$(PYTEST) -m slow $(ARGS)
+
+test-all: setup  ## run all tests, 2000 crash states of each protocol among them
+	@$(PYTEST) --crash-states $(CRASH_STATES) $(ARGS)
 
 check: setup  ## lint, formatting, types
 	$(BIN)/ruff check

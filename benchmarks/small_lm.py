@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from apollo_worker.jobs.schedule import learning_rate
+from apollo_worker.jobs.job_plan import learning_rate
 from torch import Tensor
 
 VOCAB_SIZE = 256

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from apollo_worker.jobs.queue_reader import QueueReader
+from apollo_worker.jobs.queue_file import QueueFile
 
 from apollo_ipc.config import load_config
 from apollo_ipc.errors import ApolloError
@@ -67,7 +67,7 @@ class System:
         self.config = load_config(environ=self.env)
         self.worker: subprocess.Popen | None = None
         self.started_at = 0.0  # of vLLM's last start, time.monotonic()
-        self._reader: QueueReader | None = None
+        self._reader: QueueFile | None = None
         self._downs: list[tuple[float, float | None]] = []  # vLLM's downtimes, time.monotonic()
 
     # --- starting ---
@@ -95,7 +95,7 @@ class System:
         if self._reader is None:
             wait_for(path.exists, "the queue's file", 60)
             time.sleep(1)
-            self._reader = QueueReader(path, busy_timeout_s=60)
+            self._reader = QueueFile(path, busy_timeout_s=60)
 
     def wait_until_training(self) -> None:
         wait_for(self.can_train, "training possible again", START_S)

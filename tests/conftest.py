@@ -1,12 +1,62 @@
-"""The real language model, for any test: skipped where its package is not installed."""
+"""The real language model, models that are made once, and lanes for tests that run side by side."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
+from made_once import MadeOnce
+from places import ROOT
 
 from apollo_ipc.demo.real_model import NoRealModel, real_model
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; a lane a core
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    crash = parser.getgroup("crash states")
+    crash.addoption("--crash-states", type=int, default=300, help="different states of each protocol")
+    crash.addoption("--crash-seed", type=int, help="which of them; without it another one each commit")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.crash_seed is None:
+        config.option.crash_seed = _seed_of_the_commit()
+
+
+def _seed_of_the_commit() -> int:
+    """In each process of a run the same; without git, that of the day."""
+    head = ["git", "-C", str(ROOT), "rev-parse", "--short=7", "HEAD"]
+    try:
+        return int(subprocess.run(head, capture_output=True, text=True, check=True).stdout, 16)
+    except (OSError, subprocess.CalledProcessError):
+        return int(time.time() // 86400)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    options = config.option
+    return f"crash states: --crash-states={options.crash_states} --crash-seed={options.crash_seed}"
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Real vLLM servers are one lane: two at once want more than two cores. Beside it each file stays whole,
+    so that what it prepares is prepared once, unless its tests name a group of their own."""
+    for item in items:
+        if item.get_closest_marker("vllm"):
+            item.add_marker(pytest.mark.xdist_group("vllm"), append=False)
+        elif item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(ROOT))))
+
+
+@pytest.fixture(scope="session")
+def made_once(pytestconfig: pytest.Config) -> MadeOnce:
+    """Directories that are made once for all runs; see made_once.py."""
+    return MadeOnce(Path(pytestconfig.cache.mkdir("made-once")))
 
 
 @pytest.fixture(scope="session")

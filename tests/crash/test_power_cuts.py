@@ -41,14 +41,14 @@ import pytest
 from explorer import Explorer
 from scenarios import SCENARIOS, record, record_killed
 
-MIN_STATES = 2000  # of each protocol
-SEED = 2014
 PROTOCOLS = list(dict.fromkeys(scenario.protocol for scenario in SCENARIOS))
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_no_power_cut_leaves_a_torn_checkpoint(protocol, work_dir, record_property):
-    rng = random.Random(SEED)
+def test_no_power_cut_leaves_a_torn_checkpoint(protocol, work_dir, record_property, pytestconfig):
+    """`--crash-states`: how many; `--crash-seed`: which, each commit others. `make test-all` tries most."""
+    seed, num_wanted = pytestconfig.option.crash_seed, pytestconfig.option.crash_states
+    rng = random.Random(seed)
     scenarios = [scenario for scenario in SCENARIOS if scenario.protocol == protocol]
     explorer = Explorer(work_dir, scenarios[0].truth, rng)
     undisturbed = [record(scenario, work_dir) for scenario in scenarios]
@@ -56,7 +56,7 @@ def test_no_power_cut_leaves_a_torn_checkpoint(protocol, work_dir, record_proper
     for scenario, recorded in zip(scenarios, undisturbed, strict=True):
         recordings += record_killed(scenario, recorded, work_dir, rng)
     problems, limit = [], 16  # states after each operation: more until there are enough different ones
-    while explorer.num_states < MIN_STATES and not problems and limit < 10_000:
+    while explorer.num_states < num_wanted and not problems and limit < 10_000:
         for recorded in recordings:
             if recorded.start:
                 problems += explorer.problems(recorded, start=recorded.start, limit=limit // 8)
@@ -64,6 +64,6 @@ def test_no_power_cut_leaves_a_torn_checkpoint(protocol, work_dir, record_proper
                 problems += explorer.problems(recorded, limit=limit, num_nested=2)
         limit *= 2
     record_property("num_states", explorer.num_states)
-    print(f"{protocol}: {explorer.num_states} different states, {len(problems)} wrong")
+    print(f"{protocol}: {explorer.num_states} different states, {len(problems)} wrong, --crash-seed={seed}")
     assert problems == []
-    assert explorer.num_states >= MIN_STATES
+    assert explorer.num_states >= num_wanted

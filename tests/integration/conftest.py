@@ -11,68 +11,72 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import able_model as able
 import pytest
+from made_once import MadeOnce
+from places import SUPPORT
 
 from apollo_ipc.process.serving import die_with_parent
+
+being_made: list[subprocess.Popen[bytes]] = []
 
 MAKE_ABLE_MODEL = """
 import sys
 from pathlib import Path
-from apollo_curation.demo.night_model import make_able_model
-make_able_model(Path(sys.argv[1]))
+from able_model import make
+from made_once import MadeOnce
+make(MadeOnce(Path(sys.argv[1])))
 """
-being_made: dict[Path, subprocess.Popen[bytes]] = {}
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """The model of the nights takes minutes of computing. The tests before them leave one core idle for long:
-    it is begun at once, with what nobody else wants."""
+    it is begun at once, with what nobody else wants, unless an earlier run has made it."""
+    config = session.config
     is_wanted = any("able_model" in item.fixturenames for item in session.items)
-    if session.config.option.collectonly or not is_wanted:
+    if config.option.collectonly or not is_wanted or os.environ.get("PYTEST_XDIST_WORKER", "gw0") != "gw0":
         return
-    directory = Path(tempfile.mkdtemp(prefix="apollo-able-"))
-    with (directory / "log").open("w") as log:
-        being_made[directory] = subprocess.Popen(
-            [sys.executable, "-c", MAKE_ABLE_MODEL, str(directory / "model")],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=log,
-            stderr=log,
+    once = MadeOnce(Path(config.cache.mkdir("made-once")))
+    if able.path(once).exists():
+        return
+    being_made.append(
+        subprocess.Popen(
+            [sys.executable, "-c", MAKE_ABLE_MODEL, str(once.root)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SUPPORT)},
             preexec_fn=lambda: (die_with_parent(), os.nice(19)),
         )
+    )
 
 
 def pytest_sessionfinish() -> None:
-    for directory, process in being_made.items():
+    for process in being_made:
         process.kill()
         process.wait()
-        shutil.rmtree(directory)
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def models(made_once: MadeOnce, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`models("qwen3", seed=0, ...)`: a fresh copy of a tiny model of that architecture, for one user."""
-    from apollo_ipc.demo.models import make_model
-
-    made: dict[tuple, Path] = {}
     root = tmp_path_factory.mktemp("models")
 
     def make(arch: str, **changes: Any) -> Path:
-        key = (arch, *sorted(changes.items(), key=str))
-        if key not in made:
-            made[key] = make_model(root / f"{arch}-{len(made)}", arch, **changes)
+        from apollo_ipc.demo import models
+
+        made = made_once.directory(
+            lambda directory: models.make_model(directory, arch, **changes),
+            f"tiny-{arch}", [Path(models.__file__)], *sorted(changes.items(), key=str),
+        )  # fmt: skip
         copy = Path(tempfile.mkdtemp(dir=root)) / arch
-        shutil.copytree(made[key], copy)
+        shutil.copytree(made, copy)
         return copy
 
     return make
 
 
 @pytest.fixture(scope="session")
-def able_model() -> Path:
+def able_model(made_once: MadeOnce) -> Path:
     """To be copied; see pytest_collection_finish."""
-    ((directory, process),) = being_made.items()
-    assert process.wait(timeout=800) == 0, (directory / "log").read_text()
-    return directory / "model"
+    return able.make(made_once)
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ from apollo_ipc.demo.__main__ import Served
 from apollo_ipc.process.serving import free_port
 from apollo_ipc.wire.requests import Message
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 NIGHT_TIMEOUT_S = 400
 

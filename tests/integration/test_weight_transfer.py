@@ -30,6 +30,7 @@ show(figures)
 
 
 @pytest.mark.vllm
+@pytest.mark.slow
 def test_updates_in_place_and_full_copies_are_measured_on_one_server(tmp_path: Path, short_dir: Path) -> None:
     if not serves_on_cpu():
         pytest.skip("this environment's vLLM is not the CPU build")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from places import ROOT, SUPPORT
 
 from apollo_curation.settings import CurationConfig
 from apollo_ipc.cli.main import main
@@ -56,26 +57,40 @@ def apollo(environment, tmp_path, monkeypatch, capfd):
     return run
 
 
+MODELS = ROOT / "src/apollo_ipc/demo/models.py"  # its path: importing it takes torch
+
 # What imports torch or transformers is imported where it is used: most tests do without.
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory) -> Path:
-    from served_model import make_tiny_model
+def tiny_model(made_once) -> Path:
+    """To be copied."""
 
-    return make_tiny_model(tmp_path_factory.mktemp("tiny"))
+    def make(directory: Path) -> None:
+        from served_model import make_tiny_model
+
+        make_tiny_model(directory)
+
+    return made_once.directory(make, "tiny", [SUPPORT / "served_model.py", MODELS])
 
 
 @pytest.fixture(scope="session")
-def templates(tmp_path_factory) -> dict[str, Path]:
-    from saved_model import save_model
-
-    base = tmp_path_factory.mktemp("models")
-    return {
-        "single": save_model(base / "single", shard_size="1GB"),
-        "multi": save_model(base / "multi", shard_size="100KB"),
-        "tied": save_model(base / "tied", shard_size="1GB", tied=True),
+def templates(made_once) -> dict[str, Path]:
+    """To be copied."""
+    shapes = {
+        "single": {"shard_size": "1GB"},
+        "multi": {"shard_size": "100KB"},
+        "tied": {"shard_size": "1GB", "tied": True},
     }
+
+    def make(directory: Path) -> None:
+        from saved_model import save_model
+
+        for name, shape in shapes.items():
+            save_model(directory / name, **shape)
+
+    made = made_once.directory(make, "templates", [SUPPORT / "saved_model.py"], shapes)
+    return {name: made / name for name in shapes}
 
 
 @pytest.fixture

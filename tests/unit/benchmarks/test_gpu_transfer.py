@@ -112,6 +112,7 @@ def test_arguments_that_cannot_be_meant_are_refused(benchmark, flags, words, cap
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.slow  # that of gpu_loop.py is not
 def test_without_cuda_a_sentence_says_so_before_anything_is_made(tmp_path):
     if not serves_on_cpu():
         pytest.skip("this environment's vLLM is not the CPU build")

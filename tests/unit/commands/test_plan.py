@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from apollo_worker.commands import memory_plan
 from apollo_worker.commands.memory_plan import Request, has_compiled_update, plan
 from apollo_worker.jobs.example import TokenisedExample
 from apollo_worker.model.live_model import load_offline
@@ -158,16 +162,11 @@ def test_what_the_first_step_leaves_allocated_is_the_compiled_updates_scratch(mo
 # --- the command ---
 
 
-def apollo(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "apollo_ipc", "plan", *arguments], capture_output=True, text=True, timeout=120
-    )
-
-
 def test_27b_is_planned_from_its_configuration_alone():
     model_dir = str(ROOT / "tests/assets/qwen3.5-27b")
     flags = ["--gpu-memory-utilization", "0.75", "--activation-checkpointing", "--max-tokens", "256"]
-    done = apollo(model_dir, *flags, "--device-memory", "141GB", "--json")
+    command = [sys.executable, "-m", "apollo_ipc", "plan", model_dir, *flags, "--device-memory", "141GB"]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)
     assert made["fits"] is True
@@ -175,12 +174,29 @@ def test_27b_is_planned_from_its_configuration_alone():
     assert made["total_bytes"] == sum(item["bytes"] for item in made["vllm"] + made["trainer"])
 
 
-def test_what_does_not_fit_says_what_would_and_exits_with_1(model_dirs):
+@pytest.fixture
+def planned(apollo, monkeypatch):
+    """`planned("MODEL_DIR", ...)`: the command, and the process that it starts, in this one. Each importing
+    torch of its own takes ten seconds; the test before has them both."""
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
+        said = io.StringIO()
+        with monkeypatch.context() as modules, contextlib.redirect_stdout(said):
+            for name in ("fla", "causal_conv1d"):  # which main() takes away
+                modules.setitem(sys.modules, name, None)
+            status = memory_plan.main(command[-1:])
+        return subprocess.CompletedProcess(command, status, said.getvalue().encode())
+
+    monkeypatch.setattr("apollo_ipc.cli.plan.subprocess.run", run)
+    return partial(apollo, "plan")
+
+
+def test_what_does_not_fit_says_what_would_and_exits_with_1(model_dirs, planned):
     plan_of = [str(model_dirs["qwen3"]), "--max-tokens", "64", "--device-memory"]
-    done = apollo(*plan_of, "600MB")
+    done = planned(*plan_of, "600MB")
     assert done.returncode == 1, done.stderr
     assert "does not fit; it would with --gpu-memory-utilization 0." in done.stdout
-    none = apollo(*plan_of, "100MB")
+    none = planned(*plan_of, "100MB")
     assert none.returncode == 1
     assert "weights and training together are more than the device has" in none.stdout
 
@@ -196,14 +212,14 @@ def test_what_does_not_fit_says_what_would_and_exits_with_1(model_dirs):
         (["--device-memory", "141"], "give a size like 141GB or 80GiB"),
     ],
 )
-def test_a_wrong_flag_is_answered_with_what_would_be_right(model_dirs, flags, said):
-    done = apollo(str(model_dirs["qwen3"]), *flags)
+def test_a_wrong_flag_is_answered_with_what_would_be_right(model_dirs, planned, flags, said):
+    done = planned(str(model_dirs["qwen3"]), *flags)
     assert done.returncode == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_directory_that_is_no_model_is_answered_with_what_to_give(tmp_path):
+def test_a_directory_that_is_no_model_is_answered_with_what_to_give(tmp_path, planned):
     (tmp_path / "config.json").write_text('{"model_type": "no_such_model"}')
     (tmp_path / "empty").mkdir()
     for path, said in [
@@ -212,7 +228,7 @@ def test_a_directory_that_is_no_model_is_answered_with_what_to_give(tmp_path):
         (tmp_path / "config.json", f"is a file; give the directory, {tmp_path}"),
         (tmp_path / "none", "no such directory"),
     ]:
-        done = apollo(str(path))
+        done = planned(str(path))
         assert done.returncode == 2, done.stderr
         assert said in done.stderr
         assert "Traceback" not in done.stderr

@@ -29,7 +29,11 @@ from apollo_worker.link.link import (
 )
 
 from apollo_ipc.config import Config, Worker
-from apollo_ipc.wire.messages import ErrorInfo, Progress, SyncCheckpoint
+from apollo_ipc.wire.messages import ErrorInfo, Progress, SyncCheckpoint, TrainerState
+
+
+def state_of(activity: str, count: int, **fields) -> State:
+    return State(TrainerState(Progress(activity, count), **fields))
 
 
 @pytest.fixture
@@ -54,14 +58,19 @@ def raw():
 def test_messages_arrive_whole_and_in_order_in_both_directions(pair):
     front, trainer = pair
     ask = Ask(1, SyncCheckpoint("", "delta"))
-    sent = [Start(Config(worker=Worker(num_threads=3)), 7), Wake(), ask, Stop()]
+    sent = [
+        Start(Config(worker=Worker(num_threads=3)), TrainerState(Progress("idle", 7))),
+        Wake(),
+        ask,
+        Stop(),
+    ]
     for message in sent:
         assert front.send(message)
     assert [trainer.receive() for _ in sent] == sent
     back = [
         ModelFacts("/m", 320, 2048, {f"layers.{i}.weight": i for i in range(100_000)}),
         Refused(1, ErrorInfo("CheckpointError", "disk full")),
-        State(Progress("idle", 3), refused=["x"]),
+        state_of("idle", 3, refused=["x"]),
     ]
     for message in back:
         assert trainer.send(message)
@@ -109,7 +118,7 @@ def test_many_notes_become_few_messages_and_the_last_one_always_comes(pair):
     front, trainer = pair
     count = 0
     for count in range(1, 201):
-        trainer.note(State, lambda: State(Progress("training", count)))  # noqa: B023
+        trainer.note(State, lambda: state_of("training", count))  # noqa: B023
         trainer.note("job-1", lambda: JobChanged("job-1"))
         time.sleep(0.002)
     received, last = [], 0
@@ -117,7 +126,7 @@ def test_many_notes_become_few_messages_and_the_last_one_always_comes(pair):
         message = front.receive()
         received.append(message)
         if isinstance(message, State):
-            last = message.progress.activity_count
+            last = message.state.progress.activity_count
     assert len(received) <= 2 * (0.4 + 1.0) / link_module.UPDATE_INTERVAL_S
     assert JobChanged("job-1") in received
 
@@ -125,18 +134,18 @@ def test_many_notes_become_few_messages_and_the_last_one_always_comes(pair):
 def test_a_state_goes_out_before_what_is_sent_after_it(pair):
     front, trainer = pair
     for version in range(1, 20):
-        trainer.note(State, lambda: State(Progress("training", version), weight_version=version))  # noqa: B023
+        trainer.note(State, lambda: state_of("training", version, weight_version=version))  # noqa: B023
         trainer.send(Publish(version))
         seen = 0
         while not isinstance(message := front.receive(), Publish):
-            seen = message.weight_version
+            seen = message.state.weight_version
         assert (seen, message.weight_version) == (version, version)
 
 
 def test_the_heartbeat_comes_without_any_change(pair, monkeypatch):
     monkeypatch.setattr(link_module, "STATE_INTERVAL_S", 0.1)
     front, trainer = pair
-    trainer.beat(State, lambda: State(Progress("idle", 1)))
+    trainer.beat(State, lambda: state_of("idle", 1))
     started = time.monotonic()
     assert [type(front.receive()) for _ in range(4)] == [State] * 4
     assert 0.2 < time.monotonic() - started < 1.0
@@ -144,7 +153,7 @@ def test_the_heartbeat_comes_without_any_change(pair, monkeypatch):
 
 def test_an_end_that_reads_nothing_stops_nobody_and_what_waits_is_bounded(pair):
     front, _ = pair
-    big = Start(Config(), 0)
+    big = Start(Config(), TrainerState(Progress("idle", 0)))
     started, num_taken = time.monotonic(), 0
     for _ in range(20_000):
         num_taken += front.send(big)
@@ -158,12 +167,12 @@ def test_an_end_that_reads_nothing_stops_nobody_and_what_waits_is_bounded(pair):
 
 def test_finish_hands_over_everything_first(pair):
     front, trainer = pair
-    trainer.note(State, lambda: State(Progress("idle", 5)))
+    trainer.note(State, lambda: state_of("idle", 5))
     for i in range(100):
         trainer.send(JobChanged(f"job-{i}"))
     trainer.finish(timeout_s=2.0)
     received = [front.receive() for _ in range(101)]
     with pytest.raises(EOFError):
         front.receive()
-    assert received[0] == State(Progress("idle", 5))
+    assert received[0] == state_of("idle", 5)
     assert received[-1] == JobChanged("job-99")

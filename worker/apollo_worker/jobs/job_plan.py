@@ -52,21 +52,28 @@ class JobPlan(msgspec.Struct, frozen=True, omit_defaults=True):
         return list(dict.fromkeys(one for one in trained if one is not None))
 
     def learning_rate(self, step: int) -> float:
-        """Of step number `step` (from 0).
+        """Of step number `step` (from 0)."""
+        return learning_rate(step, self.num_steps, self.lr, self.schedule, self.warmup_fraction)
 
-        "cosine": ceil(warmup_fraction * num_steps) steps rise linearly from lr / that number to lr; from
-        there half a cosine falls towards 0, which it would reach at step `num_steps`, one past the last. So
-        no step has a rate of 0: each one costs a forward and a backward pass, and shall do something.
-        """
-        assert 0 <= step < self.num_steps, f"step {step} of {self.num_steps}"
-        if self.schedule == "constant":
-            return self.lr
-        # Without the allowance 0.1 * 30 = 3.0000000000000004 would be four steps.
-        num_warmup = math.ceil(self.warmup_fraction * self.num_steps - 1e-9)
-        if step < num_warmup:
-            return self.lr * (step + 1) / num_warmup
-        progress = (step - num_warmup) / (self.num_steps - num_warmup)
-        return self.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+def learning_rate(
+    step: int, num_steps: int, peak: float, schedule: Resolved, warmup_fraction: float
+) -> float:
+    """Of `step` (0-based) in a job of `num_steps`.
+
+    "cosine": ceil(warmup_fraction * num_steps) steps rise linearly from peak / that number to peak; from
+    there half a cosine falls towards 0, which it would reach at step `num_steps`, one past the last. So no step has
+    a rate of 0: each one costs a forward and a backward pass, and shall do something.
+    """
+    assert 0 <= step < num_steps, f"step {step} of {num_steps}"
+    if schedule == "constant":
+        return peak
+    # Without the allowance 0.1 * 30 = 3.0000000000000004 would be four steps.
+    num_warmup = math.ceil(warmup_fraction * num_steps - 1e-9)
+    if step < num_warmup:
+        return peak * (step + 1) / num_warmup
+    progress = (step - num_warmup) / (num_steps - num_warmup)
+    return peak * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 _encoder = msgspec.msgpack.Encoder()
