@@ -25,6 +25,7 @@ from torch import nn
 from apollo_ipc.errors import AttachError, ConfigError
 from apollo_ipc.manifest import (
     Manifest,
+    Serving,
     is_running,
     manifest_path,
     read_manifest,
@@ -37,10 +38,12 @@ BOOM = "the disk is on fire"
 
 
 @pytest.fixture(scope="module")
-def export_module() -> Any:
+def export_module() -> Iterator[Any]:
     from apollo_router import export  # 20 s: it imports vLLM
 
-    return export
+    with pytest.MonkeyPatch.context() as patch:  # it asks a whole ModelConfig
+        patch.setattr(export, "engine_serving", lambda _: Serving())
+        yield export
 
 
 class Model(nn.Module):
