@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from apollo_ipc.checkpoint import Commit, read_commit, recover, verify
 from apollo_ipc.errors import CheckpointError
-from apollo_ipc.wire.messages import JobInfo
+from apollo_ipc.wire.replies import JobInfo
 
 
 def copy_problems(model_dir: Path) -> list[str]:

@@ -20,7 +20,8 @@ from apollo_ipc.errors import ApolloError
 from apollo_ipc.keys import train_key
 from apollo_ipc.process.serving import VllmServer, worker_command, worker_environment
 from apollo_ipc.wire.client import call
-from apollo_ipc.wire.messages import JobInfo, SyncCheckpoint, SyncKind
+from apollo_ipc.wire.messages import SyncCheckpoint, SyncKind
+from apollo_ipc.wire.replies import JobInfo
 
 START_S = 300.0
 # Syncs so often that a kill meets one now and then even unasked; both kinds; older versions beside them.

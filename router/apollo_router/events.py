@@ -9,7 +9,7 @@ from contextlib import aclosing
 import msgspec
 
 from apollo_ipc.errors import ApolloError
-from apollo_ipc.wire.messages import JobInfo
+from apollo_ipc.wire.replies import JobInfo
 from apollo_router.errors import error_body
 from apollo_router.gateway import Gateway
 

@@ -9,7 +9,7 @@ from msgspec import Meta
 from starlette.requests import Request
 
 from apollo_ipc.errors import UserError
-from apollo_ipc.wire.messages import JobState
+from apollo_ipc.wire.replies import JobState
 from apollo_ipc.wire.requests import explain
 
 MAX_KEY_CHARS = 255

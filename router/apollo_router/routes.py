@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from apollo_ipc.errors import NotReady
-from apollo_ipc.wire import messages
+from apollo_ipc.wire import messages, replies
 from apollo_ipc.wire.requests import PinBody, RestoreBody, SyncBody, convert, parse_json
 from apollo_router.auth import KeyedRoute
 from apollo_router.body import read_body
@@ -74,7 +74,7 @@ async def train(request: Request) -> Response:
     return _waited(request, job)
 
 
-async def _submit(gateway: Gateway, body: bytes, key: str) -> messages.JobInfo:
+async def _submit(gateway: Gateway, body: bytes, key: str) -> replies.JobInfo:
     """Raises, beside the worker's refusals, NotReady: whatever its code, sending the same again with the key
     of its header `Idempotency-Key` trains once."""
     submit = messages.Submit("", body, key)
@@ -87,7 +87,7 @@ async def _submit(gateway: Gateway, body: bytes, key: str) -> messages.JobInfo:
     return reply.job
 
 
-def _accepted(job: messages.JobInfo) -> dict[str, Any]:
+def _accepted(job: replies.JobInfo) -> dict[str, Any]:
     return {
         "job_id": job.job_id,
         "status": job.state,
@@ -98,12 +98,12 @@ def _accepted(job: messages.JobInfo) -> dict[str, Any]:
     }
 
 
-def _location(request: Request, job: messages.JobInfo) -> dict[str, str]:
+def _location(request: Request, job: replies.JobInfo) -> dict[str, str]:
     """As the client sees it: behind vLLM's --root-path too."""
     return {"Location": f"{request.scope.get('root_path', '').rstrip('/')}/train/jobs/{job.job_id}"}
 
 
-def _waited(request: Request, job: messages.JobInfo) -> Response:
+def _waited(request: Request, job: replies.JobInfo) -> Response:
     if job.state in TRAINED_STATES:
         details = {
             "steps_done": job.steps_done,
@@ -113,13 +113,13 @@ def _waited(request: Request, job: messages.JobInfo) -> Response:
             "weight_version": job.weight_version,
         }
         return json_response({**_accepted(job), **details})
-    if job.state in messages.ENDED_STATES:
+    if job.state in replies.ENDED_STATES:
         message = f"job {job.job_id} {job.state}: {job.error or 'no reason given'}"
         return error_response(HttpError(422, f"job_{job.state}", message), job=job)
     return json_response(_accepted(job), 202, _location(request, job))
 
 
-async def _end_of(gateway: Gateway, job: messages.JobInfo) -> messages.JobInfo:
+async def _end_of(gateway: Gateway, job: replies.JobInfo) -> replies.JobInfo:
     """The job when it has ended, or as it is after http.wait_timeout_s. Outlasts a restart of the worker.
 
     Raises NotReady, naming the job, where the worker stays away for WORKER_AWAY_S.

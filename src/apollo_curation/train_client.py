@@ -12,7 +12,7 @@ import msgspec
 from apollo_curation.chat_client import RETRY_S, ModelAway, ServerRefused, request_patiently
 from apollo_curation.settings import CurationConfig
 from apollo_ipc.keys import train_key
-from apollo_ipc.wire.messages import ENDED_STATES, JobInfo, RestoreResult, SyncResult
+from apollo_ipc.wire.replies import ENDED_STATES, JobInfo, RestoreResult, SyncResult
 from apollo_ipc.wire.requests import TrainRequest
 
 POLL_S = 0.5

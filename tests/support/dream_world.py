@@ -19,7 +19,7 @@ from apollo_curation.logs.conversation import Source
 from apollo_curation.moments.moments import Moments
 from apollo_curation.store import Store
 from apollo_curation.training.batches import Batches
-from apollo_ipc.wire.messages import JobInfo
+from apollo_ipc.wire.replies import JobInfo
 from apollo_ipc.wire.requests import Message
 
 GOOD = "I looked it up first:"

@@ -19,7 +19,7 @@ from apollo_worker.jobs.queue import JobQueue
 from apollo_worker.link.link import ModelFacts
 from apollo_worker.trainer import __main__ as training_process
 
-from apollo_ipc.wire.messages import SyncResult
+from apollo_ipc.wire.replies import SyncResult
 
 CRASH, HANG, NORMAL = 66, 77, 1  # the first context id says what the job does
 

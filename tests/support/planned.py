@@ -6,7 +6,7 @@ from apollo_worker.jobs.example import TokenisedExample, content_hash, request_d
 from apollo_worker.jobs.job_plan import JobPlan
 from apollo_worker.jobs.queue import Job, JobQueue
 
-from apollo_ipc.wire.messages import JobInfo
+from apollo_ipc.wire.replies import JobInfo
 from apollo_ipc.wire.requests import TrainRequest
 
 

@@ -16,7 +16,7 @@ from apollo_curation.settings import Curation, CurationConfig, Quality
 from apollo_curation.store import Store
 from apollo_curation.training.batches import Batches
 from apollo_ipc.config import Paths
-from apollo_ipc.wire.messages import ENDED_STATES, JobInfo, RestoreResult, SyncResult
+from apollo_ipc.wire.replies import ENDED_STATES, JobInfo, RestoreResult, SyncResult
 from apollo_ipc.wire.requests import Message
 
 CANARIES = """

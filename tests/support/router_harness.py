@@ -22,7 +22,7 @@ from planned import plan_of
 
 from apollo_ipc.config import Config, load_config
 from apollo_ipc.manifest import MANIFEST_FORMAT, Manifest, start_ticks, write_manifest
-from apollo_ipc.wire.messages import SyncResult
+from apollo_ipc.wire.replies import SyncResult
 
 TRAIN_KEY = "train-key-of-the-tests"
 INFERENCE_KEY = "inference-key-of-the-tests"

@@ -27,7 +27,7 @@ from apollo_ipc.cli.main import PASS_ON, app
 from apollo_ipc.config import Config, Paths, load_config
 from apollo_ipc.keys import key_path, train_key
 from apollo_ipc.manifest import manifest_path
-from apollo_ipc.wire.messages import ENDED_STATES, JobInfo, Status, SyncResult
+from apollo_ipc.wire.replies import ENDED_STATES, JobInfo, Status, SyncResult
 from apollo_ipc.wire.requests import Example, Message, TrainOptions
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

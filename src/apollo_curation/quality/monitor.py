@@ -21,7 +21,7 @@ from apollo_curation.store import Store
 from apollo_curation.train_client import TrainClient
 from apollo_curation.training.batches import Batches, StopTraining
 from apollo_ipc.errors import ApolloError, ConfigError, NotReady
-from apollo_ipc.wire.messages import ENDED_STATES, JobInfo
+from apollo_ipc.wire.replies import ENDED_STATES, JobInfo
 
 MIN_HISTORY = 1  # older versions: a sync may come between the reference's own and the pin that holds it
 

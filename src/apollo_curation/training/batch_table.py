@@ -14,7 +14,7 @@ from apollo_curation.moments.moments import Moment
 from apollo_curation.settings import TierName
 from apollo_curation.store import Store
 from apollo_ipc.errors import NotFound
-from apollo_ipc.wire.messages import JobInfo
+from apollo_ipc.wire.replies import JobInfo
 from apollo_ipc.wire.requests import Example, TrainRequest
 
 BatchState = Literal["open", "trained", "failed", "stopped", "undone"]

@@ -21,7 +21,7 @@ from apollo_curation.store import Store
 from apollo_curation.train_client import TrainClient
 from apollo_curation.training.batch_table import Batch, BatchTable, new_batch_id
 from apollo_ipc.errors import UserError
-from apollo_ipc.wire.messages import JobInfo
+from apollo_ipc.wire.replies import JobInfo
 from apollo_ipc.wire.requests import TrainOptions, TrainRequest
 
 Each = Callable[[JobInfo], None]

@@ -18,7 +18,7 @@ from apollo_curation.training.batches import Batch, Batches, Each, NothingToTrai
 from apollo_curation.training.choose import Choice, choose
 from apollo_curation.training.idle import Idleness
 from apollo_ipc.errors import NotReady
-from apollo_ipc.wire.messages import ENDED_STATES, JobInfo, SyncResult
+from apollo_ipc.wire.replies import ENDED_STATES, JobInfo, SyncResult
 
 TIERS: tuple[TierName, ...] = ("direct", "dream", "bootstrap")  # in the order in which they take their turn
 POLL_S = 2.0  # between two looks at the store and at vLLM's metrics

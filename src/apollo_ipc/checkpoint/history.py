@@ -19,7 +19,7 @@ from apollo_ipc.checkpoint import delta as codec
 from apollo_ipc.checkpoint.record import Commit, Delta, FileRecord, Undo, Version, read_commit, state_path
 from apollo_ipc.checkpoint.shards import ShardTensor, file_digest, read_range, read_shard
 from apollo_ipc.errors import CheckpointError, UserError
-from apollo_ipc.wire.messages import History, VersionInfo
+from apollo_ipc.wire.replies import History, VersionInfo
 
 
 def versions(commit: Commit) -> list[Version]:

@@ -19,7 +19,8 @@ from apollo_ipc.cli.output import (
 )
 from apollo_ipc.config import Config, load_config
 from apollo_ipc.errors import NotReady
-from apollo_ipc.wire.messages import CancelJob, GetStatus, JobState, ListJobs
+from apollo_ipc.wire.messages import CancelJob, GetStatus, ListJobs
+from apollo_ipc.wire.replies import JobState
 
 WATCH_INTERVAL_S = 1.0
 

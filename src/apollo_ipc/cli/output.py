@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from apollo_ipc.errors import ApolloError
-from apollo_ipc.wire.messages import JobInfo, PostSync, Status, SyncResult
+from apollo_ipc.wire.replies import JobInfo, PostSync, Status, SyncResult
 
 FAILED_STATES = ("failed", "cancelled", "quarantined", "undone")
 

@@ -18,7 +18,7 @@ from apollo_ipc.config import load_config
 from apollo_ipc.errors import ApolloError, UserError
 from apollo_ipc.manifest import read_manifest
 from apollo_ipc.model_dir import check_is_dir
-from apollo_ipc.wire.messages import Previewed
+from apollo_ipc.wire.replies import Previewed
 
 
 def preview(

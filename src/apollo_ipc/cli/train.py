@@ -21,7 +21,8 @@ from apollo_ipc.cli.processes import worker_environment
 from apollo_ipc.config import Config, load_config
 from apollo_ipc.errors import ApolloError, NotReady, UserError
 from apollo_ipc.model_dir import check_model_dir
-from apollo_ipc.wire.messages import ENDED_STATES, JobInfo, Submit
+from apollo_ipc.wire.messages import Submit
+from apollo_ipc.wire.replies import ENDED_STATES, JobInfo
 from apollo_ipc.wire.requests import TrainOptions, TrainRequest, convert
 
 SUBMIT_TIMEOUT_S = 3600.0  # many examples are tokenised for minutes before they are accepted

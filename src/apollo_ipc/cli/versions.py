@@ -15,7 +15,8 @@ from apollo_ipc.cli.output import describe_ago, describe_bytes, print_json
 from apollo_ipc.config import Config, load_config
 from apollo_ipc.errors import NotReady, UserError
 from apollo_ipc.manifest import is_served
-from apollo_ipc.wire.messages import GetHistory, PinResult, PinVersion, Reply, RestoreVersion
+from apollo_ipc.wire.messages import GetHistory, PinVersion, Reply, RestoreVersion
+from apollo_ipc.wire.replies import PinResult
 
 RESTORE_TIMEOUT_S = 3600.0
 PIN_TIMEOUT_S = 900.0  # a sync may hold the checkpoint for minutes

@@ -33,7 +33,6 @@ from apollo_ipc.wire.messages import (
     Heartbeat,
     Hello,
     JobEvent,
-    JobInfo,
     Reply,
     Unwatch,
     Watch,
@@ -41,6 +40,7 @@ from apollo_ipc.wire.messages import (
     encode,
 )
 from apollo_ipc.wire.remote import error_from
+from apollo_ipc.wire.replies import JobInfo
 
 logger = logging.getLogger(__name__)
 

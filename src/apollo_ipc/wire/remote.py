@@ -6,7 +6,7 @@ import traceback
 
 from apollo_ipc import errors
 from apollo_ipc.errors import ApolloError
-from apollo_ipc.wire.messages import ErrorInfo
+from apollo_ipc.wire.replies import ErrorInfo
 
 
 class RemoteError(ApolloError):

@@ -11,7 +11,7 @@ import pytest
 from places import BENCHMARKS
 
 from apollo_ipc.checkpoint import Commit
-from apollo_ipc.wire.messages import JobInfo
+from apollo_ipc.wire.replies import JobInfo
 
 TOY = ["--layers", "2", "--pretrain-steps", "2", "--eval-windows", "2", "--seeds", "1"]
 

@@ -20,7 +20,7 @@ from planned import plan_of, text_of
 
 from apollo_ipc.keys import key_path
 from apollo_ipc.manifest import Manifest, start_ticks, write_manifest
-from apollo_ipc.wire.messages import Progress, SyncResult
+from apollo_ipc.wire.replies import Progress, SyncResult
 
 COMMAND = Path(sys.executable).with_name("apollo-ipc")
 EXAMPLE = {"prompt": "2 + 2 =", "completion": " 4"}

@@ -13,7 +13,7 @@ from synced_weights import Live, assert_same, make_model, state_files, stored
 
 from apollo_ipc.checkpoint import read_commit, recover, verify
 from apollo_ipc.config import Checkpoint
-from apollo_ipc.wire.messages import SyncResult
+from apollo_ipc.wire.replies import SyncResult
 
 
 def result_of(live: Live, version: int) -> SyncResult:

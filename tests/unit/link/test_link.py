@@ -29,7 +29,8 @@ from apollo_worker.link.link import (
 )
 
 from apollo_ipc.config import Config, Worker
-from apollo_ipc.wire.messages import ErrorInfo, Progress, SyncCheckpoint, TrainerState
+from apollo_ipc.wire.messages import SyncCheckpoint
+from apollo_ipc.wire.replies import ErrorInfo, Progress, TrainerState
 
 
 def state_of(activity: str, count: int, **fields) -> State:

@@ -28,7 +28,7 @@ from synced_weights import Live, make_model
 
 from apollo_ipc.checkpoint import begin
 from apollo_ipc.errors import Conflict
-from apollo_ipc.wire.messages import Previewed, RestoreResult, SyncResult
+from apollo_ipc.wire.replies import Previewed, RestoreResult, SyncResult
 
 # --- the worker ---
 

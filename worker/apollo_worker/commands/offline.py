@@ -18,7 +18,7 @@ import msgspec
 from apollo_ipc.checkpoint import read_commit, recover
 from apollo_ipc.config import Config, load_config
 from apollo_ipc.errors import ApolloError
-from apollo_ipc.wire.messages import JobInfo
+from apollo_ipc.wire.replies import JobInfo
 from apollo_ipc.wire.requests import TrainRequest, parse_train_body
 from apollo_worker.front.admission import load
 from apollo_worker.jobs.job_plan import plan

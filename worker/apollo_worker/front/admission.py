@@ -12,7 +12,7 @@ import msgspec
 from apollo_ipc.config import Train
 from apollo_ipc.errors import NotReady, UserError
 from apollo_ipc.manifest import Serving, read_manifest
-from apollo_ipc.wire.messages import Previewed
+from apollo_ipc.wire.replies import Previewed
 from apollo_ipc.wire.requests import TrainRequest
 from apollo_worker.jobs.job_plan import plan
 from apollo_worker.jobs.queue import JobQueue, UnplannedJob

@@ -25,20 +25,15 @@ from apollo_ipc.wire.messages import (
     GetHistory,
     GetJob,
     GetStatus,
-    History,
-    JobInfo,
     ListJobs,
-    PinResult,
     PinVersion,
     Preview,
-    Previewed,
     Reply,
-    RestoreResult,
     RestoreVersion,
-    Status,
     Submit,
     SyncCheckpoint,
 )
+from apollo_ipc.wire.replies import History, JobInfo, PinResult, Previewed, RestoreResult, Status
 from apollo_ipc.wire.requests import parse_train_body
 from apollo_worker.jobs.example import request_digest
 from apollo_worker.jobs.queue import JobQueue

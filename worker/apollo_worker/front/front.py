@@ -18,8 +18,8 @@ from concurrent.futures import Future
 from apollo_ipc.config import Config, make_private_dir
 from apollo_ipc.errors import NotReady
 from apollo_ipc.process.notify import notify
-from apollo_ipc.wire.messages import RestoreResult, SyncResult
 from apollo_ipc.wire.remote import error_from
+from apollo_ipc.wire.replies import RestoreResult, SyncResult
 from apollo_worker.front.admission import Admitter
 from apollo_worker.front.post_sync import PostSyncRunner
 from apollo_worker.front.server import Server

@@ -19,7 +19,7 @@ from apollo_ipc.checkpoint import snapshot
 from apollo_ipc.checkpoint.snapshot import Snapshot, command_for
 from apollo_ipc.config import Checkpoint
 from apollo_ipc.errors import ApolloError, CheckpointError
-from apollo_ipc.wire.messages import PostSync, SyncResult
+from apollo_ipc.wire.replies import PostSync, SyncResult
 
 log = logging.getLogger(__name__)
 OUTPUT_TAIL_BYTES = 500

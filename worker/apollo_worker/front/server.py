@@ -22,7 +22,6 @@ import zmq.asyncio
 from apollo_ipc.config import Config
 from apollo_ipc.errors import ApolloError, NotReady
 from apollo_ipc.wire.messages import (
-    ENDED_STATES,
     HEARTBEAT_INTERVAL_S,
     PROTOCOL_VERSION,
     Ack,
@@ -31,7 +30,6 @@ from apollo_ipc.wire.messages import (
     Heartbeat,
     Hello,
     JobEvent,
-    JobInfo,
     Reply,
     Unwatch,
     Watch,
@@ -39,6 +37,7 @@ from apollo_ipc.wire.messages import (
     encode,
 )
 from apollo_ipc.wire.remote import error_info
+from apollo_ipc.wire.replies import ENDED_STATES, JobInfo
 from apollo_worker.front.answers import Answers
 from apollo_worker.front.endpoint import Endpoint
 from apollo_worker.front.peers import Peers, Watches

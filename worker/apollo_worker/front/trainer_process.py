@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 
 from apollo_ipc.config import Config
-from apollo_ipc.wire.messages import Progress, TrainerState
+from apollo_ipc.wire.replies import Progress, TrainerState
 from apollo_worker.link.link import FromTrainer, Link, Start, Stop, make_pair
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from apollo_ipc.errors import UserError
-from apollo_ipc.wire.messages import FieldError, Previewed
+from apollo_ipc.wire.replies import FieldError, Previewed
 from apollo_ipc.wire.requests import Example
 from apollo_worker.jobs.tokenise import Tokeniser
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 
 from apollo_ipc.errors import Conflict, NotReady
-from apollo_ipc.wire.messages import ENDED_STATES, JobInfo, JobState
+from apollo_ipc.wire.replies import ENDED_STATES, JobInfo, JobState
 from apollo_worker.jobs import checkpoint_side
 from apollo_worker.jobs.job_plan import JobPlan, decode_plan, encode_plan
 from apollo_worker.jobs.queue_file import BUSY_TIMEOUT_S, Jobs, QueueFile, count_of, job_of_key, read_job

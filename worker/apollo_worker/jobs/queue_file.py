@@ -22,7 +22,7 @@ import msgspec
 
 from apollo_ipc.config import make_private_dir
 from apollo_ipc.errors import ApolloError, Conflict, NotFound, NotReady
-from apollo_ipc.wire.messages import JobInfo, JobState
+from apollo_ipc.wire.replies import JobInfo, JobState
 
 SCHEMA_VERSION = 2
 BUSY_TIMEOUT_S = 10.0

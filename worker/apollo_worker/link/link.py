@@ -28,14 +28,8 @@ from typing import Any
 import msgspec
 
 from apollo_ipc.config import Config
-from apollo_ipc.wire.messages import (
-    ErrorInfo,
-    RestoreResult,
-    RestoreVersion,
-    SyncCheckpoint,
-    SyncResult,
-    TrainerState,
-)
+from apollo_ipc.wire.messages import RestoreVersion, SyncCheckpoint
+from apollo_ipc.wire.replies import ErrorInfo, RestoreResult, SyncResult, TrainerState
 
 logger = logging.getLogger(__name__)
 

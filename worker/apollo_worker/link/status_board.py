@@ -16,14 +16,13 @@ import msgspec
 
 from apollo_ipc.errors import NotReady
 from apollo_ipc.process.flag import Flag
-from apollo_ipc.wire.messages import (
+from apollo_ipc.wire.messages import RestoreVersion, SyncCheckpoint
+from apollo_ipc.wire.replies import (
     PostSync,
     Previewed,
     Progress,
     RestoreResult,
-    RestoreVersion,
     Status,
-    SyncCheckpoint,
     SyncResult,
     TrainerState,
 )

@@ -24,7 +24,7 @@ from apollo_ipc.checkpoint.record import Commit, Delta, DeltaTensor, FileRecord
 from apollo_ipc.checkpoint.shards import DTYPE_BYTES, Shard, ShardTensor, file_digest, read_blocks
 from apollo_ipc.checkpoint.transaction import Transaction
 from apollo_ipc.errors import CheckpointError
-from apollo_ipc.wire.messages import SyncResult
+from apollo_ipc.wire.replies import SyncResult
 from apollo_ipc.wire.requests import SyncKind
 from apollo_worker.sync.copy_out import CopyOut
 from apollo_worker.sync.optimizer_file import OptimizerFile

@@ -24,7 +24,7 @@ from apollo_ipc.checkpoint.recovery import LOCK_WAIT_S
 from apollo_ipc.checkpoint.shards import Shard, ShardTensor, read_shards, shard_index
 from apollo_ipc.checkpoint.transaction import begin
 from apollo_ipc.errors import CheckpointError
-from apollo_ipc.wire.messages import SyncResult
+from apollo_ipc.wire.replies import SyncResult
 from apollo_ipc.wire.requests import SyncKind
 from apollo_worker.model.host_buffer import (
     DTYPES,

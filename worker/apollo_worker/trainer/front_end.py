@@ -12,8 +12,8 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
-from apollo_ipc.wire.messages import JobInfo, RestoreResult, SyncResult
 from apollo_ipc.wire.remote import error_info
+from apollo_ipc.wire.replies import JobInfo, RestoreResult, SyncResult
 from apollo_worker.link.link import (
     Answered,
     Ask,

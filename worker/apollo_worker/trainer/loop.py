@@ -15,7 +15,8 @@ from functools import partial
 
 from apollo_ipc.checkpoint import history, read_commit
 from apollo_ipc.errors import ApolloError, CheckpointError, Conflict, NotReady, UserError
-from apollo_ipc.wire.messages import RestoreResult, RestoreVersion, SyncCheckpoint
+from apollo_ipc.wire.messages import RestoreVersion, SyncCheckpoint
+from apollo_ipc.wire.replies import RestoreResult
 from apollo_worker.jobs.queue import Job, JobQueue
 from apollo_worker.link.status_board import Asked
 from apollo_worker.model.device import is_device_lost

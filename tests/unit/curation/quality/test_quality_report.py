@@ -27,7 +27,7 @@ from apollo_curation.quality.measure import CategoryLoss
 from apollo_curation.quality.report import clean, write_html
 from apollo_curation.store import Store, store_path
 from apollo_curation.training.batch_table import BatchTable, new_batch_id
-from apollo_ipc.wire.messages import JobInfo
+from apollo_ipc.wire.replies import JobInfo
 from apollo_ipc.wire.requests import Message, TrainRequest
 
 BROWSERS = ("chromium", "chromium-headless-shell", "chrome-headless-shell", "google-chrome", "chrome")

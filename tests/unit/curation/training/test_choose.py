@@ -18,7 +18,7 @@ from apollo_curation.training.batch_table import BatchTable, example_hash
 from apollo_curation.training.choose import Choice, by_value, choose
 from apollo_curation.training.near_duplicates import NearDuplicates, shingles, similarity
 from apollo_ipc.config import Http
-from apollo_ipc.wire.messages import JobInfo
+from apollo_ipc.wire.replies import JobInfo
 from apollo_ipc.wire.requests import Message, TrainRequest
 
 NOW = 1_000_000.0
