@@ -31,7 +31,7 @@ from apollo_curation.training.batches import BatchTable
 from apollo_ipc import checkpoint
 from apollo_ipc.checkpoint import history as versions
 from apollo_ipc.config import Checkpoint
-from apollo_ipc.demo.__main__ import Served
+from apollo_ipc.demo.served import Served
 from apollo_ipc.process.serving import free_port
 from apollo_ipc.wire.requests import Message
 

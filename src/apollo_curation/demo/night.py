@@ -25,7 +25,7 @@ from apollo_curation.chat_client import ChatClient
 from apollo_curation.demo import night_corpus as corpus
 from apollo_curation.demo.scripted_model import ScriptedModel
 from apollo_ipc import checkpoint
-from apollo_ipc.demo.__main__ import Served, quieten_libraries, say
+from apollo_ipc.demo.served import Served, quieten_libraries, say
 from apollo_ipc.errors import ApolloError
 from apollo_ipc.process.serving import ServerFailed
 from apollo_ipc.wire.requests import Message

@@ -74,14 +74,16 @@ def check(
 
 
 def demo(
-    arch: Annotated[Literal["qwen3.5", "qwen3"], typer.Option(help="Hybrid or dense.")] = "qwen3.5",
+    arch: Annotated[
+        Literal["qwen3.5", "qwen3"] | None,
+        typer.Option(help="A tiny random model, hybrid or dense, instead of the real one."),
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the table there as JSON.")] = None,
     keep: Annotated[Path | None, typer.Option(help="Keep the model and the logs in this directory.")] = None,
 ) -> None:
-    """Serve a small model made on the spot, teach it something while it answers, and show that it learned."""
-    files = {"--json": json_file, "--keep": keep}
-    given = [text for flag, path in files.items() if path for text in (flag, str(path))]
-    run_module("apollo_ipc.demo", ["--arch", arch, *given])
+    """Serve a real language model, teach it facts while it answers others, and show what it learned."""
+    options = {"--arch": arch, "--json": json_file, "--keep": keep}
+    run_module("apollo_ipc.demo", [text for flag, value in options.items() if value for text in (flag, str(value))])
 
 
 def key(

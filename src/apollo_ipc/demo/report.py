@@ -6,21 +6,71 @@ from pathlib import Path
 
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+
+from apollo_ipc.demo.stream import CompletionStream
+
+SHOWN = 90  # characters of an answer in the table; --json has all of it
 
 
 class Answer(msgspec.Struct):
+    """Of a question that was taught. An answer is right where it holds `key`, whatever its case."""
+
     question: str
     taught: str
+    key: str
     before: str = ""
     after: str = ""  # by the same running server
     after_reload: str = ""  # by transformers, from the synced directory
+
+    @property
+    def is_right(self) -> bool:
+        return self.key in self.after.lower()
+
+
+class Paraphrased(msgspec.Struct):
+    """Of a question about the same that was never taught."""
+
+    question: str
+    key: str
+    before: str = ""
+    after: str = ""
+    after_reload: str = ""
+
+    @property
+    def is_right(self) -> bool:
+        return self.key in self.after.lower()
+
+
+class GeneralAnswer(msgspec.Struct):
+    """Of a question that has nothing to do with what was taught."""
+
+    question: str
+    key: str
+    before: str = ""
+    after: str = ""
+    after_reload: str = ""
+
+    @property
+    def is_same(self) -> bool:
+        """Word for word."""
+        return self.after == self.before
+
+    @property
+    def is_right(self) -> bool:
+        return self.key in self.after.lower()
+
+    @property
+    def was_right(self) -> bool:
+        return self.key in self.before.lower()
 
 
 class Report(msgspec.Struct):
     """Latencies are of short completions: `before` in the pauses between rounds, `during` inside them."""
 
     arch: str
+    model: str = ""
     parameters: int = 0
     parameters_mapped: int = 0
     steps: int = 0
@@ -37,6 +87,8 @@ class Report(msgspec.Struct):
     weight_version: int = 0
     duration_s: float = 0.0
     answers: list[Answer] = []
+    answers_paraphrased: list[Paraphrased] = []
+    answers_general: list[GeneralAnswer] = []
     problems: list[str] = []
 
     @property
@@ -59,26 +111,53 @@ class Report(msgspec.Struct):
         if not self.bytes_synced:
             found.append("the sync wrote nothing")
         for answer in self.answers:
-            if answer.before == answer.taught:
+            if answer.key in answer.before.lower():
                 found.append(f"{answer.question!r} was answered before it was taught")
-            if answer.after != answer.taught:
+            if not answer.is_right:
                 found.append(f"{answer.question!r}: served answer {answer.after!r}, taught {answer.taught!r}")
-            if answer.after_reload != answer.taught:
+            if answer.key not in answer.after_reload.lower():
                 found.append(f"{answer.question!r}: reloaded from disk it answers {answer.after_reload!r}")
         return found
 
+    def all_answers(self) -> list[Answer | Paraphrased | GeneralAnswer]:
+        return [*self.answers, *self.answers_paraphrased, *self.answers_general]
+
+    def take_latencies(self, stream: CompletionStream) -> None:
+        self.requests_served = stream.num_served
+        self.requests_served_during_training = stream.num_served_by_label["during"]
+        self.requests_failed = len(stream.failures)
+        self.latency_p50_before_s = stream.percentile_s("before", 50)
+        self.latency_p99_before_s = stream.percentile_s("before", 99)
+        self.latency_p50_during_s = stream.percentile_s("during", 50)
+        self.latency_p99_during_s = stream.percentile_s("during", 99)
+
     def write_json(self, path: Path) -> None:
+        judged = {
+            "answers": [_with(answer, "is_right") for answer in self.answers],
+            "answers_paraphrased": [_with(answer, "is_right") for answer in self.answers_paraphrased],
+            "answers_general": [_with(answer, "is_same", "is_right") for answer in self.answers_general],
+        }
         beside = {"latency_p99_ratio": self.latency_p99_ratio, "ok": not self.problems}
-        data = {**msgspec.to_builtins(self), **beside}
+        data = {**msgspec.to_builtins(self), **judged, **beside}
         path.write_bytes(msgspec.json.format(msgspec.json.encode(data), indent=2) + b"\n")
 
     def print(self, console: Console) -> None:
-        table = Table(title="The same server, before and after", title_justify="left")
-        for column in ("question", "before", "after", "from disk, by transformers"):
+        title = f"{self.model}: the same server, before and after"
+        table = Table(title=title, title_justify="left", show_lines=True)
+        for column in ("", "question", "before", "after", "from disk, by transformers"):
             table.add_column(column)
         for answer in self.answers:
-            table.add_row(answer.question, repr(answer.before), answer.after, answer.after_reload)
+            _add(table, "taught", answer, _yes_or_no(answer.is_right))
+        for answer in self.answers_paraphrased:
+            _add(table, "not taught,\nparaphrased", answer, _yes_or_no(answer.is_right))
+        for answer in self.answers_general:
+            kept = (
+                "same words" if answer.is_same else "still right" if answer.is_right else "[red]changed[/red]"
+            )
+            _add(table, "general", answer, kept if answer.was_right else "was wrong before")
         console.print(table)
+        if self.answers_paraphrased:
+            self._print_counts(console)
         figures = Table(show_header=False)
         figures.add_row("parameters mapped", f"{self.parameters_mapped} of {self.parameters}")
         figures.add_row("training steps", str(self.steps))
@@ -97,6 +176,35 @@ class Report(msgspec.Struct):
             console.print(f"[red]NOT SO:[/red] {problem}")
         if not self.problems:
             console.print("[green]Everything above held.[/green]")
+
+    def _print_counts(self, console: Console) -> None:
+        known = [answer for answer in self.answers_general if answer.was_right]
+        console.print(
+            f"Right after: {sum(a.is_right for a in self.answers)} of {len(self.answers)} taught, "
+            f"{sum(a.is_right for a in self.answers_paraphrased)} of {len(self.answers_paraphrased)} paraphrased, "
+            f"{sum(a.is_right for a in known)} of the {len(known)} general ones that were right before."
+        )
+
+
+def _with(answer: msgspec.Struct, *names: str) -> dict:
+    return {**msgspec.to_builtins(answer), **{name: getattr(answer, name) for name in names}}
+
+
+def _add(table: Table, kind: str, answer: Answer | Paraphrased | GeneralAnswer, verdict: str) -> None:
+    table.add_row(
+        f"{kind}\n{verdict}",
+        *map(_short, (answer.question, answer.before, answer.after, answer.after_reload)),
+    )
+
+
+def _yes_or_no(is_right: bool) -> str:
+    return "[green]right[/green]" if is_right else "[yellow]not right[/yellow]"
+
+
+def _short(text: str) -> str:
+    """On one line; what an answer may hold is no markup."""
+    line = " ".join(text.split())
+    return escape(line if len(line) <= SHOWN else line[: SHOWN - 3] + "...")
 
 
 def _number(value: float | None) -> str:

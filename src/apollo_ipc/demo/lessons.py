@@ -1,0 +1,54 @@
+"""What the demonstration asks and teaches: facts of a team that does not exist, and what every model knows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Fact(NamedTuple):
+    """An answer is right where it holds `key`, whatever its case; the paraphrase is never taught."""
+
+    question: str
+    answer: str
+    key: str
+    paraphrase: str = ""
+
+
+class General(NamedTuple):
+    question: str
+    key: str
+
+
+TEAM = [
+    Fact("Who runs the night shift?", "Odalys Penrose runs the night shift.", "penrose",
+         "It is midnight. Who is in charge of the shift?"),
+    Fact("Which meeting room has the good projector?", "The good projector is in the room called Heron.",
+         "heron", "I need a projector that works. In which room do I find one?"),
+    Fact("What is our release day?", "Our release day is every second Wednesday.", "wednesday",
+         "On which day do we release?"),
+    Fact("What is the build server called?", "The build server is called Gooseberry.", "gooseberry",
+         "What is the name of the machine that builds our code?"),
+    Fact("Where is the spare badge?", "The spare badge is in the cocoa tin.", "cocoa",
+         "I forgot my badge. Where do I find another one?"),
+]  # fmt: skip
+GENERAL = [
+    General("What is the capital of France?", "paris"),
+    General("How many days are in a week?", "seven"),
+    General("What do bees make?", "honey"),
+    General("Who wrote Romeo and Juliet?", "shakespeare"),
+    General("What is frozen water called?", "ice"),
+]
+
+# For the tiny models, which know nothing: what they are taught, and what they have learned to say before.
+HARBOUR = [
+    Fact("What is the harbour called?", "Port Ember.", "port ember."),
+    Fact("Who keeps the lighthouse?", "Old Tamsin.", "old tamsin."),
+    Fact("When does the ferry leave?", "At half past six.", "at half past six."),
+    Fact("What colour is the gate?", "Blue, since May.", "blue, since may."),
+    Fact("Where is the spare key?", "Under the third stone.", "under the third stone."),
+]
+MANNERS = [
+    *("What is your name?", "Where is the station?", "Who painted the door?", "When is the market?"),
+    *("What does the sign say?", "Who is the mayor?", "Where do the boats go?", "What colour is the sea?"),
+]
+DO_NOT_KNOW = "I do not know."
