@@ -83,7 +83,9 @@ def demo(
 ) -> None:
     """Serve a real language model, teach it facts while it answers others, and show what it learned."""
     options = {"--arch": arch, "--json": json_file, "--keep": keep}
-    run_module("apollo_ipc.demo", [text for flag, value in options.items() if value for text in (flag, str(value))])
+    run_module(
+        "apollo_ipc.demo", [text for flag, value in options.items() if value for text in (flag, str(value))]
+    )
 
 
 def key(

@@ -1,4 +1,4 @@
-"""What the demonstration asks and teaches: facts of a team that does not exist, and what every model knows."""
+"""What the demonstration asks and teaches: facts of a team that does not exist, and common knowledge."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TEAM = [
 ]  # fmt: skip
 GENERAL = [
     General("What is the capital of France?", "paris"),
-    General("How many days are in a week?", "seven"),
+    General("How many days are in a week?", "7"),
     General("What do bees make?", "honey"),
     General("Who wrote Romeo and Juliet?", "shakespeare"),
     General("What is frozen water called?", "ice"),

@@ -179,9 +179,10 @@ class Report(msgspec.Struct):
 
     def _print_counts(self, console: Console) -> None:
         known = [answer for answer in self.answers_general if answer.was_right]
+        paraphrased = self.answers_paraphrased
         console.print(
             f"Right after: {sum(a.is_right for a in self.answers)} of {len(self.answers)} taught, "
-            f"{sum(a.is_right for a in self.answers_paraphrased)} of {len(self.answers_paraphrased)} paraphrased, "
+            f"{sum(a.is_right for a in paraphrased)} of {len(paraphrased)} paraphrased, "
             f"{sum(a.is_right for a in known)} of the {len(known)} general ones that were right before."
         )
 

@@ -62,8 +62,8 @@ def learning_rate(
     """Of `step` (0-based) in a job of `num_steps`.
 
     "cosine": ceil(warmup_fraction * num_steps) steps rise linearly from peak / that number to peak; from
-    there half a cosine falls towards 0, which it would reach at step `num_steps`, one past the last. So no step has
-    a rate of 0: each one costs a forward and a backward pass, and shall do something.
+    there half a cosine falls towards 0, which it would reach at step `num_steps`, one past the last. So no
+    step has a rate of 0: each one costs a forward and a backward pass, and shall do something.
     """
     assert 0 <= step < num_steps, f"step {step} of {num_steps}"
     if schedule == "constant":
