@@ -15,11 +15,12 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import small_lm_options
+from finetune_contestants import CONTESTANTS, NEAREST, REFERENCE, STOCHASTIC, Contestant
 
 if TYPE_CHECKING:
     from finetune_train import Outcome, Task
@@ -27,39 +28,6 @@ if TYPE_CHECKING:
 SGD_GRID = (0.003, 0.01, 0.03, 0.1)
 SGD_TUNING_SEED = 1000
 CLAIM = 0.01  # stochastic bf16 ends within this share of fp32's loss
-
-
-@dataclass(frozen=True)
-class Contestant:
-    name: str
-    optimizer: str
-    storage: str
-    rounding: str | None = None  # None: the optimizer's own, or nothing to round
-    rank: int | None = None
-    projection: str | None = None
-    limiter_ratio: float | None = None  # None: the optimizer's own
-
-
-def ours(
-    name: str, storage: str, rounding: str | None, *, rank=64, projection="gaussian", limiter_ratio=None
-):
-    return Contestant(name, "apollo", storage, rounding, rank, projection, limiter_ratio)
-
-
-REFERENCE, STOCHASTIC, NEAREST = "apollo-fp32", "apollo-stochastic", "apollo-nearest"
-CONTESTANTS = [
-    Contestant("adamw-fp32", "adamw", "fp32"),
-    Contestant("sgd-fp32", "sgd", "fp32"),
-    Contestant("apollo-torch-bf16", "apollo-torch", "bf16", rank=64, projection="gaussian"),
-    ours(REFERENCE, "fp32", None),
-    ours(NEAREST, "bf16", "nearest"),
-    ours(STOCHASTIC, "bf16", "stochastic"),
-    ours("apollo-kahan", "bf16", "kahan"),
-    ours("apollo-rank-16", "bf16", "stochastic", rank=16),
-    ours("apollo-rank-1", "bf16", "stochastic", rank=1),
-    ours("apollo-block-sign", "bf16", "stochastic", projection="block_sign"),
-    ours("apollo-limiter-off", "bf16", "stochastic", limiter_ratio=0.0),
-]
 QUICK = {"steps": 30, "seeds": 1, "pretrain_steps": 60, "eval_windows": 16}
 
 

@@ -9,7 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from finetune import REFERENCE
+from finetune_contestants import REFERENCE
 
 # name -> (colour, line); what shares a colour differs only in how it is written. Okabe and Ito's colours.
 LINES = {

@@ -22,7 +22,7 @@ from small_lm import (
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from finetune import Contestant
+    from finetune_contestants import Contestant
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -12,8 +12,9 @@ import typer
 from apollo_curation.cli.common import Paths, open_moments, sources, stop_by_signal
 from apollo_curation.settings import load_curation_config
 from apollo_ipc.cli.options import AsJson, ConfigFile
-from apollo_ipc.cli.output import console, print_json, print_json_line, say
+from apollo_ipc.cli.output import console, print_json, print_json_line
 from apollo_ipc.errors import UserError
+from apollo_ipc.process.say import say
 
 if TYPE_CHECKING:
     from apollo_curation.logs.strip_report import StripReport

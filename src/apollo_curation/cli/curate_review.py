@@ -13,8 +13,9 @@ import typer
 from apollo_curation.cli.common import open_moments, stop_by_signal
 from apollo_curation.settings import CurationConfig, load_curation_config
 from apollo_ipc.cli.options import AsJson, ConfigFile
-from apollo_ipc.cli.output import console, print_error, print_json, say
+from apollo_ipc.cli.output import console, print_error, print_json
 from apollo_ipc.errors import ApolloError, NotReady, UserError
+from apollo_ipc.process.say import say
 
 if TYPE_CHECKING:
     from apollo_curation.moments.judge import JudgeCounts

@@ -14,8 +14,9 @@ from apollo_curation.cli.common import open_learning, open_moments, short, stop_
 from apollo_curation.cli.curate_status import describe_batch, describe_dream
 from apollo_curation.settings import CurationConfig, TierName, load_curation_config
 from apollo_ipc.cli.options import AsJson, ConfigFile
-from apollo_ipc.cli.output import print_json, print_json_line, say
+from apollo_ipc.cli.output import print_json, print_json_line
 from apollo_ipc.errors import UserError
+from apollo_ipc.process.say import say
 
 if TYPE_CHECKING:
     from apollo_curation.dreams.bridge import Bridge

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from apollo_ipc.errors import ApolloError
+from apollo_ipc.process.say import say
 from apollo_ipc.wire.replies import JobInfo, PostSync, Status, SyncResult
 
 FAILED_STATES = ("failed", "cancelled", "quarantined", "undone")
@@ -24,11 +25,6 @@ def print_json(data: Any) -> None:
 def print_json_line(data: Any) -> None:
     """One line a value, flushed: for a reader that follows along."""
     print(msgspec.json.encode(data).decode(), flush=True)
-
-
-def say(text: str) -> None:
-    """A remark beside the result, on standard error."""
-    print(f"apollo-ipc: {text}", file=sys.stderr, flush=True)
 
 
 def print_error(error: ApolloError) -> None:

@@ -12,12 +12,13 @@ import typer
 from rich.text import Text
 
 from apollo_ipc.cli.options import AsJson, ConfigFile
-from apollo_ipc.cli.output import console, print_json, say
+from apollo_ipc.cli.output import console, print_json
 from apollo_ipc.cli.processes import worker_environment
 from apollo_ipc.config import load_config
 from apollo_ipc.errors import ApolloError, UserError
 from apollo_ipc.manifest import read_manifest
 from apollo_ipc.model_dir import check_is_dir
+from apollo_ipc.process.say import say
 from apollo_ipc.wire.replies import Previewed
 
 

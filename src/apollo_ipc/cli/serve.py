@@ -12,7 +12,6 @@ from typing import Annotated
 import typer
 
 from apollo_ipc.cli.options import ConfigFile
-from apollo_ipc.cli.output import say
 from apollo_ipc.cli.processes import has_vllm, vllm_environment, worker_command, worker_environment
 from apollo_ipc.config import Config, load_config, make_private_dir
 from apollo_ipc.errors import AlreadyRunning, ConfigError, UserError
@@ -20,6 +19,7 @@ from apollo_ipc.keys import train_key
 from apollo_ipc.manifest import is_running, read_manifest
 from apollo_ipc.model_dir import check_model_dir
 from apollo_ipc.process.notify import notify
+from apollo_ipc.process.say import say
 from apollo_ipc.process.serving import vllm_command
 from apollo_ipc.process.supervise import Child, Supervisor
 

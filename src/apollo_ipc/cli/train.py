@@ -16,11 +16,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from apollo_ipc.cli.examples import read_examples
 from apollo_ipc.cli.options import AsJson, ConfigFile
-from apollo_ipc.cli.output import FAILED_STATES, console, describe_job, print_json, say
+from apollo_ipc.cli.output import FAILED_STATES, console, describe_job, print_json
 from apollo_ipc.cli.processes import worker_environment
 from apollo_ipc.config import Config, load_config
 from apollo_ipc.errors import ApolloError, NotReady, UserError
 from apollo_ipc.model_dir import check_model_dir
+from apollo_ipc.process.say import say
 from apollo_ipc.wire.messages import Submit
 from apollo_ipc.wire.replies import ENDED_STATES, JobInfo
 from apollo_ipc.wire.requests import TrainOptions, TrainRequest, convert

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from apollo_ipc.cli.output import say
 from apollo_ipc.errors import AlreadyRunning, ConfigError
+from apollo_ipc.process.say import say
 from apollo_ipc.process.serving import die_with_parent
 
 TICK_S = 0.1
