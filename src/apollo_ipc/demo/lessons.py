@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Fact(NamedTuple):
-    """An answer is right where it holds `key`, whatever its case; the paraphrase is never taught."""
+    """An answer is right where it holds `key` (report.is_in); the paraphrase is never taught."""
 
     question: str
     answer: str
@@ -33,7 +33,7 @@ TEAM = [
 ]  # fmt: skip
 GENERAL = [
     General("What is the capital of France?", "paris"),
-    General("How many days are in a week?", "7"),
+    General("How many days are in a week?", "seven|7"),
     General("What do bees make?", "honey"),
     General("Who wrote Romeo and Juliet?", "shakespeare"),
     General("What is frozen water called?", "ice"),
