@@ -182,7 +182,7 @@ class Report(msgspec.Struct):
         for problem in self.problems:
             console.print(f"[red]NOT SO:[/red] {problem}")
         if not self.problems:
-            # Not of paraphrased and general answers: they are shown as they are, and nothing is claimed of them.
+            # Nothing is claimed of paraphrased and general answers: they are shown as they are.
             console.print(
                 "[green]Held: the taught facts, served and from disk; completions; the sync.[/green]"
             )

@@ -30,7 +30,7 @@ class Subject(NamedTuple):
 def real_subject() -> Subject:
     """Raises NoRealModel where its package is not installed."""
     real_model()
-    options = {"lr": 1e-4, "epochs": 1, "schedule": "constant"}  # docs/log.md: what each rate did
+    options = {"lr": 1e-4, "epochs": 2, "schedule": "constant"}  # docs/log.md: what each rate did
     return Subject(NAME, "llama", TEAM, GENERAL, options, copy_real_model)
 
 
