@@ -25,7 +25,9 @@ from apollo_ipc.errors import CheckpointError
 # laid out by pieces of this many elements.
 PIECE_ELEMENTS = 256 * 1024
 # Long matches only: on this data short ones cost twice the time and save nothing.
-_PARAMETERS = zstandard.ZstdCompressionParameters.from_level(1, min_match=7)
+_PARAMETERS = zstandard.ZstdCompressionParameters.from_level(  # pyright: ignore[reportUnknownMemberType]
+    1, min_match=7
+)
 
 
 def encode(old: Iterator[np.ndarray], new: Iterator[np.ndarray], dtype: str) -> Iterator[bytes]:

@@ -10,7 +10,7 @@ import errno
 import fcntl
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -104,7 +104,7 @@ class Disk:
         return info.f_bavail * info.f_frsize
 
     @contextmanager
-    def lock(self, path: Path, wait_s: float, *, is_shared: bool = False) -> Iterator[None]:
+    def lock(self, path: Path, wait_s: float, *, is_shared: bool = False) -> Generator[None]:
         """Holds a flock on the file `path`, which is created and stays: an exclusive one, or a reader's.
 
         The kernel releases it when its holder dies, however that happens. Raises CheckpointError when
@@ -193,7 +193,7 @@ HINTS = {
 
 
 @contextmanager
-def _in_words(verb: str, path: Path) -> Iterator[None]:
+def _in_words(verb: str, path: Path) -> Generator[None]:
     try:
         yield
     except OSError as error:

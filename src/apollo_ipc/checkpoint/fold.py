@@ -57,7 +57,7 @@ def _is_result(model_dir: Path, shard: Shard, record: ShardRecord, delta: Delta)
     path = model_dir / shard.name
     if is_as_left(path, record):
         return False
-    states = set()
+    states: set[bool] = set()
     for tensor in shard.tensors:
         if tensor.name in delta.tensors:
             found = file_digest(path, tensor.start, tensor.end)

@@ -125,7 +125,8 @@ class VersionReader:
 
 def _undos_from(commit: Commit, base: int) -> list[Undo]:
     """Those that lead from the shards in place back to base `base`, the oldest first."""
-    at, chain = base, []
+    at = base
+    chain: list[Undo] = []
     by_base = {undo.base: undo for undo in commit.undos}
     while at != commit.base:
         if at not in by_base:

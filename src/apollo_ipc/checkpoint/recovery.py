@@ -7,7 +7,7 @@ what a crash can leave.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -81,7 +81,7 @@ def _flush_record(model_dir: Path, disk: Disk) -> None:
 
 
 @contextmanager
-def loading(model_dir: Path, *, disk: Disk = DISK, lock_wait_s: float = LOAD_WAIT_S) -> Iterator[Recovery]:
+def loading(model_dir: Path, *, disk: Disk = DISK, lock_wait_s: float = LOAD_WAIT_S) -> Generator[Recovery]:
     """For the block the shards are those of one version, the last commit's: recovered, and no sync begins.
 
     Raises CheckpointError like recover.
@@ -176,7 +176,7 @@ def leftovers(model_dir: Path, commit: Commit | None) -> list[Path]:
     state_dir = model_dir / STATE_DIR
     if not state_dir.is_dir():
         return []
-    needed = commit.files() if commit else set()
+    needed: set[str] = commit.files() if commit else set()
     found = sorted(path for pattern in _OURS for path in state_dir.glob(pattern))
     found = [path for path in found if path.name not in needed]
     return [*found, *(path for path in sorted(state_dir.glob("snapshot-*")) if not is_locked(path))]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
@@ -156,7 +156,7 @@ def _parse_header(path: Path, header: bytes, file_bytes: int) -> list[ShardTenso
         entries = [(name, msgspec.json.decode(raw, type=_HeaderEntry)) for name, raw in fields.items()]
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not safetensors: {error}") from None
-    tensors = []
+    tensors: list[ShardTensor] = []
     at = len(header)
     for name, entry in sorted(entries, key=lambda item: item[1].data_offsets):
         start, end = (len(header) + offset for offset in entry.data_offsets)
@@ -197,7 +197,7 @@ def read_range(path: Path, start: int, end: int) -> bytearray:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[BufferedReader]:
+def reading(path: Path) -> Generator[BufferedReader]:
     """`path` open for reading; errors inside the block become CheckpointError."""
     try:
         with path.open("rb") as file:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,7 +29,7 @@ class Snapshot(msgspec.Struct, frozen=True):
 
 
 @contextmanager
-def snapshot(model_dir: Path, *, disk: Disk = DISK, lock_wait_s: float = LOCK_WAIT_S) -> Iterator[Snapshot]:
+def snapshot(model_dir: Path, *, disk: Disk = DISK, lock_wait_s: float = LOCK_WAIT_S) -> Generator[Snapshot]:
     """The present version, without its history, under names of its own for the block.
 
     A copy of it is a checkpoint directory like the model's: where it has a delta, `recover` works it in.
@@ -74,7 +74,7 @@ def command_for(command: list[str], taken: Snapshot, model_dir: Path) -> tuple[l
         "model_dir": str(model_dir),
         "weight_version": str(taken.commit.weight_version if taken.commit else 0),
     }
-    filled = []
+    filled: list[str] = []
     for part in command:
         for name, value in values.items():
             part = part.replace("{" + name + "}", value)

@@ -23,7 +23,7 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ class Transaction:
             )
 
     @contextmanager
-    def create(self, name: str, mode: int = 0o600) -> Iterator[OpenFile]:
+    def create(self, name: str, mode: int = 0o600) -> Generator[OpenFile]:
         """A new shard in the pending directory, to be filled with `write`; durable when the block is left."""
         if not self._created:
             self._disk.mkdir(self.pending)
@@ -88,13 +88,13 @@ class Transaction:
         self._created[name] = ShardRecord(info.st_size, info.st_mtime_ns, pending=True)
 
     @contextmanager
-    def create_state(self, name: str) -> Iterator[OpenFile]:
+    def create_state(self, name: str) -> Generator[OpenFile]:
         """A new file of .apollo under its last name, which must hold this serial: no record knows it yet."""
         with self._flushed(state_path(self.model_dir, name), 0o600) as file:
             yield file
 
     @contextmanager
-    def _flushed(self, path: Path, mode: int) -> Iterator[OpenFile]:
+    def _flushed(self, path: Path, mode: int) -> Generator[OpenFile]:
         file = self._disk.create(path, mode)
         try:
             yield file
@@ -227,7 +227,7 @@ class Transaction:
 
 
 @contextmanager
-def begin(model_dir: Path, *, disk: Disk = DISK, lock_wait_s: float = LOCK_WAIT_S) -> Iterator[Transaction]:
+def begin(model_dir: Path, *, disk: Disk = DISK, lock_wait_s: float = LOCK_WAIT_S) -> Generator[Transaction]:
     """Locks the directory, recovers it, and gives a transaction; what it has not committed is thrown away.
 
     Raises CheckpointError when the directory cannot be locked or written.

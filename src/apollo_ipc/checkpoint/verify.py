@@ -71,7 +71,7 @@ def check_shards(model_dir: Path) -> None:
 def _problems(model_dir: Path, commit: Commit) -> Iterator[Problem]:
     if (pending := pending_dir(model_dir, commit.serial)).is_dir():
         yield Problem(pending.name, None, "committed, but not all of its files are in place: run recover")
-    seen = set()
+    seen: set[str] = set()
     for name in commit.shards:
         try:
             shard = read_shard(model_dir / name)

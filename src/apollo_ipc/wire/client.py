@@ -308,6 +308,8 @@ class WorkerClient:
             case DropCache():
                 if self._on_drop_cache is not None:
                     self._on_drop_cache(message.weight_version)
+            case _:
+                pass
 
     def _on_reply(self, reply: Reply) -> None:
         if not reply.request_id and reply.error is not None:

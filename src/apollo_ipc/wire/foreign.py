@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from apollo_ipc.errors import UserError
+from apollo_ipc.wire.decoded import is_list, is_object
 
 OPTION_NAMES = {
     "learning_rate": "lr",
@@ -53,7 +54,7 @@ def _invalid(message: str, field: str) -> UserError:
 def own_example(raw: Any, path: str) -> Any:
     """`raw` (decoded JSON) in the shape of Example, as far as it has another known one. Raises UserError with
     the path of what cannot be taken; what has no known shape is left to the check of types."""
-    if not isinstance(raw, dict):
+    if not is_object(raw):
         return raw
     if "conversations" in raw:
         raw = _from_sharegpt(raw, path)
@@ -61,7 +62,7 @@ def own_example(raw: Any, path: str) -> Any:
         raw = _from_alpaca(raw, path)
     elif unknown := next((name for name in _SENTENCES if name in raw and "messages" not in raw), None):
         raise _invalid(_SENTENCES[unknown], f"{path}.{unknown}".removeprefix("."))
-    if isinstance(raw.get("messages"), list):
+    if is_list(raw.get("messages")):
         field = f"{path}.messages".removeprefix(".")
         return {
             **raw,
@@ -71,7 +72,7 @@ def own_example(raw: Any, path: str) -> Any:
 
 
 def _own_message(raw: Any, field: str) -> Any:
-    if not isinstance(raw, dict):
+    if not is_object(raw):
         return raw
     for name in _UNUSED:
         if raw.get(name) and name in _INSTEAD:
@@ -86,7 +87,7 @@ def _own_message(raw: Any, field: str) -> Any:
             if is_answer
             else {"content": None}
         )
-    elif isinstance(content, list):
+    elif is_list(content):
         message |= {"content": "\n".join(filter(None, map(_text_of, content))), "content_parts": content}
     thought = message.pop("reasoning", None)
     if thought is not None:  # today's name; where both are given, vLLM takes this one
@@ -95,20 +96,20 @@ def _own_message(raw: Any, field: str) -> Any:
 
 
 def _text_of(part: Any) -> str:
-    text = part.get("text") if isinstance(part, dict) else part
+    text = part.get("text") if is_object(part) else part
     return text if isinstance(text, str) else ""
 
 
 def _from_sharegpt(raw: dict[str, Any], path: str) -> dict[str, Any]:
     field = f"{path}.conversations".removeprefix(".")
     turns = raw["conversations"]
-    if not isinstance(turns, list):
+    if not is_list(turns):
         raise _invalid(f"expected a list; {_WANTED}", field)
-    messages = []
+    messages: list[Any] = []
     if (system := raw.get("system")) is not None:
         messages.append({"role": "system", "content": system})
     for i, turn in enumerate(turns):
-        if not isinstance(turn, dict) or "from" not in turn:
+        if not is_object(turn) or "from" not in turn:
             messages.append(turn)  # with `role` and `content`: messages under another name
             continue
         role = _SPEAKERS.get(turn["from"]) if isinstance(turn["from"], str) else None
@@ -136,7 +137,7 @@ def _from_alpaca(raw: dict[str, Any], path: str) -> dict[str, Any]:
 
 def own_options(raw: Any, field: str) -> Any:
     """Options under this project's names. Raises UserError where two names of one option are given."""
-    if not isinstance(raw, dict):
+    if not is_object(raw):
         return raw
     options: dict[str, Any] = {}
     for name, value in raw.items():
@@ -152,7 +153,5 @@ def own_options(raw: Any, field: str) -> Any:
 def sent_option(field: str, raw: Any) -> str:
     """The path of an option's error with the name that was sent."""
     head, _, name = field.rpartition(".")
-    names = [
-        sent for sent, own in OPTION_NAMES.items() if own == name and isinstance(raw, dict) and sent in raw
-    ]
+    names = [sent for sent, own in OPTION_NAMES.items() if own == name and is_object(raw) and sent in raw]
     return f"{head}.{names[0]}" if names and head else field

@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from apollo_ipc.errors import UserError, nearest
+from apollo_ipc.wire.decoded import is_list, is_object
 from apollo_ipc.wire.foreign import OPTION_NAMES, own_example, own_options, sent_option
 
 MAX_EXAMPLES = 100_000  # a job, not a corpus: beyond this send several
@@ -199,7 +200,7 @@ class PinBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def parse_train_data(data: Any) -> TrainRequest:
     """Like `parse_train_body`, from decoded JSON."""
-    if not isinstance(data, dict):
+    if not is_object(data):
         raise UserError('send an object like {"examples": [{"prompt": "...", "completion": "..."}]}')
     if "training_data" in data:
         return _from_training_data(data)
@@ -207,7 +208,7 @@ def parse_train_data(data: Any) -> TrainRequest:
         return _from_bare_example(data)
     body = {name: value for name, value in data.items() if name not in _OPTIONS_BESIDE}
     beside = {name: value for name, value in data.items() if name in _OPTIONS_BESIDE}
-    if beside and isinstance(body.get("options", {}), dict):
+    if beside and is_object(body.get("options", {})):
         body["options"] = {**body.get("options", {}), **beside}
     return _parse(body, beside)
 
@@ -217,7 +218,7 @@ def _parse(body: dict[str, Any], beside: dict[str, Any]) -> TrainRequest:
     sent = body.get("options", {})
     if "options" in body:
         body = {**body, "options": own_options(sent, "options")}
-    if isinstance(examples := body.get("examples"), list):
+    if is_list(examples := body.get("examples")):
         body = {**body, "examples": [own_example(one, f"examples[{i}]") for i, one in enumerate(examples)]}
     try:
         request = convert(body, TrainRequest)
@@ -238,7 +239,7 @@ def _from_bare_example(data: dict[str, Any]) -> TrainRequest:
     body: dict[str, Any] = {"examples": [example]}
     if beside or "options" in data:
         options = data.get("options", {})
-        body["options"] = {**options, **beside} if isinstance(options, dict) else options
+        body["options"] = {**options, **beside} if is_object(options) else options
     try:
         return _parse(body, beside)
     except UserError as error:
@@ -259,7 +260,7 @@ def _from_training_data(data: dict[str, Any]) -> TrainRequest:
     if extra:
         raise UserError(f"unknown field beside training_data: {sorted(extra)[0]!r}", field=sorted(extra)[0])
     inner = data["training_data"]
-    if not isinstance(inner, dict) or "samples" not in inner:
+    if not is_object(inner) or "samples" not in inner:
         raise UserError("training_data needs a list `samples`", field="training_data.samples")
     if unknown := sorted(set(inner) - {"samples", "config"}):
         raise UserError(

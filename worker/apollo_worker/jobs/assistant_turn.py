@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from apollo_ipc.wire.decoded import is_list, is_object
 from apollo_worker.jobs.chat_template import ChatTemplate, TemplateRefusal
 from apollo_worker.jobs.conversation import Rendered, invalid
 
@@ -236,11 +237,7 @@ def _parts(message: Rendered) -> list[tuple[str, str]]:
     """(field, text) of all that a turn says, in the order in which templates show it."""
     parts = [("reasoning", message.get("reasoning") or "")]
     content = message["content"]
-    parts += (
-        [("content", part["text"]) for part in content]
-        if isinstance(content, list)
-        else [("content", content)]
-    )
+    parts += [("content", part["text"]) for part in content] if is_list(content) else [("content", content)]
     calls = enumerate(message.get("tool_calls", []))
     parts += [(f"tool_calls[{k}]", call["function"]["name"]) for k, call in calls]
     return [(name, text) for name, text in parts if text.strip()]
@@ -272,11 +269,11 @@ def _shows(said: str, message: Rendered, up_to: str | None = None) -> bool:
 
 def _leaves(value: Any) -> Iterator[list[str]]:
     """For each key and value inside the arguments of a call: the ways in which a template may write it."""
-    if isinstance(value, dict):
+    if is_object(value):
         for name, inner in value.items():
             yield from _leaves(name)
             yield from _leaves(inner)
-    elif isinstance(value, list):
+    elif is_list(value):
         for inner in value:
             yield from _leaves(inner)
     else:

@@ -9,7 +9,7 @@ import inspect
 import json
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -20,7 +20,8 @@ from apollo_ipc.manifest import Serving
 from apollo_worker.jobs.conversation import ContentFormat, Rendered, developer_as_system, invalid
 
 # Arguments of `apply_chat_template` are not variables of a template; of these one, vLLM makes an exception.
-_RESERVED = frozenset(inspect.signature(PythonBackend.apply_chat_template).parameters) - {"documents"}
+_backend: Any = PythonBackend  # its parameters are of no declared type
+_RESERVED = frozenset(inspect.signature(_backend.apply_chat_template).parameters) - {"documents"}
 
 
 class ChatTemplate:
@@ -142,7 +143,7 @@ def detect_content_format(source: str) -> ContentFormat:
     ):
         lists |= more
     loops = [one for one in tree.find_all(nodes.For) if isinstance(one.target, nodes.Name)]
-    messages = {one.target.name for one in loops if _name(one.iter) in lists}  # pyright: ignore[reportAttributeAccessIssue]
+    messages: set[str] = {cast(nodes.Name, one.target).name for one in loops if _name(one.iter) in lists}
     if any(_content_owner(one.iter) in messages for one in loops):
         return "openai"
     in_macros: set[int] = set()
@@ -158,7 +159,7 @@ def detect_content_format(source: str) -> ContentFormat:
 
 def _parameters_bound_to_content(tree: nodes.Template, macro: nodes.Macro, messages: set[str]) -> set[str]:
     names = [one.name for one in macro.args]
-    bound = set()
+    bound: set[str] = set()
     for call in tree.find_all(nodes.Call):
         if isinstance(call.node, nodes.Name) and call.node.name == macro.name:
             given = [*zip(names, call.args, strict=False), *((one.key, one.value) for one in call.kwargs)]

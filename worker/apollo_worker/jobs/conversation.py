@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from apollo_ipc.errors import UserError
+from apollo_ipc.wire.decoded import is_object
 from apollo_ipc.wire.requests import Message
 
 ContentFormat = Literal["string", "openai"]
@@ -72,7 +73,7 @@ def _texts(message: Message, field: str) -> list[str]:
     parts = message.content if message.content_parts is None else message.content_parts
     if isinstance(parts, str):
         return [parts]
-    texts = []
+    texts: list[str] = []
     for j, part in enumerate(parts or []):
         kind = "text" if isinstance(part, str) else part.get("type")
         name = TEXT_PARTS.get(kind) if isinstance(kind, str) else None
@@ -99,25 +100,27 @@ def _call(call: dict[str, Any], field: str, *, is_learned: bool) -> dict[str, An
     Where they are no object, vLLM shows an empty one; that is not learned.
     """
     function = call.get("function")
-    if call.get("type", "function") != "function" or not isinstance(function, dict):
+    if call.get("type", "function") != "function" or not is_object(function):
         raise invalid('a tool call is {"id", "type": "function", "function": {"name", "arguments"}}', field)
-    arguments = function.get("arguments") or {}
+    arguments: Any = function.get("arguments") or {}
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
         except json.JSONDecodeError:
             arguments = None
-    if not isinstance(arguments, dict):
-        if is_learned:
-            raise invalid("the arguments of a tool call are not a JSON object", f"{field}.function.arguments")
-        arguments = {}
+    if not is_object(arguments) and is_learned:
+        raise invalid("the arguments of a tool call are not a JSON object", f"{field}.function.arguments")
     if not isinstance(function.get("name"), str):
         raise invalid("a tool call has the name of its function", f"{field}.function.name")
     rest = {name: value for name, value in function.items() if name not in ("arguments", "name")}
     others = {name: value for name, value in call.items() if name not in ("id", "function", "type")}
     return {
         **({"id": call["id"]} if "id" in call else {}),
-        "function": {"arguments": arguments, "name": function["name"], **rest},
+        "function": {
+            "arguments": arguments if is_object(arguments) else {},
+            "name": function["name"],
+            **rest,
+        },
         "type": "function",
         **others,
     }
@@ -125,10 +128,10 @@ def _call(call: dict[str, Any], field: str, *, is_learned: bool) -> dict[str, An
 
 def template_tools(tools: list[dict[str, Any]] | None, path: str) -> list[dict[str, Any]] | None:
     """Tools with the keys that vLLM's types know, in their order; None for an empty list, too."""
-    shown = []
+    shown: list[dict[str, Any]] = []
     for j, tool in enumerate(tools or []):
         function = tool.get("function")
-        if tool.get("type", "function") != "function" or not isinstance(function, dict):
+        if tool.get("type", "function") != "function" or not is_object(function):
             raise invalid(
                 'a tool is {"type": "function", "function": {"name", "parameters"}}', f"{path}[{j}]"
             )

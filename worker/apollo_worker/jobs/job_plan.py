@@ -106,7 +106,7 @@ def plan(
     options = request.options
     numbered = [(i, example, content_hash(example)) for i, example in enumerate(request.examples)]
     is_skipping = (options.on_duplicate or defaults.on_duplicate) == "skip"
-    known = known_examples(one for _, _, one in numbered) if is_skipping else set()
+    known: set[bytes] = known_examples(one for _, _, one in numbered) if is_skipping else set()
     kept = [(i, example, one) for i, example, one in numbered if one not in known]
     sequences = tokeniser.encode_all([(i, example) for i, example, _ in kept])
     last_of = {sequence.example: at for at, sequence in enumerate(sequences)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from apollo_ipc.errors import UserError
 from apollo_ipc.wire.replies import FieldError, Previewed
@@ -23,9 +23,13 @@ def preview(tokeniser: Tokeniser, examples: Sequence[Example | UserError]) -> li
     return shown
 
 
+def _no_text(_: list[int]) -> str:
+    return ""
+
+
 def _turns(tokeniser: Tokeniser, example: Example, i: int) -> list[Previewed]:
     served = tokeniser.tokenizer
-    decode = served.decode if served is not None else lambda ids: ""
+    decode: Callable[[list[int]], str] = served.decode if served is not None else _no_text
     return [
         Previewed(i, turn.message, before, said, decode(before), decode(said), sequence.notes)
         for sequence in tokeniser.encode(example, f"examples[{i}]", i)

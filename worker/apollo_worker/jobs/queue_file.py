@@ -14,7 +14,7 @@ import os
 import secrets
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -140,7 +140,7 @@ class QueueFile:
             return db.execute("PRAGMA application_id").fetchone()[0]
 
     @contextmanager
-    def changing(self) -> Iterator[sqlite3.Connection]:
+    def changing(self) -> Generator[sqlite3.Connection]:
         """One transaction: commits at the end, rolls back on any exception. Its write lock is taken first."""
         with self._lock, self._damage_is_named():
             try:
@@ -157,7 +157,7 @@ class QueueFile:
                 raise
 
     @contextmanager
-    def reading(self) -> Iterator[sqlite3.Connection]:
+    def reading(self) -> Generator[sqlite3.Connection]:
         with self._reader_lock, self._damage_is_named():
             yield self._reader
 
@@ -202,7 +202,8 @@ class QueueFile:
 
     def known_examples(self, hashes: Iterable[bytes]) -> set[bytes]:
         """Those of `hashes` that a job has trained, or is going to."""
-        todo, known = [*dict.fromkeys(hashes)], set()
+        todo = [*dict.fromkeys(hashes)]
+        known: set[bytes] = set()
         with self.reading() as db:
             for start in range(0, len(todo), MAX_VARIABLES):
                 some = todo[start : start + MAX_VARIABLES]
@@ -222,7 +223,7 @@ class QueueFile:
     # --- inside ---
 
     @contextmanager
-    def _damage_is_named(self) -> Iterator[None]:
+    def _damage_is_named(self) -> Generator[None]:
         try:
             yield
         except sqlite3.DatabaseError as error:

@@ -20,7 +20,8 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
-    return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=trust_remote_code)
+    tokenizers: Any = AutoTokenizer  # its results are of no declared type
+    return tokenizers.from_pretrained(name, local_files_only=True, trust_remote_code=trust_remote_code)
 
 
 def mistral_format(directory: Path) -> bool:
@@ -106,7 +107,8 @@ class ConversationEncoder:
         self._is_fast = bool(getattr(served.tokenizer, "is_fast", False))
         stripping = {i for i, t in served.tokenizer.added_tokens_decoder.items() if t.rstrip or not t.special}
         self._anchors = served.special_ids - stripping
-        self._text, self._ids = "", []
+        self._text = ""
+        self._ids: list[int] = []
         self._cuts: list[tuple[int, int]] = []  # (characters, ids) up to the end of each anchor
 
     def encode(self, text: str) -> list[int]:

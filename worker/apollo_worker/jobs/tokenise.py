@@ -93,7 +93,7 @@ class Tokeniser:
         """The sequences of (index in the request, example) in order: one or several of each example, each
         with its `example`. on_progress: called after each message and each example, as a sign of life.
         Raises like `encode`, below `examples[index]`."""
-        sequences = []
+        sequences: list[TokenisedExample] = []
         for i, example in numbered:
             sequences += self.encode(example, f"examples[{i}]", i, on_progress)
             on_progress()
@@ -169,7 +169,7 @@ class Tokeniser:
             field,
         )
         encoder = ConversationEncoder(tokenizer)
-        turns = []
+        turns: list[Served] = []
         for i in learned:
             turns.append(_chat_turn(chat, i, tokenizer, encoder))
             self._check_length(len(turns[-1].before) + len(turns[-1].said), field)
@@ -300,8 +300,8 @@ def _sequences(turns: list[Served], index: int) -> list[TokenisedExample]:
     for turn in turns:
         ids, marks, notes = sequences[-1] if sequences else ([], [], [])
         if not sequences or turn.before[: len(ids)] != ids:
-            ids, marks, notes = [], [], []
-            sequences.append((ids, marks, notes))
+            sequences.append(([], [], []))
+            ids, marks, notes = sequences[-1]
         ids[:] = [*turn.before, *turn.said]
         marks.append(Turn(len(turn.before), len(ids), turn.message))
         if turn.note is not None and turn.note not in notes:
