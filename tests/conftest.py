@@ -53,6 +53,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(ROOT))))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Lanes that are lost in silence (pytest-dev/pytest-xdist#1386) break up what tests of a file share."""
+    if getattr(session.config.option, "loadgroup", False):
+        lost = [one.nodeid for one in session.items if "@" not in one.nodeid]
+        if lost:
+            raise pytest.UsageError(f"xdist has no lane for {lost[0]}, {len(lost)} in all: run `make setup`")
+
+
 @pytest.fixture(scope="session")
 def made_once(pytestconfig: pytest.Config) -> MadeOnce:
     """Directories that are made once for all runs; see made_once.py."""
