@@ -44,6 +44,15 @@ class StripRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
     json_path: str | None = None
 
 
+# Instructions, and what programs put into the user's mouth or behind a tool's result.
+INJECTED = ("system-reminder", "environment_context", "user_instructions", "user-prompt-submit-hook")
+DEFAULT_STRIP = (
+    StripRule(role="system"),
+    StripRule(role="developer"),
+    *(StripRule(begin=f"<{tag}>", end=f"</{tag}>") for tag in INJECTED),
+)
+
+
 class Curation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where experience comes from, which server learns from it, and how much of it."""
 
@@ -52,9 +61,7 @@ class Curation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     url: str = "http://127.0.0.1:8000"  # the served model that learns
     model: str = ""  # empty: the one that it serves
     api_key: str = ""  # vLLM's --api-key, where it has one
-    strip: list[StripRule] = msgspec.field(
-        default_factory=lambda: [StripRule(role="system"), StripRule(role="developer")]
-    )
+    strip: list[StripRule] = msgspec.field(default_factory=lambda: list(DEFAULT_STRIP))
     max_record_bytes: Count = 16 * 1024 * 1024  # a longer line is counted and passed over
     auto_confidence: Fraction = 0.8  # `--auto` approves from here on
     min_surprise: Annotated[float, Meta(ge=0)] = 0.0  # nats a token: an answer that is likelier is known

@@ -59,12 +59,14 @@ def strip(
         return pruned
 
     broken: dict[str, list[Broken]] = {}
+    lost, passed_over = Counter[str](), Counter[str]()
     topics: Counter[str] = Counter()
     num_shown = 0
     screen = console(stderr=as_json)
     limit = config.curation.max_record_bytes
     with StrippedFile(out, readers.find_files(files)) as written:
-        for record in readers.read(files, max_record_bytes=limit, prune=keep_pruned):
+        for record in readers.read(files, max_record_bytes=limit, prune=keep_pruned, passed_over=passed_over):
+            lost.update(record.lost)
             if isinstance(record, Broken):
                 broken.setdefault(record.reason, []).append(record)
                 continue
@@ -85,6 +87,8 @@ def strip(
                 "num_broken": sum(map(len, broken.values())),
                 "broken": {reason: len(records) for reason, records in broken.items()},
                 "examples": [one for records in broken.values() for one in records[:NUM_BROKEN_SHOWN]],
+                "lost": dict(lost.most_common()),
+                "passed_over": dict(passed_over.most_common()),
                 "topics": dict(topics.most_common()),
                 "num_written": written.num_written,
             }
@@ -95,6 +99,7 @@ def strip(
         print(f"{len(records):>7}  broken and passed over, {reason}:")
         for record in records[:NUM_BROKEN_SHOWN]:
             print(f"         {record.source}: {record.message}")
+    print_passed_over(lost, passed_over)
     if out is not None:
         print(f"{written.num_written} conversations written to {out}")
 
@@ -141,6 +146,7 @@ def flag(
     print(describe_taken(taken))
     for record in taken.first_broken.values():
         say(f"{taken.broken[record.reason]} broken, {record.reason}: {record.source}: {record.message}")
+    print_passed_over(taken.lost, taken.passed_over)
 
 
 def describe_taken(taken: Taken) -> str:
@@ -156,6 +162,15 @@ def describe_taken(taken: Taken) -> str:
         if num:
             parts.append(f"{num} {words}")
     return ", ".join(parts)
+
+
+def print_passed_over(lost: Counter[str], files: Counter[str]) -> None:
+    """What readers left out, and files that nobody opened, by name."""
+    if lost:
+        print(f"left out: {', '.join(f'{num} {name}' for name, num in lost.most_common())}")
+    if files:
+        kinds = ", ".join(f"{ending} {num}" for ending, num in files.most_common())
+        print(f"{files.total()} files passed over: {kinds}")
 
 
 def _print_report(report: StripReport, num_topics: int) -> None:

@@ -20,8 +20,9 @@ import msgspec
 from apollo_curation.logs.conversation import Broken, Source, find_problem, text_hash
 from apollo_curation.logs.readers.documents import BOM
 from apollo_curation.logs.readers.files import source_name
+from apollo_curation.logs.readers.formats import read_chats
 from apollo_curation.logs.readers.lines import lines
-from apollo_curation.logs.readers.records import decode, read_chat
+from apollo_curation.logs.readers.records import decode
 from apollo_curation.logs.readers.text import Unreadable
 from apollo_ipc.errors import UserError
 from apollo_ipc.wire.requests import Message
@@ -187,7 +188,10 @@ def _parse_line(line: bytes, topic: str, source: Source, at: float) -> Seed | Br
     seed = _seed(texts[0], own_topic if isinstance(own_topic, str) and own_topic else topic, source, at)
     if "messages" not in record or isinstance(seed, Broken):
         return seed
-    situation = read_chat(record).messages
+    [chat] = read_chats(record)
+    if chat.problem is not None:
+        raise chat.problem
+    situation = chat.messages
     problem = find_problem(situation) or ("there is none" if not situation else None)
     if problem is None and situation[0].role in ("system", "developer"):
         problem = "instructions in it would be learned; leave them out"

@@ -30,6 +30,7 @@ class Conversation(msgspec.Struct, frozen=True):
     topic: str
     tools: list[dict[str, Any]] | None = None
     removed: list[str] = []  # hashes (text_hash) of what was stripped so far
+    lost: dict[str, int] = {}  # what the reader left out, by name
 
 
 class Broken(msgspec.Struct, frozen=True):
@@ -38,6 +39,7 @@ class Broken(msgspec.Struct, frozen=True):
     source: Source
     reason: str
     message: str
+    lost: dict[str, int] = {}  # by name, where parts of it were left out before
 
 
 def text_hash(text: str) -> str:

@@ -12,6 +12,7 @@ is kept only to spare the work. Where in doubt (a file was truncated, replaced o
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from pathlib import Path
@@ -19,10 +20,11 @@ from pathlib import Path
 import msgspec
 
 from apollo_curation.logs.conversation import Broken, Conversation
-from apollo_curation.logs.readers import READ_ERRORS, cannot_read, parse_entry, utf_16
+from apollo_curation.logs.readers import READ_ERRORS, cannot_read, utf_16
 from apollo_curation.logs.readers.documents import BOM, HEAD_BYTES, decoded
 from apollo_curation.logs.readers.files import (
     COMPRESSED,
+    DOCUMENTS,
     entries,
     find_files,
     is_utf_16,
@@ -30,6 +32,7 @@ from apollo_curation.logs.readers.files import (
     source_name,
 )
 from apollo_curation.logs.readers.lines import Entry
+from apollo_curation.logs.readers.sessions import File
 from apollo_curation.logs.strip import pruner
 from apollo_curation.settings import Curation
 from apollo_curation.store import Store
@@ -68,8 +71,11 @@ class NewRecords(msgspec.Struct, frozen=True):
 
 
 class Follower:
-    """A line without its end is waited for. Paths may be missing at first. from_beginning: the first look is
-    at all there is, whatever was read before."""
+    """A line that is no whole record yet is waited for. A session that grew is read from its beginning. Paths
+    may be missing at first. from_beginning: the first look is at all there is, whatever was read before.
+
+    passed_over: endings of files that the last look has found and not opened.
+    """
 
     def __init__(
         self, store: Store, paths: Iterable[Path], settings: Curation, *, from_beginning: bool = False
@@ -79,6 +85,7 @@ class Follower:
         self._prune = pruner(settings.strip)
         self._store = store
         self._from_beginning = from_beginning
+        self.passed_over: Counter[str] = Counter()
         self._unreadable: set[str] = set()  # named already
         store.declare(SCHEMA)
 
@@ -99,7 +106,8 @@ class Follower:
         records: list[Record] = []
         places: dict[str, Place] = {}
         num_bytes = 0
-        for path in find_files(self._paths, must_exist=False):
+        self.passed_over = Counter()
+        for path in find_files(self._paths, must_exist=False, passed_over=self.passed_over):
             for record, place, size in self._read(path, by_path, by_inode):
                 records += [record] if record is not None else []
                 num_bytes += size
@@ -135,13 +143,18 @@ class Follower:
                 number, offset = (known.number, known.offset) if known and is_resumed else (0, 0)
                 if offset:
                     stream.seek(offset)
+                file = File(name, self._max_bytes, self._prune)
                 for entry in entries(path.name, stream, head, self._max_bytes, number=number, offset=offset):
-                    if not entry.is_whole and not _is_complete(name, entry):
+                    if not entry.is_whole and not _is_complete(entry):
                         break
                     number, offset = entry.number, entry.end
-                    record = parse_entry(name, entry, self._max_bytes, self._prune)
-                    yield record, None, len(entry.data or b"")
-            mark = "" if name.endswith((*COMPRESSED, ".json")) else _mark(path, offset)
+                    for record in file.take(entry):
+                        yield record, None, 0
+                    yield None, None, len(entry.data or b"")
+                for record in file.end():
+                    yield record, None, 0
+            is_read_anew = file.in_session or name.endswith((*COMPRESSED, *DOCUMENTS))
+            mark = "" if is_read_anew else _mark(path, offset)
             yield None, msgspec.structs.replace(place, offset=offset, number=number, mark=mark), 0
         except READ_ERRORS as error:
             if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
@@ -167,7 +180,6 @@ def _mark(path: Path, offset: int) -> str:
     return blake2b(data, digest_size=12).hexdigest() if data and len(data) == offset - start else ""
 
 
-def _is_complete(name: str, entry: Entry) -> bool:
+def _is_complete(entry: Entry) -> bool:
     """Whether an entry that ends with its file is all there; a line of a plain log may still grow."""
-    may_end_so = name.endswith((*COMPRESSED, ".json"))
-    return may_end_so and entry.data is not None and decoded(entry.data.removeprefix(BOM)) is not None
+    return entry.data is not None and isinstance(decoded(entry.data.removeprefix(BOM)), dict | list)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from apollo_curation.logs.strip import Stripped
 from apollo_curation.moments.moments import Moment
-from apollo_curation.moments.segments import segment
+from apollo_curation.moments.segments import Segments
 
 REASON = "an answer in a log that is to be followed (curation.bootstrap)"
 
@@ -13,16 +13,17 @@ def follow_behaviour(stripped: Stripped, num_messages: int) -> list[Moment]:
     """A moment of the tier `bootstrap`, approved, for each answer and tool call of a conversation.
 
     Whoever names a log as one to be followed has judged it. Empty where nothing valid is left of it when the
-    instructions are gone. num_messages: of the context, see `segment`.
+    instructions are gone. num_messages: of the context, see Segments.
     """
     if stripped.problem is not None:
         return []
     conversation, messages = stripped.conversation, stripped.conversation.messages
+    segments = Segments(messages, num_messages)
     return [
         Moment(
             kind="behaviour",
             tier="bootstrap",
-            context=segment(messages, i, num_messages),
+            context=segments.before(i),
             answer=message,
             source=conversation.source,
             topic=conversation.topic,
@@ -33,5 +34,7 @@ def follow_behaviour(stripped: Stripped, num_messages: int) -> list[Moment]:
             state="approved",
         )
         for i, message in enumerate(messages)
-        if message.role == "assistant" and (message.content.strip() or message.tool_calls)
+        if message.role == "assistant"
+        and message.weight != 0
+        and (message.content.strip() or message.tool_calls)
     ]

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from itertools import takewhile
+
 from apollo_ipc.wire.requests import Message
 
 SEGMENT_MESSAGES = 8  # before a decision, so many are kept
 
 
-def segment(messages: list[Message], at: int, num_messages: int) -> list[Message]:
-    """The context of the decision messages[at], an assistant's message of a valid conversation.
+class Segments:
+    """Of one valid conversation; a decision costs what its segment holds, however long it is."""
 
-    At most num_messages messages, from a user's message on, as many as fit; instructions at the beginning,
-    where there still are any, come on top. Where not even the decision's own turn fits, its question stays
-    and the oldest of its tool calls go, each with its results; the last call stays however long it is.
-    """
-    assert messages[at].role == "assistant"
-    instructions = [message for message in messages[:at] if message.role in ("system", "developer")]
-    questions = [i for i in range(at) if messages[i].role == "user"]
-    fitting = [i for i in questions if at - i <= num_messages]
-    if fitting:
-        return instructions + messages[fitting[0] : at]
-    question = questions[-1]
-    rounds = [i for i in range(question + 1, at) if messages[i].role == "assistant"]
-    start = next((i for i in rounds if at - i < num_messages), rounds[-1])
-    return [*instructions, messages[question], *messages[start:at]]
+    def __init__(self, messages: list[Message], num_messages: int):
+        self._messages, self._num_messages = messages, num_messages
+        self._users = [i for i, message in enumerate(messages) if message.role == "user"]
+        self._instructions = list(takewhile(lambda one: one.role in ("system", "developer"), messages))
+
+    def before(self, at: int) -> list[Message]:
+        """The context of the decision messages[at], an assistant's message.
+
+        At most num_messages messages, from a user's message on, as many as fit; instructions at the
+        beginning, where there still are any, come on top. Where not even the decision's own turn fits, its
+        question stays and the oldest of its tool calls go, each with its results; the last call stays however
+        long it is.
+        """
+        messages = self._messages
+        assert messages[at].role == "assistant"
+        first = bisect_left(self._users, at - self._num_messages)
+        if first < len(self._users) and self._users[first] < at:
+            return self._instructions + messages[self._users[first] : at]
+        question = self._users[first - 1]
+        near = range(max(question + 1, at - self._num_messages + 1), at)
+        start = next((i for i in near if messages[i].role == "assistant"), at)
+        while messages[start].role != "assistant" or start == at:
+            start -= 1
+        return [*self._instructions, messages[question], *messages[start:at]]

@@ -1,11 +1,13 @@
 """Transcripts and agent logs in whatever form they have, as conversations: streamed, never fatal.
 
-Each format's adapter is one file; the format is recognised for each record by itself.
+Each format's adapter is one file; the format is recognised for each record by itself (formats.py), and for
+lines that only together are a conversation, by the first of them (sessions.py).
 """
 
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -14,22 +16,26 @@ import zstandard
 from apollo_curation.logs.conversation import Broken, Conversation, Source
 from apollo_curation.logs.readers.documents import HEAD_BYTES
 from apollo_curation.logs.readers.files import entries, find_files, is_utf_16, open_stream, source_name
-from apollo_curation.logs.readers.lines import Entry
-from apollo_curation.logs.readers.records import parse
+from apollo_curation.logs.readers.sessions import File
 from apollo_curation.logs.strip import Prune
 
 READ_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError)
 
 
 def read(
-    paths: Iterable[Path], *, max_record_bytes: int, prune: Prune | None = None
+    paths: Iterable[Path],
+    *,
+    max_record_bytes: int,
+    prune: Prune | None = None,
+    passed_over: Counter[str] | None = None,
 ) -> Iterator[Conversation | Broken]:
     """Every record of the files and directories `paths`, in a stable order, each with its source.
 
     max_record_bytes: a longer one is passed over in pieces and named; so much and no more is held in memory.
-    prune: see strip.pruner. Raises UserError, at once, for a path that is not there; nothing while reading.
+    prune: see strip.pruner; passed_over: see files.find_files. Raises UserError, at once, for a path that is
+    not there; nothing while reading.
     """
-    files = find_files(paths)
+    files = find_files(paths, passed_over=passed_over)
     return (record for file in files for record in read_file(file, max_record_bytes, prune))
 
 
@@ -37,6 +43,7 @@ def read_file(
     path: Path, max_record_bytes: int, prune: Prune | None = None
 ) -> Iterator[Conversation | Broken]:
     name, number, offset = source_name(path), 0, 0
+    file = File(name, max_record_bytes, prune)
     try:
         with open_stream(path) as stream:
             head = stream.peek(HEAD_BYTES)[:HEAD_BYTES]
@@ -45,17 +52,10 @@ def read_file(
                 return
             for entry in entries(path.name, stream, head, max_record_bytes):
                 number, offset = entry.number, entry.end
-                yield parse_entry(name, entry, max_record_bytes, prune)
+                yield from file.take(entry)
     except READ_ERRORS as error:
         yield cannot_read(name, number, offset, error)
-
-
-def parse_entry(name: str, entry: Entry, max_record_bytes: int, prune: Prune | None) -> Conversation | Broken:
-    source = Source(name, entry.number, entry.offset)
-    if entry.data is None:
-        allowed = f"max_record_bytes is {max_record_bytes:,}"
-        return Broken(source, "too_long", f"{entry.num_bytes:,} bytes at byte {entry.offset:,}; {allowed}")
-    return parse(entry.data, source, prune)
+    yield from file.end()
 
 
 def utf_16(name: str) -> Broken:

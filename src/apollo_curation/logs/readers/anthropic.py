@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
+from apollo_curation.logs.readers.builder import Builder
+from apollo_curation.logs.readers.injected import note_of
 from apollo_curation.logs.readers.text import (
     Chat,
     Unreadable,
     as_list,
     as_object,
     as_string,
+    kind_of,
     name_of,
     text_of,
-    tool_call,
     tool_list,
 )
-from apollo_ipc.wire.requests import Message
 
 OWN_BLOCKS = ("tool_use", "tool_result", "thinking", "redacted_thinking")
 
@@ -36,27 +39,35 @@ def is_anthropic(record: dict[str, Any]) -> bool:
 
 
 def read_chat(record: dict[str, Any]) -> Chat:
-    """Raises Unreadable."""
-    messages: list[Message] = []
+    """Raises Unreadable where there is no list of messages."""
+    builder = Builder()
     if record.get("system"):
-        messages.append(Message("system", text_of(record["system"], "system")))
-    for role, blocks in _turns(as_list(record.get("messages"), "messages")):
-        messages += _assistant(blocks) if role == "assistant" else _user(blocks)
+        builder.system(text_of(record["system"], "system", builder.lost))
+    problem: Unreadable | None = None
+    for i, (role, blocks) in enumerate(_turns(as_list(record.get("messages"), "messages"), builder)):
+        read = _reply if role == "assistant" else _said
+        problem = read(builder, blocks, str(i)) or problem
     tools = tool_list(record.get("tools"), "tools")
-    return Chat(messages, tools and [_tool(tool) for tool in tools])
+    chat = builder.chat()
+    return msgspec.structs.replace(chat, tools=tools and [_tool(tool) for tool in tools], problem=problem)
 
 
-Block = tuple[str, dict[str, Any]]  # where it stands, and what it is
+Block = tuple[str, Any]  # where it stands, and what it is
 
 
-def _turns(raw_messages: list[Any]) -> list[tuple[str, list[Block]]]:
+def _turns(raw_messages: list[Any], builder: Builder) -> list[tuple[str, list[Block]]]:
     turns: list[tuple[str, list[Block]]] = []
     for i, raw in enumerate(raw_messages):
         at = f"messages[{i}]"
-        role = as_string(as_object(raw, at).get("role"), f"{at}.role")
+        try:
+            role = as_string(as_object(raw, at).get("role"), f"{at}.role")
+            blocks = _blocks(raw.get("content"), f"{at}.content")
+        except Unreadable as error:
+            builder.lost[error.reason] += 1
+            continue
         if not turns or turns[-1][0] != role:
             turns.append((role, []))
-        turns[-1][1].extend(_blocks(raw.get("content"), f"{at}.content"))
+        turns[-1][1].extend(blocks)
     return turns
 
 
@@ -65,44 +76,64 @@ def _blocks(content: Any, at: str) -> list[Block]:
         return [(at, {"type": "text", "text": content})]
     if not isinstance(content, list):
         raise Unreadable("wrong_type", f"{at} is {name_of(content)}; text or a list of blocks is needed")
-    return [(f"{at}[{i}]", as_object(block, f"{at}[{i}]")) for i, block in enumerate(content)]
+    return [(f"{at}[{i}]", block) for i, block in enumerate(content)]
 
 
-def _user(blocks: list[Block]) -> list[Message]:
-    results, text = [], []
+def _said(builder: Builder, blocks: list[Block], key: str) -> Unreadable | None:
+    texts: list[str] = []
+    problem: Unreadable | None = None
+    has_result = is_unseen = False
     for at, block in blocks:
-        if block.get("type") == "tool_result":
-            content = text_of(block.get("content"), f"{at}.content")
-            if block.get("is_error") and not content.lower().startswith("error"):
-                content = f"Error: {content}"  # OpenAI's tool messages have no other place for it
-            call_id = as_string(block.get("tool_use_id"), f"{at}.tool_use_id")
-            results.append(Message("tool", content, tool_call_id=call_id))
+        num_lost = builder.lost.total()
+        if kind_of(block) == "tool_result":
+            has_result = True
+            _result(builder, block, at)
         else:
-            text.append(text_of([block], at))
-    joined = "\n".join(part for part in text if part)
-    return [*results, Message("user", joined)] if joined or not results else results
+            try:
+                text = text_of([block], at)
+                if name := note_of(text):
+                    builder.lost[f"injected: {name}"] += 1
+                    continue
+                texts.append(text)
+            except Unreadable as error:
+                problem = problem or error
+                builder.lost[kind_of(block)] += 1
+        is_unseen = is_unseen or builder.lost.total() > num_lost
+    text = "\n".join(part for part in texts if part)
+    if text or (is_unseen and not has_result):
+        builder.user(text, is_unseen=is_unseen)
+    elif is_unseen:
+        builder.unseen()
+    return problem
 
 
-def _assistant(blocks: list[Block]) -> list[Message]:
-    text, thoughts, calls = [], [], []
+def _result(builder: Builder, block: dict[str, Any], at: str) -> None:
+    try:
+        text = text_of(block.get("content"), f"{at}.content", builder.lost)
+    except Unreadable:  # an image: the call was answered, by something that we cannot show
+        text = "[not text]"
+    if block.get("is_error") and not text.lower().startswith("error"):
+        text = f"Error: {text}"  # OpenAI's tool messages have no other place for it
+    builder.result(text, block.get("tool_use_id"))
+
+
+def _reply(builder: Builder, blocks: list[Block], key: str) -> Unreadable | None:
+    text: list[str] = []
     for at, block in blocks:
-        match block.get("type"):
-            case "tool_use":
-                calls.append(tool_call(block.get("name"), block.get("input"), block.get("id"), at))
-            case "thinking":
-                thoughts.append(as_string(block.get("thinking"), f"{at}.thinking"))
-            case "redacted_thinking":
-                pass  # encrypted
-            case _:
-                text.append(text_of([block], at))
-    return [
-        Message(
-            "assistant",
-            "".join(text),
-            tool_calls=calls or None,
-            reasoning_content="\n".join(thoughts) or None,
-        )
-    ]
+        try:
+            match kind := kind_of(block):
+                case "tool_use":
+                    builder.call(block.get("name"), block.get("input"), block.get("id"), at, key)
+                case "thinking":
+                    builder.think(as_string(block.get("thinking"), f"{at}.thinking"), key)
+                case "redacted_thinking":
+                    builder.lost[kind] += 1  # encrypted
+                case _:
+                    text.append(text_of([block], at))
+        except Unreadable:
+            builder.lost[kind_of(block)] += 1
+    builder.say("".join(text), key)
+    return None
 
 
 def _tool(raw: dict[str, Any]) -> dict[str, Any]:

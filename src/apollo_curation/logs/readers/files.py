@@ -6,6 +6,7 @@ import gzip
 import io
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,22 +15,29 @@ from apollo_curation.logs.readers import documents, lines
 from apollo_curation.logs.readers.lines import Entry
 from apollo_ipc.errors import UserError
 
-SUFFIXES = (".jsonl", ".ndjson", ".json")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".traj")
+DOCUMENTS = (".json", ".traj")  # may be one record, or an array of them
 COMPRESSED = (".gz", ".zst")
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
-def find_files(paths: Iterable[Path], *, must_exist: bool = True) -> list[Path]:
+def find_files(
+    paths: Iterable[Path], *, must_exist: bool = True, passed_over: Counter[str] | None = None
+) -> list[Path]:
     """The files among `paths`, and those in their directories, each file once, by name.
 
-    Of directories, also of deeper ones: *.jsonl, *.ndjson, *.json and these with .gz or .zst; nothing hidden.
-    Links are followed, but no directory is entered twice. Raises UserError for a path that is not there.
+    Of directories, also of deeper ones: *.jsonl, *.ndjson, *.json, *.traj and these with .gz or .zst; nothing
+    hidden. Links are followed, but no directory is entered twice. passed_over: gets the endings of the other
+    files. Raises UserError for a path that is not there.
     """
     seen: set[tuple[int, int]] = set()
-    return [file for path in paths for file in _walk(path, seen, must_exist)]
+    others = Counter[str]() if passed_over is None else passed_over
+    return [file for path in paths for file in _walk(path, seen, must_exist, others)]
 
 
-def _walk(path: Path, seen: set[tuple[int, int]], must_exist: bool) -> Iterator[Path]:
+def _walk(
+    path: Path, seen: set[tuple[int, int]], must_exist: bool, passed_over: Counter[str]
+) -> Iterator[Path]:
     try:
         info = path.stat()
         names = sorted(os.listdir(path)) if stat.S_ISDIR(info.st_mode) else None
@@ -48,7 +56,9 @@ def _walk(path: Path, seen: set[tuple[int, int]], must_exist: bool) -> Iterator[
             continue
         inner = path / name
         if inner.is_dir() or (has_records(name) and inner.is_file()):
-            yield from _walk(inner, seen, must_exist=False)
+            yield from _walk(inner, seen, False, passed_over)
+        else:
+            passed_over[os.path.splitext(name)[1] or "no ending"] += 1
 
 
 def has_records(name: str) -> bool:
@@ -96,7 +106,7 @@ def entries(
 
     head: its first bytes, by which the form of a *.json is recognised.
     """
-    form = documents.form_of(head) if uncompressed_name(name).endswith(".json") else "lines"
+    form = documents.form_of(head) if uncompressed_name(name).endswith(DOCUMENTS) else "lines"
     if form == "lines":
         return lines.lines(stream, max_bytes, number=number, offset=offset)
     if form == "array":

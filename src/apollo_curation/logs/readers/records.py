@@ -2,53 +2,58 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import msgspec
 
 from apollo_curation.logs.conversation import Broken, Conversation, Source, find_problem, text_hash
 from apollo_curation.logs.mend import is_empty, mend
-from apollo_curation.logs.readers import anthropic, openai, sharegpt
 from apollo_curation.logs.readers.documents import BOM, is_message_list
 from apollo_curation.logs.readers.files import stem
+from apollo_curation.logs.readers.formats import read_chats
+from apollo_curation.logs.readers.settle import settle
 from apollo_curation.logs.readers.text import Chat, Unreadable, name_of
-from apollo_curation.logs.strip import Prune, PruneFailed, whole_text
-from apollo_ipc.wire.requests import Message
+from apollo_curation.logs.strip import Prune, PruneFailed, Removed, whole_text
 
-KNOWN_FORMS = (
-    '{"messages": [...]} (OpenAI, Anthropic), {"conversations": [...]} (ShareGPT) or a list of messages'
-)
 MAX_TOPIC_CHARS = 200
 
 
-def parse(data: bytes, source: Source, prune: Prune | None = None) -> Conversation | Broken:
-    """`data`: one JSON value. prune: takes parts out of it first; what depended on them goes with them."""
+def parse_record(record: Any, source: Source, prune: Prune | None = None) -> list[Conversation | Broken]:
+    """The conversations of a decoded record: one, as a rule."""
     try:
-        return _parse(data, source, prune)
+        if isinstance(record, list) and is_message_list(record):
+            has_parts = any(isinstance(one, dict) and "parts" in one for one in record)
+            record = {"contents" if has_parts else "messages": record}
+        if not isinstance(record, dict):
+            raise Unreadable("unknown_format", f"the record is {name_of(record)}; an object is needed")
+        removed = prune(record) if prune else []
+        topic = topic_of(record) or stem(source.path)
+        return [finish(chat, source, topic, removed) for chat in read_chats(record)]
     except Unreadable as error:
-        return Broken(source, error.reason, str(error))
+        return [Broken(source, error.reason, str(error))]
     except PruneFailed as error:
-        return Broken(source, "rule_failed", str(error))
+        return [Broken(source, "rule_failed", str(error))]
     except RecursionError:
-        return Broken(source, "too_deep", "nested too deeply")
+        return [Broken(source, "too_deep", "nested too deeply")]
 
 
-def _parse(data: bytes, source: Source, prune: Prune | None) -> Conversation:
-    record = decode(data, source.offset)
-    if isinstance(record, list) and is_message_list(record):
-        record = {"messages": record}
-    if not isinstance(record, dict):
-        raise Unreadable("unknown_format", f"the record is {name_of(record)}; known are {KNOWN_FORMS}")
-    removed = prune(record) if prune else []
-    chat = read_chat(record)
-    messages = chat.messages
+def finish(chat: Chat, source: Source, topic: str, removed: list[Removed]) -> Conversation | Broken:
+    """A valid conversation of what was read, or why there is none."""
     hashes = [part.hash for part in removed]
     if removed:
-        gone = [i for i, message in enumerate(messages) if is_empty(message)]
-        messages, dropped = mend(messages, gone)
+        gone = [i for i, message in enumerate(chat.messages) if is_empty(message)]
+        messages, dropped = mend(chat.messages, [*gone, *chat.gone])
         hashes += [text_hash(whole_text(message)) for message, _ in dropped]
-    _check(messages)
-    return Conversation(messages, source, topic_of(record) or stem(source.path), chat.tools, hashes)
+        chat = msgspec.structs.replace(chat, messages=messages, gone=set())
+    messages, lost = settle(chat)
+    if not any(message.role == "assistant" for message in messages) and (lost or not messages):
+        if chat.problem is not None:
+            return Broken(source, chat.problem.reason, str(chat.problem))
+        names = ", ".join(f"{num} {name}" for name, num in lost.most_common()) or "nothing"
+        return Broken(source, "empty", f"no answer is left; left out: {names}", dict(lost))
+    assert find_problem(messages) is None, find_problem(messages)
+    return Conversation(messages, source, topic, chat.tools, hashes, dict(lost))
 
 
 def decode(data: bytes, offset: int) -> Any:
@@ -58,43 +63,26 @@ def decode(data: bytes, offset: int) -> Any:
         return msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         try:
-            data.decode()
+            text = data.decode()
         except UnicodeDecodeError as wrong:
             at = offset + wrong.start
             found = f"byte {at} of the file (0x{data[wrong.start]:02x}) is not UTF-8"
             raise Unreadable("not_utf8", f"{found}; `iconv -t UTF-8` converts it") from None
+        if (lenient := _as_python_writes_it(text.removeprefix("\ufeff"))) is not None:
+            return lenient
         advice = ""
         if body.strip() in (b"{", b"["):  # pretty-printed JSON
             advice = "; in JSONL a record is one line (`jq -c .` makes it so, `jq -c '.[]'` out of an array)"
         raise Unreadable("not_json", f"not JSON: {error}{advice}") from None
 
 
-def read_chat(record: dict[str, Any]) -> Chat:
-    """By the adapter of its format. Raises Unreadable."""
-    for key in ("messages", "conversations"):
-        turns = record.get(key)
-        if turns is None:
-            continue
-        if isinstance(turns, list) and not turns:
-            raise Unreadable("empty", f"{key} is empty")
-        if isinstance(turns, list) and isinstance(turns[0], dict) and "from" in turns[0]:
-            return sharegpt.read_chat(record)
-        is_list = isinstance(turns, list)
-        reader = anthropic if key == "messages" and is_list and anthropic.is_anthropic(record) else openai
-        return reader.read_chat(record)
-    keys = ", ".join(sorted(map(repr, record))[:8]) or "none"
-    raise Unreadable("unknown_format", f"its keys are {keys}; known are {KNOWN_FORMS}")
-
-
-def _check(messages: list[Message]) -> None:
-    if not messages:
-        raise Unreadable("empty", "no message is left")
-    for i, message in enumerate(messages):
-        known = [call["id"] for call in message.tool_calls or [] if "id" in call]
-        if len(set(known)) < len(known):
-            raise Unreadable("duplicate_id", f"message {i} ({message.role}): two tool calls have the same id")
-    if problem := find_problem(messages):
-        raise Unreadable("not_a_conversation", problem)
+def _as_python_writes_it(text: str) -> Any:
+    """With NaN, infinities and half a surrogate pair, which is replaced; None where it is no JSON even so."""
+    try:
+        written = json.dumps(json.loads(text), ensure_ascii=False)
+    except ValueError:
+        return None
+    return json.loads(written.encode("utf-8", "replace"))
 
 
 def topic_of(record: dict[str, Any]) -> str | None:

@@ -7,6 +7,7 @@ A turn `function_call` holds the call as JSON; in Hermes' way the call stands in
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Any
 
 import msgspec
@@ -46,22 +47,31 @@ def read_chat(record: dict[str, Any]) -> Chat:
     messages: list[Message] = []
     if isinstance(record.get("system"), str) and record["system"]:
         messages.append(Message("system", record["system"]))
+    lost, gone, problem = Counter[str](), set[int](), None
     for i, raw in enumerate(turns):
         at = f"{key}[{i}]"
-        speaker = as_string(as_object(raw, at).get("from"), f"{at}.from")
-        value = as_string(raw.get("value"), f"{at}.value")
-        role = ROLES.get(speaker.lower(), speaker)
-        is_answered = i + 1 < len(turns) and _is_result(turns[i + 1])
-        if speaker == "function_call" and value:
-            messages.append(Message("assistant", "", tool_calls=_calls([value], at)))
-        elif role == "assistant" and is_answered and (found := _CALL.findall(value)):
-            messages.append(Message(role, _CALL.sub("", value).strip(), tool_calls=_calls(found, at)))
-        elif role == "tool":
-            messages += [Message(role, text) for text in _RESPONSE.findall(value) or [value]]
-        else:
-            weight = 0 if role == "assistant" and raw.get("weight") == 0 else None
-            messages.append(Message(role, value, weight=weight))
-    return Chat(messages, tool_list(record.get("tools"), "tools"))
+        try:
+            messages += _turn(raw, turns[i + 1] if i + 1 < len(turns) else None, at)
+        except Unreadable as error:
+            problem = problem or error
+            lost[error.reason] += 1
+            if isinstance(raw, dict) and isinstance(raw.get("from"), str):
+                gone.add(len(messages))
+                messages.append(Message(ROLES.get(raw["from"].lower(), raw["from"]), ""))
+    return Chat(messages, tool_list(record.get("tools"), "tools"), lost, gone, problem)
+
+
+def _turn(raw: Any, following: Any, at: str) -> list[Message]:
+    speaker = as_string(as_object(raw, at).get("from"), f"{at}.from")
+    value = as_string(raw.get("value"), f"{at}.value")
+    role: str = ROLES.get(speaker.lower(), speaker)
+    if speaker == "function_call" and value:
+        return [Message("assistant", "", tool_calls=_calls([value], at))]
+    if role == "assistant" and _is_result(following) and (found := _CALL.findall(value)):
+        return [Message(role, _CALL.sub("", value).strip(), tool_calls=_calls(found, at))]
+    if role == "tool":
+        return [Message(role, text) for text in _RESPONSE.findall(value) or [value]]
+    return [Message(role, value, weight=0 if role == "assistant" and raw.get("weight") == 0 else None)]
 
 
 def _is_result(turn: Any) -> bool:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
 
 from apollo_ipc.wire.requests import Message
 
-TEXT_TYPES = ("text", "input_text", "output_text")
+TEXT_TYPES = ("text", "input_text", "output_text", "summary_text", "reasoning_text")
 
 
 class Unreadable(ValueError):
@@ -21,10 +24,30 @@ class Unreadable(ValueError):
 
 
 class Chat(msgspec.Struct, frozen=True):
-    """What an adapter makes of a record; whether it is a valid conversation is looked at afterwards."""
+    """What an adapter makes of a record; settle.py makes a valid conversation of it.
+
+    gone: positions of messages of which nothing could be read; lost: what was left out, by name; problem: the
+    first thing that could not be read.
+    """
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
+    lost: Counter[str] = msgspec.field(default_factory=Counter)
+    gone: set[int] = set()
+    problem: Unreadable | None = None
+
+
+@contextmanager
+def of_another_kind() -> Iterator[None]:
+    """A record of foreign programs may have anything anywhere: what an adapter stumbles over is named, and
+    the next one read."""
+    try:
+        yield
+    except Unreadable:
+        raise
+    except (TypeError, AttributeError, LookupError, ValueError) as error:
+        said = f"{type(error).__name__}: {error}"[:200]
+        raise Unreadable("wrong_type", f"a value is of another kind than its format says ({said})") from None
 
 
 def as_object(value: Any, at: str) -> dict[str, Any]:
@@ -61,10 +84,12 @@ def name_of(value: Any) -> str:
             return "an object"
 
 
-def text_of(content: Any, at: str, joint: str = "\n") -> str:
-    """Content as a string: null is empty, text parts are joined.
+def text_of(content: Any, at: str, lost: Counter[str] | None = None, joint: str = "\n") -> str:
+    """Content as a string: null is empty, text parts are joined; others are left out and counted in `lost` by
+    their type.
 
-    Raises Unreadable: not_text where a part is an image, sound or the like, wrong_type for anything else.
+    Raises Unreadable: not_text where nothing but such parts is there (or `lost` is not given), wrong_type for
+    content that is neither text nor parts.
     """
     if content is None:
         return ""
@@ -72,14 +97,32 @@ def text_of(content: Any, at: str, joint: str = "\n") -> str:
         return content
     if not isinstance(content, list):
         raise Unreadable("wrong_type", f"{at} is {name_of(content)}; text, null or a list of parts is needed")
-    return joint.join(_part_text(part, f"{at}[{i}]") for i, part in enumerate(content))
+    texts: list[str] = []
+    problem: Unreadable | None = None
+    for i, part in enumerate(content):
+        try:
+            texts.append(_part_text(part, f"{at}[{i}]"))
+        except Unreadable as error:
+            if lost is None:
+                raise
+            lost[kind_of(part)] += 1
+            problem = problem or error
+    if problem is not None and not any(text.strip() for text in texts):
+        raise problem
+    return joint.join(texts)
+
+
+def kind_of(part: Any) -> str:
+    """What a part that is no text calls itself."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    return kind if isinstance(kind, str) and kind else "part of no type"
 
 
 def _part_text(part: Any, at: str) -> str:
     if isinstance(part, str):
         return part
     kind = as_object(part, at).get("type")
-    if kind in TEXT_TYPES:
+    if kind in TEXT_TYPES or (kind is None and isinstance(part.get("text"), str)):
         return as_string(part.get("text"), f"{at}.text")
     if kind == "refusal":
         return as_string(part.get("refusal"), f"{at}.refusal")
@@ -111,3 +154,13 @@ def tool_list(tools: Any, at: str) -> list[dict[str, Any]] | None:
     if tools is None:
         return None
     return [as_object(tool, f"{at}[{i}]") for i, tool in enumerate(as_list(tools, at))] or None
+
+
+def embedded(value: Any) -> Any:
+    """The JSON that a text holds, where it holds an object or a list; else the value itself."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        try:
+            return msgspec.json.decode(value)
+        except (msgspec.DecodeError, RecursionError):
+            return value
+    return value

@@ -8,7 +8,7 @@ from __future__ import annotations
 from apollo_curation.logs.conversation import Conversation
 from apollo_curation.logs.strip import Stripped, strip
 from apollo_curation.moments.moments import Moment
-from apollo_curation.moments.segments import segment
+from apollo_curation.moments.segments import Segments
 from apollo_curation.moments.signals.evidence import Noticed
 from apollo_curation.moments.signals.reactions import find_reactions
 from apollo_curation.moments.signals.repairs import find_repairs
@@ -19,7 +19,7 @@ MAX_AFTERMATH = 8  # messages that followed, kept for the judge and for a person
 
 def flag(original: Conversation, rules: list[StripRule], num_messages: int) -> list[Moment]:
     """The moments of one conversation, in its order; none where it is no valid one after stripping (strip
-    says why). num_messages: see segments.segment."""
+    says why). num_messages: see segments.Segments."""
     return flag_stripped(strip(original, rules), num_messages)
 
 
@@ -29,17 +29,20 @@ def flag_stripped(stripped: Stripped, num_messages: int) -> list[Moment]:
         return []
     messages = stripped.conversation.messages
     noticed = [*find_reactions(messages), *find_repairs(messages)]
+    # A praised answer of weight 0 is not to be learned; that another one of it was mended may be.
+    noticed = [one for one in noticed if one.kind != "praise" or messages[one.at].weight != 0]
     noticed.sort(key=lambda one: one.at)
-    return [_moment(stripped.conversation, one, num_messages) for one in noticed]
+    segments = Segments(messages, num_messages)
+    return [_moment(stripped.conversation, one, segments) for one in noticed]
 
 
-def _moment(conversation: Conversation, noticed: Noticed, num_messages: int) -> Moment:
+def _moment(conversation: Conversation, noticed: Noticed, segments: Segments) -> Moment:
     at, messages = noticed.at, conversation.messages
     decided = messages[at]
     return Moment(
         kind=noticed.kind,
         tier="direct",
-        context=segment(messages, at, num_messages),
+        context=segments.before(at),
         answer=noticed.answer,
         original=None if noticed.kind == "praise" else decided,
         aftermath=messages[at + 1 : min(noticed.end, at + 1 + MAX_AFTERMATH)],

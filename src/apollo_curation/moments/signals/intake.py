@@ -20,8 +20,9 @@ Find = Callable[[Stripped, int], list[Moment]]  # the moments of a conversation;
 
 class Taken:
     """What was made of records so far. broken, problems: by reason, of records and of conversations that
-    cannot be stripped; num_known: moments that had been noticed before; num_improved: of these, such as have
-    an answer only now."""
+    cannot be stripped; lost: by name, what readers left out; passed_over: by ending, files not opened;
+    num_known: moments that had been noticed before; num_improved: of these, such as have an answer only now.
+    """
 
     def __init__(self) -> None:
         self.num_conversations = 0
@@ -30,6 +31,8 @@ class Taken:
         self.added: Counter[str] = Counter()
         self.broken: Counter[str] = Counter()
         self.problems: Counter[str] = Counter()
+        self.lost: Counter[str] = Counter()
+        self.passed_over: Counter[str] = Counter()
         self.first_broken: dict[str, Broken] = {}
 
     def as_data(self) -> dict[str, object]:
@@ -41,6 +44,8 @@ class Taken:
             "num_improved": self.num_improved,
             "broken": dict(self.broken.most_common()),
             "problems": dict(self.problems.most_common()),
+            "lost": dict(self.lost.most_common()),
+            "passed_over": dict(self.passed_over.most_common()),
             "first_broken": list(self.first_broken.values()),
         }
 
@@ -63,6 +68,7 @@ def take_new(
             follower.save(batch)
         if stop():
             break
+    taken.passed_over = follower.passed_over
     return taken
 
 
@@ -74,6 +80,7 @@ def take(
     find: Find = flag_stripped,
 ) -> None:
     for record in records:
+        taken.lost.update(record.lost)
         if isinstance(record, Broken):
             taken.broken[record.reason] += 1
             taken.first_broken.setdefault(record.reason, record)

@@ -65,7 +65,9 @@ def _refusal(all_turns: list[UserTurn], i: int) -> tuple[Noticed, int] | None:
         return None
     doubt_chain(evidence, last - i - 1, "was refused again")
     helping = all_turns[last]
-    if helping.steps and helping.messages[helping.steps[0]].tool_calls:
+    if helping.steps and helping.messages[helping.steps[0]].weight == 0:
+        answer = None
+    elif helping.steps and helping.messages[helping.steps[0]].tool_calls:
         answer = msgspec.structs.replace(helping.messages[helping.steps[0]], content="")
     else:
         answer = _better(helping, None)
@@ -97,6 +99,8 @@ def _better(turn: UserTurn, original: str | None) -> Message | None:
     """The answer in words, as it could have stood in the first place. None where tools were needed for it:
     without their results it would be invented."""
     if turn.final is None or len(turn.steps) > 1 or refusing.is_refusal(turn):
+        return None
+    if turn.messages[turn.final].weight == 0:  # seen, not to be learned
         return None
     text = standing_alone(turn.answer, original)
     if text is None or text == original or phrases.STANDS.search(plain(text)):

@@ -84,16 +84,15 @@ def test_sources_stay_right_after_reading_on(store, logs):
     assert (source.path, source.number, source.offset) == (str(logs / "a.jsonl"), 2, size)
 
 
-def test_a_last_line_without_its_end_is_waited_for(store, logs):
+def test_half_a_last_line_is_waited_for_and_a_whole_one_needs_no_end(store, logs):
     line = chat("1")
     (logs / "a.jsonl").write_text(line[:20])
     follower = follow(store, logs)
     assert take(follower) == []
     (logs / "a.jsonl").write_text(line)
-    assert take(follower) == []
-    append(logs / "a.jsonl")
-    (logs / "a.jsonl").write_text(line + "\n")
     assert take(follower) == ["1"]
+    (logs / "a.jsonl").write_text(line + "\n" + chat("2"))
+    assert take(follower) == ["2"]
 
 
 def test_broken_records_are_told_once(store, logs):

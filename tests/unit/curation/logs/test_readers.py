@@ -130,13 +130,12 @@ def test_anthropic_blocks_become_tool_calls_and_tool_messages(tmp_path):
     ("record", "reason"),
     [
         (b"{not json", "not_json"),
-        (b'{"messages": [{"role": "user", "content": NaN}]}', "not_json"),
-        (b'{"messages": [], "x": 1e999}', "not_json"),
-        (b'{"messages": "\\ud800"}', "not_json"),
         (b"[" * 100_000 + b"]" * 100_000, "too_deep"),
         (b"17", "unknown_format"),
         (b"[1, 2]", "unknown_format"),
-        ({"prompt": "a", "completion": "b"}, "unknown_format"),
+        ({"a": "a", "b": "b"}, "unknown_format"),
+        ({"text": "prose"}, "plain_text"),
+        ({"custom_id": "a", "response": {"body": {}}}, "answer_only"),
         ({"messages": []}, "empty"),
         ({"messages": "hello"}, "wrong_type"),
         ({"messages": ["hello"]}, "wrong_type"),
@@ -144,14 +143,13 @@ def test_anthropic_blocks_become_tool_calls_and_tool_messages(tmp_path):
         ({"messages": [{"content": "x"}]}, "wrong_type"),
         ({"messages": [user("x"), assistant("", tool_calls=["f"])]}, "wrong_type"),
         ({"messages": [user("x"), assistant("", tool_calls=[{"id": "a"}])]}, "wrong_type"),
-        ({"messages": [user("x"), assistant("", tool_calls=[CALL, CALL])]}, "duplicate_id"),
         ({**CHAT, "tools": {"n": 1}}, "wrong_type"),
         ({"messages": [user([{"type": "image_url", "image_url": {"url": "x"}}])]}, "not_text"),
         ({"messages": [user([{"type": "input_audio"}])]}, "not_text"),
-        ({"messages": [user("a"), user("b")]}, "not_a_conversation"),
-        ({"messages": [user("a"), {"role": "tool", "content": "x"}]}, "not_a_conversation"),
-        ({"messages": [{"role": "wizard", "content": "x"}]}, "not_a_conversation"),
-        ({"conversations": [{"from": "gpt", "value": "I begin"}]}, "not_a_conversation"),
+        ({"messages": [user("a"), user("b")]}, "empty"),
+        ({"messages": [user("a"), {"role": "tool", "content": "x"}]}, "empty"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "empty"),
+        ({"conversations": [{"from": "gpt", "value": "I begin"}]}, "empty"),
         ({"conversations": [{"from": "human", "value": None}]}, "wrong_type"),
         (
             {"system": "s", "messages": [user([{"type": "image", "source": {}}])]},
@@ -166,6 +164,47 @@ def test_a_broken_record_is_named_and_the_next_one_is_read(tmp_path, record, rea
     assert broken.message
     assert isinstance(good, Conversation)
     assert good.source.number == 2
+
+
+def test_what_python_writes_as_json_is_read(tmp_path):
+    record = b'{"messages": [{"role": "user", "content": "half \\ud83d"}, %s], "loss": NaN, "x": 1e999}'
+    [found] = read_all(write(tmp_path / "log.jsonl", record % b'{"role": "assistant", "content": "a"}'))
+    assert [message.content for message in found.messages] == ["half ?", "a"]
+
+
+@pytest.mark.parametrize(
+    ("turns", "kept", "lost"),
+    [
+        ([user("a"), user("b"), assistant("c")], ["a\n\nb", "c"], {"messages of one role joined": 1}),
+        (
+            [assistant("hi"), user("a"), assistant("b")],
+            ["a", "b"],
+            {"assistant before the first question": 1},
+        ),
+        ([user("a"), assistant("b"), assistant("c")], ["a", "b\n\nc"], {"messages of one role joined": 1}),
+        (
+            [user("a"), assistant("b"), {"role": "system", "content": "s"}, user("c"), assistant("d")],
+            ["a", "b", "c", "d"],
+            {"instructions in the middle": 1},
+        ),
+        (
+            [user("a"), assistant("let me", tool_calls=[CALL]), user("b"), assistant("c")],
+            ["a", "let me", "b", "c"],
+            {"tool call without a result": 1},
+        ),
+        (
+            [user("a"), {"role": "tool", "content": "4"}, assistant("b")],
+            ["a", "b"],
+            {"tool result without a call": 1},
+        ),
+        ([user("a"), {"role": "wizard", "content": "x"}, assistant("b")], ["a", "b"], {"role wizard": 1}),
+        ([user("a"), assistant("", tool_calls=[CALL, CALL])], ["a", ""], {"duplicate_id": 1}),
+    ],
+)
+def test_what_does_not_fit_is_left_out_by_name_and_the_rest_kept(tmp_path, turns, kept, lost):
+    found = read_one(tmp_path, {"messages": turns})
+    assert [message.content for message in found.messages] == kept
+    assert found.lost == lost
 
 
 @pytest.mark.parametrize(

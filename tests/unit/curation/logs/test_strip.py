@@ -13,7 +13,7 @@ from apollo_curation.logs.conversation import Conversation, Source, find_problem
 from apollo_curation.logs.mend import mend
 from apollo_curation.logs.strip import NESTED, STRAY, UNCLOSED, Removed, describe, strip
 from apollo_curation.logs.strip_report import Tally, diff_lines, estimate_tokens, print_diff
-from apollo_curation.moments.segments import segment
+from apollo_curation.moments.segments import Segments
 from apollo_curation.settings import StripRule
 from apollo_ipc.wire.requests import Message
 
@@ -280,7 +280,7 @@ def test_the_segment_before_a_decision_is_short_and_valid():
         decisions = [i for i, message in enumerate(messages) if message.role == "assistant"]
         for at in decisions:
             num_messages = rng.randint(1, 9)
-            found = segment(messages, at, num_messages)
+            found = Segments(messages, num_messages).before(at)
             assert find_problem([*found, messages[at]]) is None
             assert found[-1] is messages[at - 1]
             turns = [message for message in found if message.role not in ("system", "developer")]
@@ -293,10 +293,10 @@ def test_the_segment_before_a_decision_is_short_and_valid():
 
 def test_a_long_chain_of_calls_keeps_its_question_and_the_latest_calls():
     turns = [user("q"), *(one for n in "abcd" for one in (said("", n), result(n, n))), said("done")]
-    found = segment([Message("system", "s"), *turns], 10, 5)
+    found = Segments([Message("system", "s"), *turns], 5).before(10)
     assert [message.content for message in found] == ["s", "q", "", "c", "", "d"]
-    assert segment(turns, 9, 1) == [turns[0], *turns[7:9]]
-    assert segment([user("p"), said("x"), *turns], 11, 11)[0].content == "p"
+    assert Segments(turns, 1).before(9) == [turns[0], *turns[7:9]]
+    assert Segments([user("p"), said("x"), *turns], 11).before(11)[0].content == "p"
 
 
 def test_the_report_says_the_share_of_each_rule():

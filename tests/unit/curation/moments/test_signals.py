@@ -375,3 +375,43 @@ def test_what_was_decided_or_judged_is_not_changed_by_a_longer_log(store, decisi
     take(moments, [conversation(*turns, "Sorry! 6 times 7 is 42.")], settings, taken)
     assert moments.list() == [decided]
     assert taken.num_improved == 0
+
+
+def test_an_answer_of_weight_0_is_neither_praise_nor_the_better_answer():
+    said = conversation("Capital of Peru?", "Lima.", "Perfect, exactly what I needed!", "Good.")
+    assert [moment.kind for moment in flag(said, RULES, 8)] == ["praise"]
+    said.messages[1] = Message("assistant", "Lima.", weight=0)
+    assert flag(said, RULES, 8) == []
+    said = conversation("Capital of Peru?", "Cusco.", "No, that's wrong.", "You're right. It is Lima.")
+    said.messages[3] = Message("assistant", "It is Lima.", weight=0)
+    assert [moment.answer for moment in flag(said, RULES, 8)] == [None]
+
+
+def test_a_red_test_run_does_not_teach_to_edit_instead_of_testing():
+    red = ("FAILED test_lamp.py::test_lux\n1 failed, 3 passed\nexit code: 1",)
+    edit = call("edit", path="lamp.py", old="lux = 0", new="lux = 1")
+    run = call("bash", command="pytest test_lamp.py -q")
+    assert flagged("Fix the lamp.", run, red, edit, ("edited",), "It is fixed.") == []
+    missing = ("bash: pytst: command not found",)
+    typo = call("bash", command="pytst test_lamp.py -q")
+    [found] = flagged("Test it.", typo, missing, run, red, "One test fails.")
+    assert found.kind == "error_then_fix"
+
+
+def test_the_time_of_a_session_is_linear_in_its_length():
+    """600 edits that fail and are mended took 74 s once; twice as many take about twice as long."""
+    took_s = {num: min(_time_of(num) for _ in range(3)) for num in (150, 600)}
+    assert took_s[600] < 2
+    assert took_s[600] < 4 * 3 * took_s[150]  # 16 times where it is quadratic
+
+
+def _time_of(num_edits: int) -> float:
+    turns: list = ["Put it right."]
+    for at in range(num_edits):
+        for old in (f"lux{at} = 1 ", f"lux{at} = 1"):
+            turns.append(call("edit", path=f"part{at % 7}.py", old=old, new=f"lux{at} = 2"))
+            turns.append(("error: text not found" if old.endswith(" ") else f"edited {at} " + "lux " * 300,))
+    said = conversation(*turns, "Done.")
+    started = time.perf_counter()
+    assert len(flag(said, RULES, 8)) == num_edits
+    return time.perf_counter() - started
