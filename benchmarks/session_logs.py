@@ -3,10 +3,10 @@
     python benchmarks/session_logs.py --gigabytes 1 [--json FILE]
     python benchmarks/session_logs.py --edits 600 [--json FILE]
 
-The first writes sessions of Claude Code's form (lines of replies, calls and results, some of which fail and are
-mended, some corrected by their user), and runs `curate flag` over them: once, once more, and once killed in the
-middle and gone on with. The second times one session of so many failed and mended edits beside one of half as
-many. Needs no model.
+The first writes sessions of Claude Code's form (lines of replies, calls and results, some of which fail and
+are mended, some corrected by their user), and flags them: once, once more, and once killed in the middle and
+gone on with. The second times one session of so many failed and mended edits beside one of half as many. Needs
+no model.
 """
 
 from __future__ import annotations
@@ -24,9 +24,23 @@ import time
 from pathlib import Path
 from typing import Any
 
-WORDS = (
-    "the gear lamp river bridge stone paper window engine letter garden field market signal harbour".split()
-)
+WORDS = [
+    "the",
+    "gear",
+    "lamp",
+    "river",
+    "bridge",
+    "stone",
+    "paper",
+    "window",
+    "engine",
+    "letter",
+    "garden",
+    "field",
+    "market",
+    "signal",
+    "harbour",
+]
 SESSION_BYTES = 4_000_000
 FILLER_CHARS = 3000  # of a tool's result
 
@@ -105,7 +119,8 @@ def flag(state_dir: Path, logs: Path, *, kill_after_s: float | None = None) -> d
         "from apollo_curation.store import Store\n"
         "with Store(Path(sys.argv[1]) / 'curation.sqlite') as store:\n"
         "    settings = Curation()\n"
-        "    taken = take_new(store, Moments(store), Follower(store, [Path(sys.argv[2])], settings), settings)\n"
+        "    follower = Follower(store, [Path(sys.argv[2])], settings)\n"
+        "    taken = take_new(store, Moments(store), follower, settings)\n"
         "    total = sum(Moments(store).counts().values())\n"
         "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "print(json.dumps({'conversations': taken.num_conversations, 'moments': total, 'peak_kib': peak}))\n"
