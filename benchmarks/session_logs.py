@@ -5,8 +5,8 @@
 
 The first writes sessions of Claude Code's form (lines of replies, calls and results, some of which fail and
 are mended, some corrected by their user), and flags them: once, once more, and once killed in the middle and
-gone on with. The second times one session of so many failed and mended edits beside one of half as many. Needs
-no model.
+gone on with. The second times one session of so many failed and mended edits beside one of half as many.
+Needs no model.
 """
 
 from __future__ import annotations
@@ -24,23 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-WORDS = [
-    "the",
-    "gear",
-    "lamp",
-    "river",
-    "bridge",
-    "stone",
-    "paper",
-    "window",
-    "engine",
-    "letter",
-    "garden",
-    "field",
-    "market",
-    "signal",
-    "harbour",
-]
+WORDS = ("the", "gear", "lamp", "river", "bridge", "stone", "paper", "window", "engine", "letter", "garden")
 SESSION_BYTES = 4_000_000
 FILLER_CHARS = 3000  # of a tool's result
 

@@ -57,7 +57,8 @@ def read_chat(record: dict[str, Any]) -> Chat:
             lost[error.reason] += 1
             if isinstance(raw, dict) and isinstance(raw.get("from"), str):
                 gone.add(len(messages))
-                messages.append(Message(ROLES.get(raw["from"].lower(), raw["from"]), ""))
+                speaker: str = raw["from"]
+                messages.append(Message(ROLES.get(speaker.lower(), speaker), ""))
     return Chat(messages, tool_list(record.get("tools"), "tools"), lost, gone, problem)
 
 
