@@ -71,7 +71,7 @@ def split(model_dir: Path, num_tokens: int, rounds: int) -> dict[str, Any]:
 def forward(trainer: Trainer, example: TokenisedExample) -> float:
     """The loss, with the graph that backward would need; the step waits for it too."""
     with torch.enable_grad():
-        return float(trainer._loss(*trainer._inputs(example)).detach())
+        return float(trainer._loss(trainer._inputs(example)).detach())
 
 
 def drop_gradient(parameter: Tensor) -> None:

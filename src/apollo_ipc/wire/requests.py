@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import types
 import typing
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -22,6 +23,7 @@ MAX_EXAMPLES = 100_000  # a job, not a corpus: beyond this send several
 
 SyncKind = Literal["full", "delta"]  # whole shards, or only what differs from them
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
+TopLogprobs = list[tuple[TokenId, Annotated[float, Meta(le=0)]]]  # of one target: (token, log-probability)
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -48,6 +50,10 @@ class Example(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     context_ids: list[TokenId] | None = None
     continuation_ids: list[TokenId] | None = None
     chat_template_kwargs: dict[str, Any] | None = None  # with `messages` only: as vLLM takes them
+    # With `continuation_ids` only, a value for each of them: what the target's term of the loss is multiplied
+    # with (of any sign; 0: no target), and the tokens that are to be likely there instead of this one alone.
+    weights: list[float] | None = None
+    top_logprobs: list[TopLogprobs | None] | None = None
 
 
 class TrainOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -56,7 +62,8 @@ class TrainOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit
     lr: learning rate (peak, where there is a warm-up); epochs: passes over the examples;
     schedule: "constant", "cosine" (10 % linear warm-up, then cosine to 0) or "auto" (constant for a single
     example, cosine otherwise); on_duplicate: what to do with an example that was trained before;
-    accumulate_steps: examples of one update, which gets the mean of their losses.
+    accumulate_steps: examples of one update, which gets the mean of their losses; reduction: "sum" adds all
+    targets of an update up, where "mean" takes the mean over an example's targets, then over examples.
     """
 
     lr: Annotated[float, Meta(gt=0, le=0.1)] | None = None
@@ -67,6 +74,7 @@ class TrainOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit
     max_steps: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
     on_duplicate: Literal["skip", "train"] | None = None
     accumulate_steps: Annotated[int, Meta(ge=1, le=65536)] | None = None
+    reduction: Literal["mean", "sum"] | None = None
 
 
 class TrainRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -291,6 +299,9 @@ def check_form(example: Example, path: str) -> None:
             raise UserError(
                 f"`{name}` goes with `messages` only", field=f"{path}.{name}", code="invalid_example"
             )
+    for name in ("weights", "top_logprobs"):
+        if (given := getattr(example, name)) is not None:
+            _check_per_target(example, given, f"{path}.{name}")
     if chat and not example.messages:
         raise UserError("messages is empty", field=f"{path}.messages", code="invalid_example")
     for i, message in enumerate(example.messages or []):
@@ -326,3 +337,14 @@ def check_form(example: Example, path: str) -> None:
                 field=f"{path}.continuation_ids",
                 code="invalid_example",
             )
+
+
+def _check_per_target(example: Example, given: Sequence[Any], field: str) -> None:
+    if example.continuation_ids is None:
+        problem = "goes with `continuation_ids` only"
+    elif len(given) != len(example.continuation_ids):
+        problem = f"has {len(given)} values for {len(example.continuation_ids)} continuation_ids"
+    else:
+        return
+    name = field.rpartition(".")[2]
+    raise UserError(f"`{name}` {problem}", field=field, code="invalid_example")

@@ -201,3 +201,39 @@ def test_equal_examples_have_equal_hashes_whatever_the_order_of_keys():
         hashed({"context_ids": [1], "continuation_ids": [2, 3]}),
     ]
     assert len({first, *others}) == 6
+
+
+def test_weights_and_teachers_stand_beside_the_targets_that_are_left():
+    example = Example(
+        context_ids=[],
+        continuation_ids=[8, 9, 10, 11],
+        weights=[1.0, -0.5, 0.0, 2.0],
+        top_logprobs=[None, [(9, -0.1), (7, -3.0)], [(1, 0.0)], None],
+    )
+    encoded = one(tokeniser(), example)
+    assert encoded.is_target == [False, True, False, True]  # nothing predicts the first; the third weighs 0
+    assert encoded.weights == [-0.5, 2.0]
+    assert encoded.top_logprobs == [[(9, -0.1), (7, -3.0)], None]
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"weights": [1.0]}, ".weights"),
+        ({"weights": [1.0, float("inf")]}, ".weights"),
+        ({"weights": [0.0, 0.0]}, ".continuation_ids"),
+        ({"top_logprobs": [None]}, ".top_logprobs"),
+        ({"top_logprobs": [None, [(1, -0.1), (1, -3.0)]]}, ".top_logprobs[1]"),
+        ({"top_logprobs": [None, []]}, ".top_logprobs[1]"),
+        ({"top_logprobs": [[(1, -0.1), (2, -0.1)], None]}, ".top_logprobs[0]"),
+        ({"top_logprobs": [None, [(9999, -0.1)]]}, ".top_logprobs[1][0]"),
+    ],
+)
+def test_what_cannot_be_a_weight_or_a_teacher_is_refused_with_its_path(fields, field):
+    example = Example(context_ids=[5], continuation_ids=[8, 9], **fields)
+    assert refusal(tokeniser(), example).field == f"examples[0]{field}"
+
+
+def test_weights_go_with_token_ids_only():
+    example = Example(prompt="a", completion="b", weights=[1.0])
+    assert refusal(tokeniser(), example).field == "examples[0].weights"

@@ -70,7 +70,7 @@ def test_a_group_of_one_is_the_step_of_before(model_dir):
     result = trainer.step_on([example], 1e-3)
     # What a step on one example has always been: the optimizer's hooks and the plain loss's backward pass.
     written_out.optimizer.lr = 1e-3
-    loss = written_out._loss(*written_out._inputs(example))
+    loss = written_out._loss(written_out._inputs(example))
     loss.backward()
     assert result == StepResult(loss.item(), is_bad=False)
     assert not differing(weights(trainer), weights(written_out))
@@ -80,7 +80,7 @@ def test_each_example_weighs_the_same_whatever_its_length(model_dir):
     trainer, examples = make_trainer(model_dir), [example_of(1, 8), example_of(2, 40), example_of(3, 16)]
     seen: dict[str, torch.Tensor] = {}
     names: dict[torch.Tensor, str] = {p: name for name, p in trainer.live.model.named_parameters()}
-    losses = [trainer._loss(*trainer._inputs(example)) for example in examples]
+    losses = [trainer._loss(trainer._inputs(example)) for example in examples]
     gradients = torch.autograd.grad(torch.stack(losses).mean(), list(names))
     update = trainer.optimizer.update_parameter
 
@@ -175,13 +175,13 @@ def test_nothing_is_written_after_vllm_has_ended_whichever_example_reached_the_p
     unreached = trainer.live.model.get_parameter("model.norm.weight")
     before, real = weights(trainer), trainer._backward
 
-    def backward(example: TokenisedExample, weight: float) -> float:
+    def backward(example: TokenisedExample, weight: float, is_mean: bool) -> float:
         """The last example reaches nothing, as an expert that it is not sent to; then vLLM ends."""
         nonlocal alive
         if trainer._is_last:
             alive = False
             return 1.0
-        return real(example, weight)
+        return real(example, weight, is_mean)
 
     monkeypatch.setattr(trainer, "_backward", backward)
     with pytest.raises(VllmDied):

@@ -56,7 +56,9 @@ def train(
     started, losses = time.time(), []
     guard = LossGuard(config.train.max_bad_steps, config.train.spike_ratio)
     for step in range(todo.num_steps):
-        result = trainer.step_on(todo.examples_of(step), todo.learning_rate(step), todo.weight_decay)
+        result = trainer.step_on(
+            todo.examples_of(step), todo.learning_rate(step), todo.weight_decay, is_mean=todo.is_mean
+        )
         losses.append(result.loss)
         guard.look(result.loss, is_written=not result.is_bad)  # what it raises leaves the directory as it was
         if on_step is not None:

@@ -27,8 +27,9 @@ class TokenisedExample(msgspec.Struct, frozen=True):
 
     input_ids: the whole sequence; is_target: per token, whether the loss is taken of predicting it;
     example: index in the request of the example that it is of; turns: the runs of targets, in order. They say
-    what is_target says and whose they are; a run that starts at 0 has a first token that nothing predicts,
-    which is no target. notes: what its sender should know.
+    whose the targets are; a run that starts at 0 has a first token that nothing predicts, which is no target,
+    and one whose weight is 0 is none either. notes: what its sender should know.
+    weights, top_logprobs: of each target, in order (None: 1; the token itself). Stored: new fields go last.
     """
 
     input_ids: list[int]
@@ -36,6 +37,8 @@ class TokenisedExample(msgspec.Struct, frozen=True):
     example: int = 0
     turns: list[Turn] = []
     notes: list[str] = []
+    weights: list[float] | None = None
+    top_logprobs: list[list[tuple[int, float]] | None] | None = None
 
 
 def sequence_of(

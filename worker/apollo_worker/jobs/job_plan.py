@@ -25,7 +25,8 @@ class JobPlan(msgspec.Struct, frozen=True, omit_defaults=True):
     examples: the sequences to train, in order; hashes: for each, the hash of its example's content where it
     is the example's last sequence, else None; num_examples: as sent, num_skipped of them known before;
     num_steps: updates over all epochs; lr: peak; accumulate_steps: sequences of one update; rank: the job's
-    own, None for the optimizer's. Stored: a new field goes last and has a default.
+    own, None for the optimizer's; is_mean: of an update's losses, else their sum. Stored: a new field goes
+    last and has a default.
     """
 
     examples: list[TokenisedExample]
@@ -39,6 +40,7 @@ class JobPlan(msgspec.Struct, frozen=True, omit_defaults=True):
     accumulate_steps: int = 1
     num_skipped: int = 0
     rank: int | None = None
+    is_mean: bool = True
 
     def examples_of(self, step: int) -> list[TokenisedExample]:
         """Those of step number `step` (from 0): in the order sent, epoch after epoch. No step goes over the
@@ -129,6 +131,7 @@ def plan(
         accumulate_steps=group,
         num_skipped=len(numbered) - len(kept),
         rank=options.rank,
+        is_mean=options.reduction != "sum",
     )
 
 

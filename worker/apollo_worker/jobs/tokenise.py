@@ -7,13 +7,16 @@ its field's path.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
+
 from apollo_ipc.manifest import Serving
-from apollo_ipc.wire.requests import Example, check_form
+from apollo_ipc.wire.requests import Example, TopLogprobs, check_form
 from apollo_worker.jobs.assistant_turn import Chat
 from apollo_worker.jobs.chat_template import chat_template, template_variables
 from apollo_worker.jobs.conversation import invalid, template_messages, template_tools
@@ -26,6 +29,9 @@ from apollo_worker.jobs.served_tokenizer import (
     load_tokenizer,
     mistral_format,
 )
+
+# Over 1, of the sum of a teacher's probabilities: they may come rounded, in fp16 or as text.
+MAX_EXCESS = 0.01
 
 
 class Served(NamedTuple):
@@ -126,6 +132,8 @@ class Tokeniser:
                 field = f"{path}.continuation_ids"
                 turns = [self._given_ids(example, path)]
         sequences = _sequences(turns, index)
+        if example.weights is not None or example.top_logprobs is not None:
+            sequences = [_with_terms(sequence, example, path) for sequence in sequences]
         for sequence in sequences:
             if example.context_ids is None:
                 self._check_rows(sequence.input_ids, field, given=False)
@@ -208,7 +216,18 @@ class Tokeniser:
                         f"no token of the tokenizer has the id {token}: vLLM could not show what was learned",
                         f"{path}.continuation_ids[{at}]",
                     )
+        for at, row in enumerate(example.top_logprobs or []):
+            if row is not None:
+                self._check_teacher(row, f"{path}.top_logprobs[{at}]")
         return Served(example.context_ids, example.continuation_ids)
+
+    def _check_teacher(self, row: TopLogprobs, field: str) -> None:
+        """One row of top_logprobs: known tokens, each once, that share a probability of at most 1."""
+        self._check_rows([token for token, _ in row], field, given=True)
+        if not row or len({token for token, _ in row}) != len(row):
+            raise invalid("each row needs one token or more, each of them once", field)
+        if (total := sum(math.exp(value) for _, value in row)) > 1 + MAX_EXCESS:
+            raise invalid(f"the probabilities add up to {total:.3f}: 1 is the most", field)
 
     def _check_rows(self, ids: list[int], field: str, *, given: bool) -> None:
         """Each id must have a row of the embedding."""
@@ -307,3 +326,22 @@ def _sequences(turns: list[Served], index: int) -> list[TokenisedExample]:
         if turn.note is not None and turn.note not in notes:
             notes.append(turn.note)
     return [sequence_of(ids, marks, index, notes) for ids, marks, notes in sequences]
+
+
+def _with_terms(sequence: TokenisedExample, example: Example, path: str) -> TokenisedExample:
+    """The one sequence of given ids with the weights and teachers of its targets: those not 0 of weight."""
+    before, said = len(example.context_ids or []), len(example.continuation_ids or [])
+    weights = example.weights or [1.0] * said
+    teachers = example.top_logprobs or [None] * said
+    if not all(map(math.isfinite, weights)):
+        raise invalid("a weight is a finite number", f"{path}.weights")
+    kept = [at for at in range(said) if sequence.is_target[before + at] and weights[at] != 0]
+    is_target = [False] * (before + said)
+    for at in kept:
+        is_target[before + at] = True
+    return msgspec.structs.replace(
+        sequence,
+        is_target=is_target,
+        weights=None if example.weights is None else [weights[at] for at in kept],
+        top_logprobs=None if example.top_logprobs is None else [teachers[at] for at in kept],
+    )

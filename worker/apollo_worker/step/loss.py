@@ -1,8 +1,13 @@
-"""Cross entropy at target positions, in chunks, with the gradient computed in the forward pass.
+"""The loss at target positions, in chunks, with the gradient computed in the forward pass.
+
+    loss = sum over targets of  coefficient_t * f_t, divided by their number where the mean is asked for
+    f_t = -log p(target_t)                                  a target that is a token (`cross_entropy`)
+    f_t = KL(teacher_t || model_t)                          one with a teacher's top-k (`distillation`)
 
 Full fp32 logits of 2,048 tokens over Qwen3.5's vocabulary of 248,320 take 2 GB, and autograd keeps several
 such tensors. Here logits exist only for the positions that are trained on, `chunk_tokens` of them at a
-time, and are gone before the next chunk. Legend: T = target tokens, H = hidden size, V = vocabulary.
+time, and are gone before the next chunk. Legend: T = target tokens, H = hidden size, V = vocabulary, K = how
+many of a teacher's log-probabilities are kept for a target, C = targets of a chunk.
 
 Memory beside inputs: about 2 * chunk_tokens * V * 4 bytes, T * H * 4 for the hidden gradient, and, where
 the head is trained, V * H * 4 for its gradient: summed over chunks in fp32, since a bf16 sum drops what
@@ -11,7 +16,8 @@ later chunks add. It becomes the head's dtype at the end of the forward pass.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,30 +40,112 @@ def gather_targets(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return hidden[row.to(hidden.device), position.to(hidden.device)], targets
 
 
+class Teacher(NamedTuple):
+    """What the model shall say at each target: ids (T, K) int64, and their logprobs (T, K) fp32, in nats.
+
+    -inf fills rows that have fewer; its id is then the row's first, and is not looked at. What a row's
+    probabilities lack to 1 is one bucket: any other token. A row of one token with log-probability 0 is that
+    token as a target (`teacher_of`).
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+
+
+def teacher_of(
+    targets: Tensor, top_logprobs: Sequence[Sequence[tuple[int, float]] | None] | None
+) -> Teacher | None:
+    """The teacher of `targets` (T,), on their device; None where no target has one.
+
+    top_logprobs: for each target (token id, log-probability) pairs, ids distinct; None: the target itself.
+    """
+    if top_logprobs is None or all(row is None for row in top_logprobs):
+        return None
+    assert len(top_logprobs) == len(targets), f"{len(top_logprobs)} teachers for {len(targets)} targets"
+    rows = [
+        [(token, 0.0)] if row is None else row
+        for token, row in zip(targets.tolist(), top_logprobs, strict=True)
+    ]
+    width = max(map(len, rows))
+    filled = [[*row, *[(row[0][0], -torch.inf)] * (width - len(row))] for row in rows]
+    return Teacher(
+        torch.tensor([[token for token, _ in row] for row in filled], device=targets.device),
+        torch.tensor([[p for _, p in row] for row in filled], dtype=torch.float32, device=targets.device),
+    )
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """-log p(target), and d/dlogits of it, in the logits' memory: ((C,), (C, V)), fp32.
+
+    logits: (C, V) fp32; targets: (C,). With p = softmax(z): df/dz_j = p_j - [j = target]
+    (Goodfellow et al., Deep Learning, 6.2.2.3).
+    """
+    logsumexp = logits.logsumexp(dim=1, keepdim=True)
+    values = logsumexp[:, 0] - _pick(logits, targets)
+    dlogits = logits.sub_(logsumexp).exp_()
+    return values, dlogits.scatter_add_(1, targets[:, None], torch.full_like(logsumexp, -1.0))
+
+
+def distillation(logits: Tensor, teacher: Teacher) -> tuple[Tensor, Tensor]:
+    """KL(teacher || model) over the teacher's tokens and one bucket for the rest, and d/dlogits of it, in the
+    logits' memory: ((C,), (C, V)), fp32.
+
+    logits: (C, V) fp32; teacher: rows of this chunk. With q and p the two distributions and r the bucket:
+
+        f = sum_i q_i log(q_i / p_i) + q_r log(q_r / p_r),   p_r = sum of p_j over j that are no i
+        df/dz_j = p_j - q_j for the teacher's tokens,  p_j (1 - q_r / p_r) for any other
+
+    which is Hinton et al.'s distillation (arXiv:1503.02531, eq. 2) at temperature 1 on a coarser set of
+    events. p_r is a sum of small terms, not 1 minus a sum, which fp32 would have cancelled.
+    """
+    ids, logq = teacher
+    is_given = logq > -torch.inf
+    q = logq.exp()
+    q_rest = (1 - q.sum(dim=1)).clamp_min(0.0)
+    logsumexp = logits.logsumexp(dim=1, keepdim=True)
+    logp = logits.gather(1, ids) - logsumexp
+    p = logits.sub_(logsumexp).exp_().scatter_(1, ids, 0.0)
+    p_rest = p.sum(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+    values = torch.where(is_given, q * (logq - logp), 0.0).sum(dim=1)
+    values += torch.xlogy(q_rest, q_rest) - q_rest * p_rest.log()
+    dlogits = p.mul_((1 - q_rest / p_rest)[:, None])
+    # A fill is the row's first id once more, and writes the same value there.
+    return values, dlogits.scatter_(1, ids, logp.exp() - torch.where(is_given, q, q[:, :1]))
+
+
 def target_loss(
     hidden: Tensor,
     lm_head_weight: Tensor,
     lm_head_bias: Tensor | None,
     targets: Tensor,
     *,
+    coefficients: Tensor | None = None,
+    teacher: Teacher | None = None,
+    is_mean: bool = True,
     chunk_tokens: int = 64,
     softcap: float | None = None,
     logit_scale: float | None = None,
 ) -> Tensor:
-    """Mean cross entropy over the targets: 0-dim fp32, differentiable once.
+    """The loss of the module's head over the targets: 0-dim fp32, differentiable once.
 
     hidden: (T, H) at the positions that predict `targets` (T,) int64; lm_head_weight: (V, H); bias: (V,).
+    coefficients: (T,) fp32 of any sign, None for 1; teacher: None where every target is its token alone.
     Logits are rounded to the weight's dtype, as transformers and vLLM have them, then fp32 throughout.
     logit_scale: multiplies the logits (Cohere's logit_scale; Granite's is 1 / logits_scaling);
     softcap: then softcap * tanh(logits / softcap) (Gemma 2's final_logit_softcapping).
     """
     assert len(targets) > 0, "no targets"
-    inputs = (hidden, lm_head_weight, lm_head_bias)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        return _TargetLoss.apply(*inputs, targets, chunk_tokens, softcap, logit_scale)
-    return -token_logprobs(
-        *inputs, targets, chunk_tokens=chunk_tokens, softcap=softcap, logit_scale=logit_scale
-    ).mean()
+    return _TargetLoss.apply(
+        hidden, lm_head_weight, lm_head_bias, targets, coefficients, teacher, is_mean, chunk_tokens, softcap,
+        logit_scale,
+    )  # fmt: skip
+
+
+def loss_of_logits(
+    logits: Tensor, targets: Tensor, coefficients: Tensor | None, teacher: Teacher | None, is_mean: bool
+) -> Tensor:
+    """The same of whole logits (T, V), for a head that is not linear: 0-dim fp32, differentiable."""
+    return _LogitLoss.apply(logits, targets, coefficients, teacher, is_mean)
 
 
 @torch.no_grad()
@@ -94,6 +182,20 @@ def _pick(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.gather(1, targets[:, None])[:, 0]
 
 
+def _terms(
+    logits: Tensor, targets: Tensor, teacher: Teacher | None, coefficients: Tensor | None, rows: slice
+) -> tuple[Tensor, Tensor]:
+    """(sum of a chunk's terms, d/dlogits of it in the logits' memory); the chunk is `rows` of all."""
+    if teacher is None:
+        values, dlogits = cross_entropy(logits, targets[rows])
+    else:
+        values, dlogits = distillation(logits, Teacher(teacher.ids[rows], teacher.logprobs[rows]))
+    if coefficients is not None:
+        values = values * coefficients[rows]
+        dlogits.mul_(coefficients[rows, None])
+    return values.sum(), dlogits
+
+
 class _TargetLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -102,6 +204,9 @@ class _TargetLoss(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
+        coefficients: Tensor | None,
+        teacher: Teacher | None,
+        is_mean: bool,
         chunk_tokens: int,
         softcap: float | None,
         logit_scale: float | None,
@@ -112,15 +217,14 @@ class _TargetLoss(torch.autograd.Function):
         grad_weight = torch.zeros(weight.shape, **new) if needs_weight else None
         grad_bias = torch.zeros(weight.shape[0], **new) if needs_bias else None
         total = torch.zeros((), **new)
+        divisor = len(targets) if is_mean else 1
         for start in range(0, len(targets), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             logits = _logits(hidden[rows], weight, bias, softcap, logit_scale)
-            logsumexp = logits.logsumexp(dim=1, keepdim=True)
-            total += (logsumexp[:, 0] - _pick(logits, targets[rows])).sum()
             slope = None if softcap is None else 1 - (logits / softcap).square_()  # d cap*tanh(x/cap) / dx
-            dlogits = logits.sub_(logsumexp).exp_()  # softmax, in the logits' memory
-            dlogits.scatter_add_(1, targets[rows, None], torch.full_like(logsumexp, -1.0))
-            dlogits.mul_((1.0 if logit_scale is None else logit_scale) / len(targets))
+            value, dlogits = _terms(logits, targets, teacher, coefficients, rows)
+            total += value
+            dlogits.mul_((1.0 if logit_scale is None else logit_scale) / divisor)
             if slope is not None:
                 dlogits.mul_(slope)
             if grad_hidden is not None:
@@ -133,7 +237,7 @@ class _TargetLoss(torch.autograd.Function):
             None if grad is None or like is None else grad.to(like.dtype)
             for grad, like in zip((grad_hidden, grad_weight, grad_bias), (hidden, weight, bias), strict=True)
         ]
-        return total / len(targets)
+        return total / divisor
 
     @staticmethod
     @once_differentiable
@@ -142,4 +246,26 @@ class _TargetLoss(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         if grads is None:
             raise RuntimeError("target_loss: backward was called a second time")
-        return (*(None if g is None else g.mul_(grad_outputs[0]) for g in grads), None, None, None, None)
+        return (*(None if g is None else g.mul_(grad_outputs[0]) for g in grads), *[None] * 7)
+
+
+class _LogitLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        coefficients: Tensor | None,
+        teacher: Teacher | None,
+        is_mean: bool,
+    ) -> Tensor:
+        divisor = len(targets) if is_mean else 1
+        whole = logits.float() if logits.dtype != torch.float32 else logits.clone()
+        value, dlogits = _terms(whole, targets, teacher, coefficients, slice(None))
+        ctx.grad = dlogits.div_(divisor).to(logits.dtype)
+        return value / divisor
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.grad * grad_outputs[0], None, None, None, None

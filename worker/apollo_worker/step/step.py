@@ -8,6 +8,7 @@ import math
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,15 @@ from apollo_worker.jobs.example import TokenisedExample
 from apollo_worker.model.live_model import LiveModel
 from apollo_worker.optimizer.apollo import Apollo
 from apollo_worker.step.gradient_sum import GradientSum
-from apollo_worker.step.loss import IGNORED, gather_targets, target_loss, token_logprobs
+from apollo_worker.step.loss import (
+    IGNORED,
+    Teacher,
+    gather_targets,
+    loss_of_logits,
+    target_loss,
+    teacher_of,
+    token_logprobs,
+)
 
 log = logging.getLogger(__name__)
 
@@ -32,10 +41,20 @@ class VllmDied(NotReady):
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """loss: mean cross entropy over the example's targets, in nats. is_bad: not everything was written."""
+    """loss: of the update, as `step_on` says, in nats. is_bad: not everything was written."""
 
     loss: float
     is_bad: bool
+
+
+class Inputs(NamedTuple):
+    """A sequence on the model's device: ids (1, S); labels (1, S) on the CPU, IGNORED where not a target;
+    coefficients (T,) fp32 and the teacher of its T targets, where it has them."""
+
+    ids: Tensor
+    labels: Tensor
+    coefficients: Tensor | None = None
+    teacher: Teacher | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +103,11 @@ class Trainer:
         lr: float,
         weight_decay: float | None = None,
         on_example: Callable[[], None] | None = None,
+        *,
+        is_mean: bool = True,
     ) -> StepResult:
-        """One update, in place, with the mean of the examples' losses. Raises VllmDied when the exporter is
-        gone.
+        """One update, in place. Its loss is the mean over the examples of the mean over an example's targets;
+        without is_mean the sum of all of them. Raises VllmDied when the exporter is gone.
 
         A non-finite loss of any of them stops before anything is written; a non-finite gradient leaves its
         weight bit-identical. Gradients of several examples are summed in fp32.
@@ -98,7 +119,7 @@ class Trainer:
         try:
             for example in examples:
                 self._is_last = len(values) == len(examples) - 1
-                values.append(self._backward(example, 1 / len(examples)))
+                values.append(self._backward(example, 1 / len(examples) if is_mean else 1.0, is_mean))
                 if not math.isfinite(values[-1]):
                     self._drop_gradients()
                     return StepResult(values[-1], is_bad=True)
@@ -113,15 +134,16 @@ class Trainer:
             self._drop_gradients()
             raise
         # Waits for the device, so that the step's last write is done when this returns.
-        return StepResult(sum(values) / len(values), is_bad=self.optimizer.take_bad_updates() > 0)
+        loss = sum(values) / (len(values) if is_mean else 1)
+        return StepResult(loss, is_bad=self.optimizer.take_bad_updates() > 0)
 
-    def _backward(self, example: TokenisedExample, weight: float) -> float:
+    def _backward(self, example: TokenisedExample, weight: float, is_mean: bool = True) -> float:
         """The example's loss; its gradients, times `weight`, are in the parameters or used up by the
         optimizer. No backward pass where the loss is not finite."""
         require_vllm(self.live)
-        ids, labels = self._inputs(example)
+        inputs = self._inputs(example)
         with torch.enable_grad():
-            loss = self._loss(ids, labels)
+            loss = self._loss(inputs, is_mean)
             value = float(loss.detach())
             if math.isfinite(value):
                 (loss if weight == 1 else loss * weight).backward()
@@ -175,16 +197,22 @@ class Trainer:
         """Name of each matrix -> its smaller dimension: at a rank above it, Adam updates the matrix."""
         return {name: min(p.shape) for name, p in self.live.model.named_parameters() if p.dim() == 2}
 
-    def _inputs(self, example: TokenisedExample) -> tuple[Tensor, Tensor]:
-        """((1, S) ids on the model's device, (1, S) labels on the CPU with IGNORED where not a target)."""
-        ids = torch.tensor([example.input_ids], dtype=torch.int64)
+    def _inputs(self, example: TokenisedExample) -> Inputs:
+        ids, device = torch.tensor([example.input_ids], dtype=torch.int64), self.live.device
         labels = torch.where(torch.tensor([example.is_target]), ids, IGNORED)
-        return ids.to(self.live.device), labels
+        coefficients = None
+        if example.weights is not None:
+            coefficients = torch.tensor(example.weights, dtype=torch.float32, device=device)
+        teacher = teacher_of(labels[labels != IGNORED], example.top_logprobs)
+        if teacher is not None:
+            teacher = Teacher(teacher.ids.to(device), teacher.logprobs.to(device))
+        return Inputs(ids.to(device), labels, coefficients, teacher)
 
-    def _loss(self, ids: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, inputs: Inputs, is_mean: bool = True) -> Tensor:
+        ids, labels, coefficients, teacher = inputs
         if self._head is None:
             logits, targets = self._own_logits(ids, labels)
-            return nn.functional.cross_entropy(logits.float(), targets)
+            return loss_of_logits(logits, targets, coefficients, teacher, is_mean)
         hidden, targets = gather_targets(self._hidden(ids), labels)
         head = self._head
         return target_loss(
@@ -192,6 +220,9 @@ class Trainer:
             head.layer.weight,
             head.layer.bias,
             targets,
+            coefficients=coefficients,
+            teacher=teacher,
+            is_mean=is_mean,
             **head.options(self.options.logit_chunk_tokens),
         )
 
@@ -208,7 +239,7 @@ class Trainer:
     @torch.no_grad()
     def logprobs(self, input_ids: list[int]) -> Tensor:
         """log p of each token given those before it, (S - 1,) fp32 on the CPU."""
-        ids, labels = self._inputs(TokenisedExample(input_ids, [True] * len(input_ids)))
+        ids, labels, *_ = self._inputs(TokenisedExample(input_ids, [True] * len(input_ids)))
         if self._head is None:
             logits, targets = self._own_logits(ids, labels)
             return logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0].cpu()

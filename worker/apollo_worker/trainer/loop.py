@@ -138,7 +138,11 @@ class MainLoop:
             self.between_steps(job_id)
             self.marks.begin(live.boot_id, job_id, step + 1)
             result = trainer.step_on(
-                todo.examples_of(step), todo.learning_rate(step), todo.weight_decay, partial(show, step)
+                todo.examples_of(step),
+                todo.learning_rate(step),
+                todo.weight_decay,
+                partial(show, step),
+                is_mean=todo.is_mean,
             )
             loss = result.loss
             is_counted = trainer.optimizer is trainer.main_optimizer
