@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import FastAPI
@@ -18,6 +19,7 @@ from apollo_router import metrics
 from apollo_router.cache import CacheDropper
 from apollo_router.log import logger
 from apollo_router.served import ServedModel
+from apollo_router.spool import Spool
 
 TICK_S = 1.0
 
@@ -27,7 +29,7 @@ T = TypeVar("T")
 class Gateway:
     """Made by the plugin's factory; opened and closed by the app's lifespan.
 
-    Raises ConfigError where the train key cannot be read or made.
+    Raises ConfigError where the train key cannot be read or made, or the spool's directory is not ours.
     """
 
     def __init__(self, config: Config):
@@ -35,6 +37,8 @@ class Gateway:
         self.train_key = train_key(config)
         self.cache = CacheDropper()
         self.served = ServedModel(config.runtime_dir)
+        traffic = config.traffic
+        self.spool = Spool(Path(traffic.directory), traffic.max_bytes) if traffic.directory else None
         self._client: WorkerClient | None = None
         self._stopping = asyncio.Event()
 
@@ -51,6 +55,8 @@ class Gateway:
             self.config.socket_path, "router", self.cache.want, lambda: self.served.boot_id
         ) as client:
             self._client = client
+            if self.spool is not None:
+                self.spool.open()
             tasks = [asyncio.create_task(self._tick(app)), asyncio.create_task(self.cache.run(client.tell))]
             try:
                 yield
@@ -58,6 +64,8 @@ class Gateway:
                 self._client = None
                 self._stopping.set()
                 await _end(*tasks)
+                if self.spool is not None:
+                    await asyncio.to_thread(self.spool.close)
 
     async def until_gone(self, work: Awaitable[T], request: Request | None = None) -> T:
         """`work`'s result. Raises NotReady when the server stops first, ClientDisconnect when the client of

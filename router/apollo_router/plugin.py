@@ -54,6 +54,11 @@ class ApolloEndpoints:
 
         app.state.apollo = self.gateway
         app.include_router(router)
+        if self.gateway.spool is not None:
+            from apollo_router.traffic import Watch
+
+            key = self.gateway.config.traffic.unrecorded_key
+            app.add_middleware(Watch, spool=self.gateway.spool, unrecorded_key=key)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         """After load and warm-up, once per API server, before the app starts.

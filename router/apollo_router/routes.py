@@ -17,9 +17,9 @@ from fastapi import APIRouter, FastAPI
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from apollo_ipc.errors import NotReady
+from apollo_ipc.errors import NotFound, NotReady, UserError
 from apollo_ipc.wire import messages, replies
-from apollo_ipc.wire.requests import PinBody, RestoreBody, SyncBody, convert, parse_json
+from apollo_ipc.wire.requests import FeedbackBody, PinBody, RestoreBody, SyncBody, convert, parse_json
 from apollo_router.auth import KeyedRoute
 from apollo_router.body import read_body
 from apollo_router.errors import ErrorRoute, HttpError, error_response, json_response
@@ -28,6 +28,7 @@ from apollo_router.gateway import Gateway
 from apollo_router.params import JobsQuery, NoQuery, TrainQuery, read_idempotency_key, read_query
 
 MAX_SMALL_BODY_BYTES = 1024
+MAX_FEEDBACK_BYTES = 64 * 1024
 WORKER_AWAY_S = 60.0  # how long `?wait=true` waits for a worker that went away to come back
 TRAINED_STATES = ("applied", "durable")
 
@@ -186,6 +187,28 @@ async def events(request: Request, job_id: str) -> Response:
     )
 
 
+@router.post("/feedback", status_code=202)
+async def feedback(request: Request) -> Response:
+    """What people thought of a recorded completion: a rating, or the answer that it should have been. 404
+    where it was not recorded (any more), 409 where nothing is."""
+    body = await _read_body(request, FeedbackBody, MAX_FEEDBACK_BYTES)
+    spool = gateway_of(request).spool
+    if spool is None:
+        message = "nothing is recorded here: start with `apollo-ipc serve --learn-from-traffic DIR`"
+        raise HttpError(409, "traffic_off", message)
+    if (body.rating is None) == (body.correction is None):
+        raise UserError("exactly one of rating and correction is needed", field="rating")
+    if body.correction is not None and not body.correction.strip():
+        raise UserError("it is empty", field="correction")
+    record = await asyncio.to_thread(spool.find, body.completion_id)
+    if record is None:
+        raise NotFound(f"no completion {body.completion_id!r} was recorded", field="completion_id")
+    said = {"rating": body.rating, "correction": body.correction}
+    record["feedback"] = {name: value for name, value in said.items() if value is not None}
+    await asyncio.to_thread(spool.write, record)
+    return json_response({"completion_id": body.completion_id, "status": "recorded"}, 202)
+
+
 @router.post("/checkpoint")
 async def checkpoint(request: Request) -> Response:
     """Syncs the model directory now; answers when it is durable. The body may be empty, `{}` or SyncBody."""
@@ -221,9 +244,9 @@ async def history(request: Request) -> Response:
     return json_response(reply.history)
 
 
-async def _read_body(request: Request, into: type[T]) -> T:
+async def _read_body(request: Request, into: type[T], max_bytes: int = MAX_SMALL_BODY_BYTES) -> T:
     read_query(request, NoQuery)
-    return convert(parse_json(await read_body(request, MAX_SMALL_BODY_BYTES)), into)
+    return convert(parse_json(await read_body(request, max_bytes)), into)
 
 
 async def _ask_patiently(request: Request, message: Any) -> messages.Reply:

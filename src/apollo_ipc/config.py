@@ -107,12 +107,21 @@ class Http(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     wait_timeout_s: Positive = 3600.0
 
 
+class Traffic(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Chat completions that the server has answered, recorded to be learned from. Off without a directory."""
+
+    directory: str = ""  # `serve --learn-from-traffic`
+    max_bytes: Annotated[int, Meta(ge=64 * 1024 * 1024)] = 1024 * 1024 * 1024  # of its files; the oldest go
+    unrecorded_key: str = ""  # requests with this API key are never recorded
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     paths: Paths = Paths()
     train: Train = Train()
     worker: Worker = Worker()
     checkpoint: Checkpoint = Checkpoint()
     http: Http = Http()
+    traffic: Traffic = Traffic()
 
     def check(self) -> None:
         """What the types of the fields cannot say. Raises UserError."""

@@ -21,6 +21,13 @@ class Source(msgspec.Struct, frozen=True):
         return f"{self.path}:{self.number}"
 
 
+class Feedback(msgspec.Struct, frozen=True):
+    """What somebody said of the last answer, by `POST /feedback`."""
+
+    rating: str | None = None  # up, down
+    correction: str | None = None  # what the answer should have been
+
+
 class Conversation(msgspec.Struct, frozen=True):
     """messages: as OpenAI's chat API has them, content as text; topic: what the record says it is about, else
     the name of its file."""
@@ -31,6 +38,7 @@ class Conversation(msgspec.Struct, frozen=True):
     tools: list[dict[str, Any]] | None = None
     removed: list[str] = []  # hashes (text_hash) of what was stripped so far
     lost: dict[str, int] = {}  # what the reader left out, by name
+    feedback: Feedback | None = None
 
 
 class Broken(msgspec.Struct, frozen=True):

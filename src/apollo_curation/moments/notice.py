@@ -1,4 +1,5 @@
-"""From logs to moments: curation.sources is looked through, curation.bootstrap is followed."""
+"""From logs to moments: curation.sources and traffic.directory are looked through, curation.bootstrap is
+followed."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ def notice(config: CurationConfig, store: Store) -> TakenFromLogs:
     Raises ConfigError where a path is in both; Conflict where another process reads them at the same time.
     """
     own = config.curation
-    sources, followed = ([Path(path).resolve() for path in paths] for paths in (own.sources, own.bootstrap))
+    recorded = [config.traffic.directory] if config.traffic.directory else []
+    named = ([*own.sources, *recorded], own.bootstrap)
+    sources, followed = (list(dict.fromkeys(Path(path).resolve() for path in paths)) for paths in named)
     for path in followed:
         both = (one for one in sources if one == path or one in path.parents or path in one.parents)
         if (other := next(both, None)) is not None:

