@@ -1,8 +1,8 @@
-"""Query parameters and headers, checked as strictly as bodies: a misspelt `wait` must not be ignored."""
+"""Query parameters, headers and bodies that only the router knows, checked as strictly as bodies: a misspelt `wait` must not be ignored."""
 
 from __future__ import annotations
 
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -29,6 +29,14 @@ class TrainQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class JobsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     limit: Annotated[int, Meta(ge=1, le=1000)] = 50
     state: JobState | None = None
+
+
+class FeedbackBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of `POST /feedback`: exactly one of rating and correction, which is a better answer."""
+
+    completion_id: str
+    rating: Literal["up", "down"] | None = None
+    correction: str | None = None
 
 
 def read_query(request: Request, into: type[T]) -> T:

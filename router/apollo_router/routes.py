@@ -19,13 +19,20 @@ from starlette.responses import Response, StreamingResponse
 
 from apollo_ipc.errors import NotFound, NotReady, UserError
 from apollo_ipc.wire import messages, replies
-from apollo_ipc.wire.requests import FeedbackBody, PinBody, RestoreBody, SyncBody, convert, parse_json
+from apollo_ipc.wire.requests import PinBody, RestoreBody, SyncBody, convert, parse_json
 from apollo_router.auth import KeyedRoute
 from apollo_router.body import read_body
 from apollo_router.errors import ErrorRoute, HttpError, error_response, json_response
 from apollo_router.events import event_stream
 from apollo_router.gateway import Gateway
-from apollo_router.params import JobsQuery, NoQuery, TrainQuery, read_idempotency_key, read_query
+from apollo_router.params import (
+    FeedbackBody,
+    JobsQuery,
+    NoQuery,
+    TrainQuery,
+    read_idempotency_key,
+    read_query,
+)
 
 MAX_SMALL_BODY_BYTES = 1024
 MAX_FEEDBACK_BYTES = 64 * 1024

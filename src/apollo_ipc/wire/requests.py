@@ -206,14 +206,6 @@ class PinBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     version: Annotated[int, Meta(ge=0)] | None
 
 
-class FeedbackBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The body of `POST /feedback`: exactly one of rating and correction, which is a better answer."""
-
-    completion_id: str
-    rating: Literal["up", "down"] | None = None
-    correction: str | None = None
-
-
 def parse_train_data(data: Any) -> TrainRequest:
     """Like `parse_train_body`, from decoded JSON."""
     if not is_object(data):
