@@ -1,4 +1,4 @@
-"""Query parameters, headers and bodies that only the router knows, checked as strictly as bodies: a misspelt `wait` must not be ignored."""
+"""Query parameters, headers and small bodies, checked strictly: a misspelt `wait` must not be ignored."""
 
 from __future__ import annotations
 
