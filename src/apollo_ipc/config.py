@@ -65,8 +65,8 @@ class Train(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # Between two drops of vLLM's prefix cache, which preempt its requests: a job's end waits for it.
     publish_distance_s: Annotated[float, Meta(ge=0, le=60)] = 1.0
     max_bad_steps: Annotated[int, Meta(ge=1)] = 3  # bad steps in a row (not finite, spikes) that fail a job
-    spike_ratio: Annotated[float, Meta(ge=0)] = 5.0  # a loss so many times the usual one is bad; 0: none is
-    on_spike: Literal["fail", "restore"] = "fail"  # restore: and go back to the last checkpoint
+    spike_ratio: Annotated[float, Meta(ge=0)] = 5.0  # a loss so many times the usual one is bad; 0: no guard
+    on_spike: Literal["fail", "restore"] = "restore"  # the weights of a job that harms: fail leaves them
     on_torn_step: Literal["restore", "accept"] = "restore"  # accept: go on with a step that was cut off
 
 

@@ -136,5 +136,5 @@ def make_versions(trainer: Trainer) -> list[dict[str, torch.Tensor]]:
 
 def restore(trainer: Trainer, version: int):
     asked = trainer.board.ask(RestoreVersion("", version))
-    trainer.worker.do_what_is_asked(is_training=False)
+    trainer.worker.do_what_is_asked()
     return asked.result(0)

@@ -184,7 +184,7 @@ def test_jobs_go_in_order_and_once_through_two_deaths_of_vllm(served, config, mo
         job = second.queue.take()
         assert job.info.job_id == ids[1], "not the fifth, which had begun"
 
-        def between_steps(job_id):
+        def between_steps(job_id, guard):
             if second.queue.get(job_id).steps_done == 2:
                 second.sync()
                 vllm.kill()

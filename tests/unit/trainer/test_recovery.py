@@ -30,10 +30,10 @@ def test_killed_between_two_steps_no_step_is_lost_and_the_moments_count_their_ow
         job_id = first.submit("two", epochs=3)
         real = first.worker.between_steps
 
-        def between_steps(job_id: str) -> None:
+        def between_steps(job_id: str, guard) -> None:
             if first.queue.get(job_id).steps_done == 2:
                 raise Killed
-            real(job_id)
+            real(job_id, guard)
 
         first.worker.between_steps = between_steps
         with pytest.raises(Killed):

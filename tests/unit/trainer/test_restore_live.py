@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
+from apollo_worker.step.loss_guard import LossGuard
 from apollo_worker.trainer import recovery
 from safetensors.torch import load_file
 from trainer_by_hand import Killed, Trainer, assert_same, make_versions, restore, with_train
 
 from apollo_ipc.checkpoint import verify
 from apollo_ipc.errors import CheckpointError, Conflict, UserError
-from apollo_ipc.wire.messages import RestoreVersion
+from apollo_ipc.wire.messages import RestoreVersion, SyncCheckpoint
 
 # --- older versions ---
 
@@ -112,7 +115,7 @@ def test_a_restore_is_refused_while_a_job_trains_and_for_an_unknown_version(serv
             restore(trainer, 1)
         make_versions(trainer)
         asked = trainer.board.ask(RestoreVersion("", 1))
-        trainer.worker.do_what_is_asked(is_training=True)
+        trainer.worker.do_what_is_asked(SimpleNamespace(check=lambda: None))
         assert isinstance(asked.exception(0), Conflict)
         with pytest.raises(UserError, match="version 77 is not kept; there are: 0, 1, 2, 3"):
             restore(trainer, 77)
@@ -140,10 +143,81 @@ def test_a_job_whose_loss_runs_away_fails_and_the_weights_may_go_back(served, co
         trainer.train()
         job = trainer.queue.get(job_id)
         assert job.state == "failed"
-        assert (
-            "3 steps in a row had a loss above 10 (last loss 2e+03, median of the last 12 steps 2)"
-            in job.error
-        )
+        assert re.search(r"3 steps in a row had a loss above [\d.]+ \(last loss 2e\+03", job.error)
         same = all(torch.equal(a, weights[name]) for name, a in trainer.live().items())
         assert same == (on_spike == "restore")
         assert trainer.steps() == ({1} if on_spike == "restore" else {16})
+
+
+class Known:
+    """The loss of the text that the guard measures: as a model has it that knows it, until it is harmed."""
+
+    def __init__(self, trainer: Trainer, harmful_step: int):
+        self._engine = trainer.worker.attachment.trainer
+        self._step_on, self._engine.step_on = self._engine.step_on, self.step_on
+        self._engine.mean_loss = lambda examples: 50.0 if self.num_steps >= harmful_step else 1.0
+        self.num_steps = 0
+
+    def step_on(self, *args, **kwargs):
+        self.num_steps += 1
+        return self._step_on(*args, **kwargs)
+
+
+@pytest.mark.parametrize("on_spike", ["fail", "restore"])
+def test_a_job_of_one_step_that_ruins_the_model_is_taken_back(served, config, on_spike):
+    with Trainer(with_train(config, on_spike=on_spike)) as trainer:
+        trainer.submit("before")
+        trainer.train()
+        trainer.sync()
+        weights = trainer.live()
+        Known(trainer, harmful_step=1)
+        job_id = trainer.submit("poison")
+        trainer.train()
+        job = trainer.queue.get(job_id)
+        assert (job.state, job.steps_done) == ("failed", 1)
+        assert "the loss of a text that the model knew went from 1 to 50, above 2.19" in job.error
+        same = all(torch.equal(a, weights[name]) for name, a in trainer.live().items())
+        assert same == (on_spike == "restore")
+
+
+def test_weights_that_a_job_has_harmed_are_not_synced_in_its_midst(served, config, model_dir):
+    with Trainer(config) as trainer:
+        weights = trainer.live()
+        Known(trainer, harmful_step=3)  # between two looks, after 2 steps and after 4
+        job_id = trainer.submit("poison", epochs=20)
+        asked, real = [], trainer.worker.between_steps
+
+        def between_steps(job_id: str, guard) -> None:
+            if trainer.queue.get(job_id).steps_done == 3 and not asked:
+                asked.append(trainer.board.ask(SyncCheckpoint("", "full")))
+            real(job_id, guard)
+
+        trainer.worker.between_steps = between_steps
+        trainer.train()
+        assert trainer.queue.get(job_id).steps_done == 3
+        trainer.worker.do_what_is_asked()
+        trainer.worker.syncing.wait()
+        assert asked[0].done(), "it waits for whole weights, and is made of those"
+        assert_same(trainer.live(), weights)
+        assert_same(trainer.live(), load_file(model_dir / "model.safetensors"))
+
+
+def test_harm_that_a_killed_trainer_had_not_looked_at_is_seen_by_the_next(served, config, monkeypatch):
+    with Trainer(config) as first:
+        weights = first.live()
+        Known(first, harmful_step=3)
+        job_id = first.submit("poison", epochs=3)
+
+        def dies(guard) -> None:
+            if first.queue.get(job_id).steps_done == 3:
+                raise Killed
+
+        monkeypatch.setattr(LossGuard, "check", dies)
+        with pytest.raises(Killed):
+            first.train()
+        monkeypatch.undo()
+    with Trainer(config) as second:
+        second.worker.attachment.trainer.mean_loss = lambda examples: 50.0
+        second.train()
+        assert (second.state(job_id), second.queue.get(job_id).steps_done) == ("failed", 3)
+        assert_same(second.live(), weights)

@@ -37,10 +37,10 @@ def test_a_sync_inside_a_job_is_a_version_of_its_own_and_training_goes_on(served
         asked, seen = [], []
         real = trainer.worker.between_steps
 
-        def between_steps(job_id: str) -> None:
+        def between_steps(job_id: str, guard) -> None:
             if trainer.queue.get(job_id).steps_done == 2 and not asked:
                 asked.append(trainer.board.ask(SyncCheckpoint("", "delta")))
-            real(job_id)
+            real(job_id, guard)
             seen.append(trainer.live())
 
         trainer.worker.between_steps = between_steps

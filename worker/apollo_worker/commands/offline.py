@@ -23,7 +23,7 @@ from apollo_ipc.wire.requests import TrainRequest, parse_train_body
 from apollo_worker.front.admission import load
 from apollo_worker.jobs.job_plan import plan
 from apollo_worker.model.live_model import load_offline
-from apollo_worker.step.loss_guard import LossGuard
+from apollo_worker.step.loss_guard import guard_of
 from apollo_worker.step.step import Trainer
 from apollo_worker.trainer.attachment import load_optimizer, make_writer, model_facts
 from apollo_worker.trainer.recovery import num_steps_of
@@ -54,15 +54,16 @@ def train(
         for note in notes:
             on_note(note)
     started, losses = time.time(), []
-    guard = LossGuard(config.train.max_bad_steps, config.train.spike_ratio)
+    guard = guard_of(trainer, todo)  # what it raises leaves the directory as it was
     for step in range(todo.num_steps):
         result = trainer.step_on(
             todo.examples_of(step), todo.learning_rate(step), todo.weight_decay, is_mean=todo.is_mean
         )
         losses.append(result.loss)
-        guard.look(result.loss, is_written=not result.is_bad)  # what it raises leaves the directory as it was
+        guard.look(step + 1, result.loss, is_written=not result.is_bad)
         if on_step is not None:
             on_step(step + 1, todo.num_steps, result.loss)
+    guard.check()
     version = (commit.weight_version if commit else 0) + 1
     optimizer = trainer.main_optimizer
     num_counted = todo.num_steps if trainer.optimizer is optimizer else 0

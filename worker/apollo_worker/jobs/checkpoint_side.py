@@ -43,7 +43,7 @@ def reconcile(db: sqlite3.Connection, applied_seq: int, job_id: str | None, step
         )
     if half_done is not None and half_done.state in ("running", "applied", "durable"):
         last = db.execute(
-            "SELECT loss FROM losses WHERE seq = ? ORDER BY step DESC LIMIT 1", (half_done.seq,)
+            "SELECT loss FROM losses WHERE seq = ? AND step > 0 ORDER BY step DESC LIMIT 1", (half_done.seq,)
         ).fetchone()
         db.execute(
             "UPDATE jobs SET state = 'running', steps_done = ?, loss_last = ?, ended_at = NULL, "

@@ -25,8 +25,8 @@ class JobPlan(msgspec.Struct, frozen=True, omit_defaults=True):
     examples: the sequences to train, in order; hashes: for each, the hash of its example's content where it
     is the example's last sequence, else None; num_examples: as sent, num_skipped of them known before;
     num_steps: updates over all epochs; lr: peak; accumulate_steps: sequences of one update; rank: the job's
-    own, None for the optimizer's; is_mean: of an update's losses, else their sum. Stored: a new field goes
-    last and has a default.
+    own, None for the optimizer's; is_mean: of an update's losses, else their sum; known_text: tokens that are
+    not trained, which the loss guard looks at. Stored: a new field goes last and has a default.
     """
 
     examples: list[TokenisedExample]
@@ -41,6 +41,7 @@ class JobPlan(msgspec.Struct, frozen=True, omit_defaults=True):
     num_skipped: int = 0
     rank: int | None = None
     is_mean: bool = True
+    known_text: list[int] = []
 
     def examples_of(self, step: int) -> list[TokenisedExample]:
         """Those of step number `step` (from 0): in the order sent, epoch after epoch. No step goes over the
@@ -132,7 +133,14 @@ def plan(
         num_skipped=len(numbered) - len(kept),
         rank=options.rank,
         is_mean=options.reduction != "sum",
+        known_text=known_text(tokeniser),
     )
+
+
+def known_text(tokeniser: Tokeniser) -> list[int]:
+    """The tokens that the loss guard looks at; none where this model cannot have them."""
+    ids = tokeniser.tokenizer.known_text[: tokeniser.max_tokens] if tokeniser.tokenizer else []
+    return ids if max(ids, default=0) < tokeniser.vocab_size else []
 
 
 def steps_of_epoch(num_examples: int, accumulate_steps: int) -> int:

@@ -201,6 +201,12 @@ class JobQueue(QueueFile):
             )
         self._changed(job_id)
 
+    def note_text_loss(self, job_id: str, loss: float) -> None:
+        """What `losses_before` shall say of it, also to the next process."""
+        with self.changing() as db:
+            seq = read_job(db, job_id).seq
+            db.execute("INSERT OR REPLACE INTO losses (seq, step, loss) VALUES (?, 0, ?)", (seq, loss))
+
     def finish(
         self,
         job_id: str,

@@ -14,7 +14,7 @@ import os
 import secrets
 import sqlite3
 import threading
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,6 +33,7 @@ MAX_VARIABLES = 500  # `?` in one statement; SQLite's own limit was 999 before 3
 # `plans` apart from `jobs`: SQLite writes a changed row whole, and a plan may have 32 MB.
 # `requests`: bodies of schema 1, until the front has made plans of them.
 # `examples`: who has trained, or is going to train, the example with this hash.
+# `losses`: of step 0, that of the text which the loss guard measures before a job.
 # AUTOINCREMENT: a seq is never given twice.
 _JOBS = """
 CREATE TABLE jobs (
@@ -169,10 +170,25 @@ class QueueFile:
             info = read_job(db, job_id)
             if not with_history:
                 return info
-            rows = db.execute("SELECT loss FROM losses WHERE seq = ? ORDER BY step", (info.seq,))
+            rows = db.execute("SELECT loss FROM losses WHERE seq = ? AND step > 0 ORDER BY step", (info.seq,))
             # SQLite stores NaN as NULL (its "Datatypes" page).
             history = [math.nan if row[0] is None else row[0] for row in rows]
         return msgspec.structs.replace(info, loss_history=history)
+
+    def losses_before(self, job_id: str, limit: int = 64) -> tuple[Sequence[float], float | None]:
+        """(the first losses of the last `limit` jobs before it that ended well, what `note_text_loss` noted).
+
+        Raises NotFound."""
+        with self.reading() as db:
+            seq = read_job(db, job_id).seq
+            first = db.execute(
+                "SELECT loss_first FROM jobs WHERE seq < ? AND state IN ('applied', 'durable') "
+                "AND loss_first IS NOT NULL ORDER BY seq DESC LIMIT ?",
+                (seq, limit),
+            )
+            firsts = [row[0] for row in first]
+            text = db.execute("SELECT loss FROM losses WHERE seq = ? AND step = 0", (seq,)).fetchone()
+        return firsts, text and text[0]
 
     def count(self, state: JobState) -> int:
         with self.reading() as db:

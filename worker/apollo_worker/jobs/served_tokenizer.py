@@ -41,6 +41,14 @@ def generation_stop_ids(model_dir: Path) -> list[int]:
     return []
 
 
+# Any model of language knows something of it, and no job trains it: what the loss guard measures.
+KNOWN_TEXT = (
+    "The ferry crosses the bay four times a day. In winter, when ice forms along the shore, the captain "
+    "waits for the tide before he leaves the harbour. Water boils at one hundred degrees, there are seven "
+    "days in a week, and the capital of France is Paris."
+)
+
+
 class ServedTokenizer:
     """tokenizer: of transformers; stop_ids: those of the generation configuration (vLLM adds the tokenizer's
     own: sampling_params.py, update_from_generation_config). Not thread-safe: fast tokenizers are not."""
@@ -51,6 +59,7 @@ class ServedTokenizer:
         self.stop_ids = {*(stop_ids or []), *([] if own is None else [own])}
         self.end_id = own if own is not None else min(self.stop_ids, default=None)
         self.stop_texts = {self.decode([one]) for one in self.stop_ids if one in self.known_ids}
+        self.known_text: list[int] = self.encode_prompt(KNOWN_TEXT)
         self.special_ids = {one for one, token in tokenizer.added_tokens_decoder.items() if token.special}
 
     @property

@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from apollo_ipc.config import Train
 from apollo_ipc.errors import NotReady, UserError
 from apollo_worker.jobs.example import TokenisedExample
+from apollo_worker.model.hf_model import vocab_size_of
 from apollo_worker.model.live_model import LiveModel
 from apollo_worker.optimizer.apollo import Apollo
 from apollo_worker.step.gradient_sum import GradientSum
@@ -78,6 +79,7 @@ class Trainer:
         # The configured rank's moments, which outlive jobs; a job with a rank of its own borrows the weights.
         self.main_optimizer = self.optimizer = make_optimizer(live, options, options.rank)
         self._sum, self._is_last = GradientSum(), True  # of the step's examples: is this one its last?
+        self._measured: tuple[Sequence[TokenisedExample], float] | None = None  # since the last step
         # The optimizer in backward: a gradient lives until its parameter is updated. Once a backward pass,
         # after a tied parameter's last use.
         self._hooks = [
@@ -113,6 +115,7 @@ class Trainer:
         weight bit-identical. Gradients of several examples are summed in fp32.
         on_example: called after each example but the last.
         """
+        self._measured = None
         self.optimizer.lr = lr
         self.optimizer.weight_decay = self.options.weight_decay if weight_decay is None else weight_decay
         values: list[float] = []
@@ -235,6 +238,19 @@ class Trainer:
         positions = torch.nonzero(labels[0, 1:] != IGNORED)[:, 0]
         logits = self.live.model(input_ids=ids, use_cache=False).logits[0]
         return logits[positions.to(logits.device)], labels[0, positions + 1].to(logits.device)
+
+    @property
+    def vocab_size(self) -> int:
+        return vocab_size_of(self.live.model)
+
+    @torch.no_grad()
+    def mean_loss(self, examples: Sequence[TokenisedExample]) -> float:
+        """What a step on them would see: the mean of their losses, in nats a token. Nothing is trained. Asked
+        again for the same before the next step, it is not computed again."""
+        if self._measured is None or self._measured[0] != examples:
+            losses = [float(self._loss(self._inputs(example))) for example in examples]
+            self._measured = examples, sum(losses) / len(losses)
+        return self._measured[1]
 
     @torch.no_grad()
     def logprobs(self, input_ids: list[int]) -> Tensor:

@@ -21,8 +21,8 @@ from apollo_worker.jobs.queue import Job, JobQueue
 from apollo_worker.link.status_board import Asked
 from apollo_worker.model.device import is_device_lost
 from apollo_worker.process import use_idle_priority
-from apollo_worker.step.loss_guard import LossGuard
-from apollo_worker.step.step import VllmDied
+from apollo_worker.step.loss_guard import LossGuard, guard_of
+from apollo_worker.step.step import Trainer, VllmDied
 from apollo_worker.trainer.attachment import Attachment
 from apollo_worker.trainer.front_end import TrainerEnd
 from apollo_worker.trainer.recovery import Recovery
@@ -64,7 +64,7 @@ class MainLoop:
                 if not self.attachment.ensure():
                     self.wait("waiting for vLLM")
                     continue
-                self.do_what_is_asked(is_training=False)
+                self.do_what_is_asked()
                 if (job := self.queue.take()) is None:
                     self.wait("idle")
                     continue
@@ -127,15 +127,15 @@ class MainLoop:
         trainer.use_rank(todo.rank)
         if todo.num_steps:
             self.queue.add_notes(job_id, trainer.prepare_accumulation(todo.accumulate_steps))
-        guard = LossGuard(self.config.train.max_bad_steps, self.config.train.spike_ratio)
         num_steps, loss = todo.num_steps, None
 
         def show(steps_done: int) -> None:
             self.board.show("training", job_id=job_id, steps_done=steps_done, num_steps=num_steps, loss=loss)
 
         show(job.info.steps_done)
+        guard = self.guard_of(job, trainer)
         for step in range(job.info.steps_done, num_steps):
-            self.between_steps(job_id)
+            self.between_steps(job_id, guard)
             self.marks.begin(live.boot_id, job_id, step + 1)
             result = trainer.step_on(
                 todo.examples_of(step),
@@ -150,15 +150,29 @@ class MainLoop:
             self.queue.record_step(job_id, step + 1, loss)
             self._num_unpublished += 1
             show(step + 1)
-            guard.look(loss, is_written=not result.is_bad)
+            guard.look(step + 1, loss, is_written=not result.is_bad)
+        guard.check()
 
-    def between_steps(self, job_id: str) -> None:
-        """What may happen while no step is in the making."""
+    def guard_of(self, job: Job, trainer: Trainer) -> LossGuard:
+        """Its references are noted before the job's first step, and are there again when it is resumed."""
+        job_id, first_loss = job.info.job_id, job.info.loss_first if job.info.steps_done else None
+        first_losses, text_loss = self.queue.losses_before(job_id)
+        guard = guard_of(
+            trainer, job.plan, first_losses=first_losses, text_loss=text_loss, first_loss=first_loss
+        )
+        if guard.before.text is not None and text_loss is None:
+            self.queue.note_text_loss(job_id, guard.before.text)
+        return guard
+
+    def between_steps(self, job_id: str, guard: LossGuard) -> None:
+        """What may happen while no step is in the making. Weights that are kept were looked at before."""
         if self.board.stopping.is_set():
+            guard.check()
             raise JobStopped("stopping")
         if self.queue.is_cancel_requested(job_id):
+            guard.check()
             raise JobStopped("cancelled")
-        self.do_what_is_asked(is_training=True)
+        self.do_what_is_asked(guard)
         since_s = time.monotonic() - self._published_at
         if self._num_unpublished and since_s >= self.config.train.publish_interval_s:
             self.publish()
@@ -192,21 +206,24 @@ class MainLoop:
 
     # --- what may happen between two steps ---
 
-    def do_what_is_asked(self, *, is_training: bool) -> None:
-        """Starts a sync that is asked for or due; restores an older version, while no job trains."""
+    def do_what_is_asked(self, guard: LossGuard | None = None) -> None:
+        """Starts a sync that is asked for or due; restores an older version, while no job trains. guard: of
+        the job that trains; it raises UserError where weights would be synced that the job has harmed."""
         while not self.board.asked.empty():
             asked = self.board.asked.get()
             if isinstance(asked.request, SyncCheckpoint):
                 self.syncing.ask(asked)
             else:
-                self.answer_restore(asked, is_training)
+                self.answer_restore(asked, is_training=guard is not None)
         if self.syncing.is_wanted(self._has_changed()):
+            if guard is not None:
+                guard.check()
             if self._num_unpublished:
                 self.publish()  # two checkpoints with different weights have different versions
             with suppress(ApolloError):  # noted in the status, and told to those who asked
                 self.syncing.start(self.syncing.kind())
 
-    def answer_restore(self, asked: Asked, is_training: bool) -> None:
+    def answer_restore(self, asked: Asked, *, is_training: bool) -> None:
         assert isinstance(asked.request, RestoreVersion)
         try:
             if is_training:
