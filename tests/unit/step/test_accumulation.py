@@ -205,6 +205,10 @@ def test_what_only_an_earlier_example_reached_is_updated_too(model_dir, monkeypa
 class Words:
     """A tokeniser of which only the number of calls matters."""
 
+    tokenizer = None
+    vocab_size = 256
+    max_tokens = 64
+
     def encode_all(self, numbered: Iterable[tuple[int, Example]]) -> list[TokenisedExample]:
         return [
             TokenisedExample([0, *ids], [False] + [True] * len(ids), i)
