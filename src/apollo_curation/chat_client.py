@@ -197,6 +197,19 @@ class ChatClient:
         entries = self._generate("/v1/completions", body)["prompt_logprobs"]
         return [entry[str(token)]["logprob"] for entry, token in zip(entries[1:], ids[1:], strict=True)]
 
+    def completion_logprobs(self, ids: list[int], *, max_tokens: int, num_logprobs: int) -> dict[str, Any]:
+        """What the model says greedily behind these tokens: OpenAI's `logprobs` of a completion, tokens as
+        "token_id:N". Those are the raw model's, whatever the sampling (vLLM's logprobs_mode raw_logprobs)."""
+        body = {
+            "model": self.model,
+            "prompt": ids,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "logprobs": num_logprobs,
+            "return_tokens_as_token_ids": True,
+        }
+        return self._generate("/v1/completions", body)["logprobs"]
+
     def load(self) -> Load:
         """From vLLM's own metrics. Raises UserError where the server has none."""
         text = self._request("GET", "/metrics").text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import msgspec
@@ -11,14 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from apollo_ipc.demo.stream import CompletionStream
+from apollo_ipc.words import is_in
 
 SHOWN = 90  # characters of an answer in the table; --json has all of it
-
-
-def is_in(key: str, answer: str) -> bool:
-    """Whether one of `key`'s alternatives ("seven|7") stands in the answer as words, whatever its case."""
-    words = "|".join(re.escape(one) for one in key.split("|"))
-    return re.search(rf"(?<!\w)(?:{words})(?!\w)", answer, re.IGNORECASE) is not None
 
 
 class Answer(msgspec.Struct):

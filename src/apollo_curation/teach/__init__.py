@@ -1,0 +1,1 @@
+"""Facts as jobs that make them known and move little else: variants, near misses, replay, examination."""
