@@ -14,6 +14,8 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from apollo_ipc.config import load_config
 from apollo_ipc.keys import train_key
@@ -132,6 +134,25 @@ class Live:
 
 def chat(question: str, answer: str) -> dict:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def read_live_weights(runtime_dir: Path) -> dict[str, torch.Tensor]:
+    """What a fresh process that knows only the manifest reads."""
+    code = (
+        "import sys, torch\n"
+        "from pathlib import Path\n"
+        "from apollo_ipc.manifest import read_manifest\n"
+        "from apollo_worker.model.mapping import map_views, open_transport\n"
+        "from safetensors.torch import save_file\n"
+        "manifest = read_manifest(Path(sys.argv[1]))\n"
+        "views = map_views(manifest, open_transport(manifest))\n"
+        "save_file({name: view.contiguous().clone() for name, view in views.items()}, sys.argv[2])\n"
+    )
+    out = runtime_dir / "live.safetensors"
+    subprocess.run([sys.executable, "-c", code, str(runtime_dir), str(out)], check=True)
+    tensors = load_file(out)
+    out.unlink()
+    return tensors
 
 
 def start_live(model_dir: Path, base: Path, *flags: str, env: dict[str, str] | None = None) -> Live:

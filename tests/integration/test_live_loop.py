@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from live_server import Live, chat, start_live, wait_for
+from live_server import Live, chat, read_live_weights, start_live, wait_for
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.vllm
@@ -30,25 +28,6 @@ def live(models: Callable[..., Path], original: Path, short_dir: Path) -> Iterat
     live = start_live(models("qwen3.5"), short_dir)
     yield live
     live.close()
-
-
-def read_live_weights(runtime_dir: Path) -> dict[str, torch.Tensor]:
-    """What a fresh process that knows only the manifest reads."""
-    code = (
-        "import sys, torch\n"
-        "from pathlib import Path\n"
-        "from apollo_ipc.manifest import read_manifest\n"
-        "from apollo_worker.model.mapping import map_views, open_transport\n"
-        "from safetensors.torch import save_file\n"
-        "manifest = read_manifest(Path(sys.argv[1]))\n"
-        "views = map_views(manifest, open_transport(manifest))\n"
-        "save_file({name: view.contiguous().clone() for name, view in views.items()}, sys.argv[2])\n"
-    )
-    out = runtime_dir / "live.safetensors"
-    subprocess.run([sys.executable, "-c", code, str(runtime_dir), str(out)], check=True)
-    tensors = load_file(out)
-    out.unlink()
-    return tensors
 
 
 def encode(model_dir: Path, example: dict) -> list[int]:
