@@ -31,7 +31,9 @@ def run(script, *arguments):
     return done
 
 
-@pytest.mark.parametrize("script", ["finetune.py", "online.py", "soak.py", "checkpoint.py", "gpu_loop.py"])
+@pytest.mark.parametrize(
+    "script", ["finetune.py", "online.py", "soak.py", "step.py", "checkpoint.py", "gpu_loop.py"]
+)
 def test_help_is_there_without_loading_torch(script):
     code = (
         f"import runpy, sys; sys.argv = [{script!r}, '--help']; sys.path.insert(0, {str(BENCHMARKS)!r})\n"
@@ -221,3 +223,25 @@ def test_what_a_commit_says_it_holds_are_ended_jobs_and_the_steps_of_a_half_done
     assert steps_in_commit(commit, jobs) == 7
     half = msgspec.structs.replace(commit, extra={"running": {"job_id": "job-3", "steps_done": 2}})
     assert steps_in_commit(half, jobs) == 9
+
+
+@pytest.mark.slow
+def test_the_step_is_taken_apart_and_its_parts_are_the_whole(tmp_path):
+    from apollo_ipc.demo.models import make_model
+
+    model = make_model(tmp_path / "model", "qwen3", num_hidden_layers=2, hidden_size=128)
+    path = tmp_path / "step.json"
+    done = run("step.py", "--model", model, "--tokens", "8", "--rounds", "2", "--json", path)
+    result = json.loads(path.read_text())
+    names = ["ours, Gaussian", "ours, block-sign", "AdamW fused", "SGD", "apollo-torch"]
+    assert [(row["num_tokens"], row["name"]) for row in result["rows"]] == [
+        (n, x) for n in (8,) for x in names
+    ]
+    for row in result["rows"]:
+        least = [row[f"{part}_least_s"] for part in ("forward", "backward", "optimizer")]
+        assert all(seconds > 0 for seconds in least)
+        assert sum(least) <= row["step_least_s"] + 1e-9
+        assert row["optimizer_over_floor"] == row["optimizer_s"] / row["optimizer_floor_s"]
+    assert [one["num_tokens"] for one in result["memory"]] == [8]
+    assert all(one["planned_bytes"] == sum(one["plan"].values()) for one in result["memory"])
+    assert "over AdamW" in done.stdout

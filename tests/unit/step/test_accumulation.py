@@ -72,6 +72,7 @@ def test_a_group_of_one_is_the_step_of_before(model_dir):
     written_out.optimizer.lr = 1e-3
     loss = written_out._loss(written_out._inputs(example))
     loss.backward()
+    written_out.optimizer.flush()
     assert result == StepResult(loss.item(), is_bad=False)
     assert not differing(weights(trainer), weights(written_out))
 
@@ -189,6 +190,26 @@ def test_nothing_is_written_after_vllm_has_ended_whichever_example_reached_the_p
     assert not differing(before, weights(trainer))
     assert unreached.grad is None
     assert not trainer._sum.parameters()
+
+
+def test_a_gradient_that_waited_when_a_step_was_cut_off_is_in_no_later_one(model_dir):
+    trainer = make_trainer(model_dir)
+    before, update = weights(trainer), trainer.optimizer.update_parameter
+    names: dict[torch.Tensor, str] = {p: name for name, p in trainer.live.model.named_parameters()}
+
+    def fail_at_the_first_layer(param: torch.Tensor) -> None:
+        if names[param].startswith("model.layers.0."):
+            raise VllmDied("vLLM has ended")
+        update(param)
+
+    trainer.optimizer.update_parameter = fail_at_the_first_layer
+    with pytest.raises(VllmDied):
+        trainer.step(example_of(0), 1e-3)
+    assert not differing(before, weights(trainer)), "on a CPU all of so small a model's wait"
+    trainer.optimizer.update_parameter = update
+    fresh = make_trainer(model_dir)
+    assert trainer.step(example_of(1), 1e-3) == fresh.step(example_of(1), 1e-3)
+    assert not differing(weights(trainer), weights(fresh))
 
 
 def test_what_only_an_earlier_example_reached_is_updated_too(model_dir, monkeypatch):

@@ -25,7 +25,7 @@ from apollo_ipc.memory_plan import Item, MemoryPlan
 from apollo_worker.commands.step_memory import StepSimulator
 from apollo_worker.model.hf_model import read_model_config, vocab_size_of
 from apollo_worker.optimizer.apollo import Apollo
-from apollo_worker.optimizer.update import CPU_PRODUCT_ELEMENTS, blocks
+from apollo_worker.optimizer.update import CPU_HELD_ELEMENTS, blocks
 from apollo_worker.step.step import read_head
 
 CUDA_CONTEXT_BYTES = 500_000_000  # assumed: kernels and workspaces of torch; never counted by its allocator
@@ -75,8 +75,9 @@ def plan(request: Request) -> MemoryPlan:
         id(p): temporary_bytes(p, None if name in adams else options.rank, device.is_gpu)
         for name, p in step.model.named_parameters()
     }
+    held_elements = CPU_HELD_ELEMENTS if not device.is_gpu and has_compiled_update(is_gpu=False) else 0
     needs = {
-        checkpointing: step.run(checkpointing, lambda p: temporaries[id(p)])
+        checkpointing: step.run(checkpointing, lambda p: temporaries[id(p)], held_elements)
         for checkpointing in (True, False)
     }
     chosen, other = options.activation_checkpointing, not options.activation_checkpointing
@@ -93,7 +94,11 @@ def plan(request: Request) -> MemoryPlan:
     if device.is_gpu:
         trainer.append(Item("CUDA context", CUDA_CONTEXT_BYTES, "assumed"))
     elif has_compiled_update(is_gpu=False):
-        trainer.append(Item("compiled update's scratch", 4 * CPU_PRODUCT_ELEMENTS, "kept between steps"))
+        from apollo_worker.optimizer.cpu import kept_bytes
+
+        projected = [p for name, p in step.model.named_parameters() if name not in adams]
+        num_bytes = kept_bytes(projected, options.projection, options.rank)
+        trainer.append(Item("projections", num_bytes, f"{options.projection}, kept by the compiled update"))
     gradient_note = f"the head's: fp32 sum and {dtype_name(dtype)} copy" if head else "the largest single one"
     parts = [
         Item("activations", needs[chosen].activation_bytes, f"{num_tokens} tokens, {_word(chosen)}"),
@@ -161,7 +166,8 @@ def has_compiled_update(is_gpu: bool) -> bool:
 def temporary_bytes(parameter: Tensor, rank: int | None, is_gpu: bool) -> int:
     """What the update of one parameter allocates for a moment. rank: None for Adam, never compiled."""
     if rank is not None and has_compiled_update(is_gpu):
-        return 4 * rank * sum(parameter.shape)  # R (c, r) and P (k, r)
+        # R (c, r), and P (k, r) where it is not kept
+        return 4 * rank * (sum(parameter.shape) if is_gpu else max(parameter.shape))
     on_device = torch.empty(parameter.shape, device="meta") if is_gpu else parameter
     rows = next(blocks(torch.atleast_1d(on_device)))
     in_block = (rows.stop - rows.start) * parameter[0].numel() if parameter.dim() else 1

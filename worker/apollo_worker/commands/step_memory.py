@@ -100,18 +100,27 @@ class StepSimulator:
         self.model.eval()
         self._kinds = kinds_of_layers(self.model)
 
-    def run(self, checkpointing: bool, temporaries: Temporaries) -> StepMemory:
+    def run(self, checkpointing: bool, temporaries: Temporaries, held_elements: int = 0) -> StepMemory:
+        """held_elements: of gradients that wait for one another (Backend.take)."""
         self._use_checkpointing(checkpointing)
         self._measure_kinds()
         for kind in self._kinds:
             # The last of a kind: while it runs backward, what the others keep is still alive.
             self._stand_in(kind, real=kind.layers[-1:])
         counter = self._counter()
-        # The optimizer in backward: a gradient lives until its parameter is updated.
-        hooks = [
-            parameter.register_post_accumulate_grad_hook(lambda p: _update(p, counter, temporaries))
-            for parameter in self.model.parameters()
-        ]
+        held: list[Tensor] = []
+
+        def update(parameter: Tensor) -> None:
+            """The optimizer in backward: a gradient lives until its parameter is updated."""
+            assert parameter.grad is not None
+            counter.reserve(temporaries(parameter))
+            gradient, parameter.grad = parameter.grad, None
+            if gradient.numel() <= held_elements:
+                held.append(gradient)
+            if sum(one.numel() for one in held) > held_elements:
+                held.clear()
+
+        hooks = [p.register_post_accumulate_grad_hook(update) for p in self.model.parameters()]
         with self._mode, counter, torch.enable_grad():
             if (head := read_head(self.model)) is None:
                 logits = self.model(input_ids=self._ids(), use_cache=False).logits[0, :-1]
@@ -192,11 +201,6 @@ class StepSimulator:
 
 def _learn_outputs(kind: _Kind, layer: nn.Module, arguments: Any, output: Any) -> None:
     kind.num_outputs = len(output) if isinstance(output, tuple) else None
-
-
-def _update(parameter: Tensor, counter: LiveBytes, temporaries: Temporaries) -> None:
-    counter.reserve(temporaries(parameter))
-    parameter.grad = None
 
 
 def kinds_of_layers(model: PreTrainedModel) -> list[_Kind]:

@@ -1,14 +1,15 @@
 """The optimizer: state of each named parameter, and in-place writes to weights that are being served.
 
 A step that is not finite changes nothing at all, which is decided on the device: the host never waits for
-a gradient. The mathematics is in apollo_update.py, what is fast on a CPU and a GPU in apollo_cpu.py and
-apollo_triton.py, the writing into bf16 in rounding.py.
+a gradient. The mathematics is in update.py, what is fast on a CPU and a GPU in cpu.py and gpu.py, the writing
+into bf16 in rounding.py.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from apollo_ipc.errors import UserError
 from apollo_worker.optimizer.backend import choose_backend
 from apollo_worker.optimizer.projection import PROJECTIONS, Draw, derive_seed
 from apollo_worker.optimizer.rounding import GRID_DTYPES, grid_within
-from apollo_worker.optimizer.update import Backend, Hyper, new_state
+from apollo_worker.optimizer.update import Backend, Hyper, Written, new_state
 
 FORMAT_VERSION = 1
 ROUNDINGS = ("stochastic", "nearest", "kahan")
@@ -127,19 +128,27 @@ class Apollo(torch.optim.Optimizer):
 
         Optional; parameters, state and random bits stay as they are.
         """
-        kinds = {
-            (p.device, p.dtype, self._grids[n]): p for p, n in self._names.items() if self._is_projected(p)
-        }
-        for (_, dtype, _), param in kinds.items():
+        kinds: dict[Any, Tensor] = {}
+        for param, name in self._names.items():
+            kinds[param.device, param.dtype, self._grids[name], self._is_projected(param)] = param
+        for (_, dtype, _, is_projected), param in kinds.items():
             name = self._names[param]
-            self._backend(param).warm_up(dtype, self._draw(name, param), self._hyper(name, param))
+            draw = self._draw(name, param) if is_projected else None
+            self._backend(param).warm_up(dtype, draw, self._hyper(name, param))
 
     def attach_hooks(self) -> list[RemovableHandle]:
-        """Optimizer in backward: each gradient lives only until its parameter is updated.
+        """Optimizer in backward: each gradient lives until its parameter is updated, at the end of the
+        backward pass at the latest.
 
         The hook runs once a backward pass, after a tied parameter's last use.
         """
-        return [param.register_post_accumulate_grad_hook(self.update_parameter) for param in self._names]
+        engine = torch.autograd.Variable._execution_engine
+
+        def update(param: Tensor) -> None:
+            self.update_parameter(param)
+            engine.queue_callback(self.flush)
+
+        return [param.register_post_accumulate_grad_hook(update) for param in self._names]
 
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Updates every parameter that has a gradient."""
@@ -147,24 +156,50 @@ class Apollo(torch.optim.Optimizer):
         for param in self._names:
             if param.grad is not None:
                 self.update_parameter(param)
+        self.flush()
 
-    @torch.no_grad()
     def update_parameter(self, param: Tensor) -> None:
-        """One step of `param` from `param.grad`, which is dropped. Nothing waits for the device."""
-        grad, name, state = param.grad, self._names[param], self.state[param]
+        """One step of `param` from `param.grad`, which is taken over. Nothing waits for the device.
+
+        On a CPU small gradients wait for one another, 2^23 elements at most (`Backend.take`); `flush` does
+        what still waits.
+        """
+        grad, name = param.grad, self._names[param]
         assert grad is not None, f"{name} has no gradient"
         if grad.layout != torch.strided:
             raise UserError(f"{name} has a sparse gradient; build its layer with sparse=False", field=name)
+        param.grad = None
+        draw = self._draw(name, param) if self._is_projected(param) else None
+        update = partial(self._update, param, grad, draw, self._hyper(name, param))
+        self._note(self._backend(param).take(grad.numel(), update))
+
+    def flush(self) -> None:
+        """Does the updates that still wait: those of the step are done, or on their way on a GPU."""
+        for backend in self._backends.values():
+            self._note(backend.flush())
+
+    def drop(self) -> None:
+        """Forgets the gradients that still wait."""
+        for backend in self._backends.values():
+            backend.drop()
+
+    @torch.no_grad()
+    def _update(self, param: Tensor, grad: Tensor, draw: Draw | None, hyper: Hyper) -> Written:
+        """In whichever thread the backend runs it."""
         if self._before_write is not None:
             self._before_write()
-        backend, hyper = self._backend(param), self._hyper(name, param)
-        if self._is_projected(param):
-            sketch = backend.sketch(self._draw(name, param))
-            ok = backend.apollo(param.data, grad, state, sketch, hyper)
-        else:
-            ok = backend.adam(param.data, grad, state, hyper)
-        self._bad_updates += (~ok).to(self._bad_updates.device)
-        param.grad = None
+        backend, state = self._backend(param), self.state[param]
+        if draw is None:
+            return backend.adam(param.data, grad, state, hyper)
+        return backend.apollo(param.data, grad, state, backend.sketch(draw), hyper)
+
+    @torch.no_grad()
+    def _note(self, written: list[Written]) -> None:
+        for ok in written:
+            if isinstance(ok, Tensor):
+                self._bad_updates += (~ok).to(self._bad_updates.device)
+            elif not ok:
+                self._bad_updates += 1
 
     def _backend(self, param: Tensor) -> Backend[Any]:
         kind = param.device.type

@@ -1,4 +1,4 @@
-"""The kernels of apollo_cpu.py, each over a range of rows, tiles or parts: (first, end, ...).
+"""The kernels of cpu.py that make sketches and project, over a range of rows or tiles: (first, end, ...).
 
 bf16 comes as uint16: its bits are the upper half of fp32's. Indexes in loops run from 0 over whole rows: one
 with an offset might be negative, and numba uses no vectors then.
@@ -77,31 +77,6 @@ def _mix(h):
 def hash(key1, key2, out):
     for i in range(len(out)):
         out[i] = np.int32(_mix(U32(_mix(U32(U32(i) ^ key1)) ^ key2)))
-
-
-@_kernel(fastmath=_SUM)
-def row_squares(first, end, R_cr, out_c):
-    for j in range(first, end):
-        total = F32(0)
-        for i in range(R_cr.shape[1]):
-            total += R_cr[j, i] * R_cr[j, i]
-        out_c[j] = total
-
-
-@_kernel(fastmath=_SUM)
-def update_moments(
-    first, end, R_cr, m_cr, v_cr, beta1, rest1, beta2, rest2, correction1, correction2, eps, norm_U2
-):
-    for j in range(first, end):
-        U2 = F32(0)
-        for i in range(R_cr.shape[1]):
-            R = R_cr[j, i]
-            m = m_cr[j, i] * beta1 + R * rest1
-            v = v_cr[j, i] * beta2 + R * R * rest2
-            m_cr[j, i], v_cr[j, i] = m, v
-            U = (m / correction1) / (np.sqrt(v / correction2) + eps)
-            U2 += U * U
-        norm_U2[j] = U2
 
 
 @_kernel(fastmath={"contract"})
@@ -207,7 +182,8 @@ def block_sign_wide(first, end, G, shift_b, sign_k, R_cr):
     """Channels are columns: a tile of them at a time, first and end count tiles. Four blocks at a time."""
     k, r = G.shape[0], R_cr.shape[1]
     num_fours = k // r // 4 * 4
-    sums = np.empty((r, TILE_COLUMNS), np.float32)
+    # Rows that lie a power of two apart share few sets of a cache, and are read across at the end.
+    sums = np.empty((r, TILE_COLUMNS + 16), np.float32)
     for tile in range(first, end):
         start = tile * TILE_COLUMNS
         stop = min(start + TILE_COLUMNS, G.shape[1])
@@ -231,105 +207,3 @@ def block_sign_wide(first, end, G, shift_b, sign_k, R_cr):
             R_row = R_cr[start + c]
             for i in range(r):
                 R_row[i] = sums[i, c]
-
-
-# Writing: W <- round(W - lr * (s * G + weight_decay * W)), in the order of apollo_update.write. W, G and owed
-# are (parts, length of a part); scale is (rows, 1), or (1, cols) as (parts of a row, length of a part).
-
-
-@_kernel(inline="always")
-def _scale_of(scale, p, num_parts, filled):
-    """The scales of part p, one for each of its elements; `filled` is memory for them."""
-    if scale.shape[1] == len(filled):
-        return scale[p % len(scale)]
-    filled[:] = scale[p // (num_parts // len(scale)), 0]
-    return filled
-
-
-@_kernel(inline="always")
-def _if_below_largest(moved, bits):
-    """`moved` where the fp32 of `bits` is below bf16's largest, which rounding up then reaches at most; else
-    `bits`: their upper half is that largest, or the infinity or NaN that was there."""
-    return moved if U32(bits & U32(0x7FFFFFFF)) < U32(0x7F7F0000) else bits
-
-
-@_kernel(inline="always")
-def _to_nearest(bits):
-    """fp32's bits rounded to bf16's, ties to even; finite stays finite, infinity and NaN what they are."""
-    rounded = U32(bits + U32(0x7FFF) + U32(U32(bits >> U32(16)) & U32(1)))
-    return U32(_if_below_largest(rounded, bits) & U32(0xFFFF0000))
-
-
-@_kernel()
-def write_fp32(first, end, W, G, owed, scale, neg_lr, weight_decay, key1, key2):
-    filled = np.empty(W.shape[1], np.float32)
-    for p in range(first, end):
-        W_part, G_part, s = W[p], G[p], _scale_of(scale, p, len(W), filled)
-        for i in range(len(filled)):
-            w = W_part[i]
-            W_part[i] = neg_lr * (G_part[i] * s[i] + weight_decay * w) + w
-
-
-@_kernel()
-def write_fp32_kahan(first, end, W, G, owed, scale, neg_lr, weight_decay, key1, key2):
-    filled = np.empty(W.shape[1], np.float32)
-    for p in range(first, end):
-        W_part, G_part, owed_part, s = W[p], G[p], owed[p], _scale_of(scale, p, len(W), filled)
-        for i in range(len(filled)):
-            w = W_part[i]
-            wanted = neg_lr * (G_part[i] * s[i] + weight_decay * w) + owed_part[i]
-            rounded = w + wanted
-            owed_part[i] = wanted - (rounded - w)
-            W_part[i] = rounded
-
-
-@_kernel()
-def _write_bf16_stochastic(first, end, W, G, owed, scale, neg_lr, weight_decay, key1, key2):
-    """rounding.stochastic_round with its random bits: a hash of 32 serves two neighbouring elements."""
-    num = W.shape[1]
-    filled, pairs = np.empty(num, np.float32), np.empty(num // 2 + 1, np.uint32)
-    for p in range(first, end):
-        offset = (p * num) % 2
-        first_pair = U32((p * num) // 2)
-        for i in range((offset + num + 1) // 2):
-            pairs[i] = _mix(U32(_mix(U32(U32(first_pair + U32(i)) ^ key1)) ^ key2))
-        random = pairs.view(np.uint16)[offset:]
-        W_part, G_part, s = W[p], G[p], _scale_of(scale, p, len(W), filled)
-        for i in range(num):
-            w = _value(W_part[i])
-            bits = _bits(neg_lr * (_value(G_part[i]) * s[i] + weight_decay * w) + w)
-            moved = _if_below_largest(U32(bits + U32(random[i])), bits)
-            W_part[i] = np.uint16(moved >> U32(16))
-
-
-@_kernel()
-def _write_bf16_nearest(first, end, W, G, owed, scale, neg_lr, weight_decay, key1, key2):
-    filled = np.empty(W.shape[1], np.float32)
-    for p in range(first, end):
-        W_part, G_part, s = W[p], G[p], _scale_of(scale, p, len(W), filled)
-        for i in range(len(filled)):
-            w = _value(W_part[i])
-            bits = _bits(neg_lr * (_value(G_part[i]) * s[i] + weight_decay * w) + w)
-            W_part[i] = np.uint16(_to_nearest(bits) >> U32(16))
-
-
-@_kernel()
-def _write_bf16_kahan(first, end, W, G, owed, scale, neg_lr, weight_decay, key1, key2):
-    """rounding.kahan_add; `owed` is the compensation, in bf16 like the weight."""
-    filled = np.empty(W.shape[1], np.float32)
-    for p in range(first, end):
-        W_part, G_part, owed_part, s = W[p], G[p], owed[p], _scale_of(scale, p, len(W), filled)
-        for i in range(len(filled)):
-            w = _value(W_part[i])
-            wanted = neg_lr * (_value(G_part[i]) * s[i] + weight_decay * w) + _value(owed_part[i])
-            rounded = _to_nearest(_bits(w + wanted))
-            left = wanted - (_from_bits(rounded) - w)
-            W_part[i] = np.uint16(rounded >> U32(16))
-            owed_part[i] = np.uint16(_to_nearest(_bits(left)) >> U32(16))
-
-
-WRITE_BF16 = {
-    "stochastic": _write_bf16_stochastic,
-    "nearest": _write_bf16_nearest,
-    "kahan": _write_bf16_kahan,
-}

@@ -1,6 +1,6 @@
 """The update on a CUDA device: the gradient is read twice, the weight once and written once.
 
-Legend as in apollo_update.py: k = smaller dim, c = larger dim ("channels"), r = rank. One projected parameter
+Legend as in update.py: k = smaller dim, c = larger dim ("channels"), r = rank. One projected parameter
 makes six launches; those that touch only c r or k r elements are short:
 
     normals         writes P (k, r) in the gradient's dtype, so that the product runs on tensor cores
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from apollo_worker.optimizer import gpu_kernels as kernels
 from apollo_worker.optimizer.projection import Draw, Gaussian
-from apollo_worker.optimizer.update import Hyper, State, TorchBackend, channels_first, project
+from apollo_worker.optimizer.update import AtOnce, Hyper, State, TorchBackend, channels_first, project
 
 _DTYPES = (torch.bfloat16, torch.float32)
 _TILE = 4096  # elements of a program of 8 warps: 16 a thread, two loads of 16 bytes where they are bf16
@@ -43,7 +43,7 @@ _EXACT: dict[str, Any] = {"enable_fp_fusion": False}  # of every launch: Triton'
 MakeP = Callable[[torch.dtype], Tensor]  # dtype -> P (k, r), made anew at each call
 
 
-class TritonBackend:
+class TritonBackend(AtOnce):
     def __init__(self) -> None:
         self._plain = TorchBackend()
         # bf16 x bf16 -> fp32 is in torch from 2.8 on, and not on ROCm.
@@ -53,7 +53,7 @@ class TritonBackend:
             torch.version.cuda is not None and "dtype" in names and has_kernel("aten::mm.dtype", "CUDA")
         )
 
-    def warm_up(self, dtype: torch.dtype, draw: Draw, hyper: Hyper) -> None:
+    def warm_up(self, dtype: torch.dtype, draw: Draw | None, hyper: Hyper) -> None:
         """Nothing: Triton compiles anew for strides and sizes that are multiples of 16 and for those that are
         not, so a small step would compile other kernels than the real ones."""
 

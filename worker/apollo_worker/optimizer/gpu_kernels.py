@@ -1,6 +1,6 @@
-"""The kernels of apollo_triton.py, which says what each of them reads and writes.
+"""The kernels of gpu.py, which says what each of them reads and writes.
 
-Legend as in apollo_update.py: k = smaller dim, c = larger dim ("channels"), r = rank; pointers that end in a
+Legend as in update.py: k = smaller dim, c = larger dim ("channels"), r = rank; pointers that end in a
 shape are to contiguous memory, weights and gradients have any strides. Offsets are int64 where they may pass
 2^31. step, ok and the like come as pointers, so that the host need not know them.
 """
@@ -97,7 +97,7 @@ def _direction(m, v, step, eps, LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr
 
 @jit
 def _scales(U2, R2, eps, alpha):
-    """apollo_update.channel_scales, from sums."""
+    """update.channel_scales, from sums."""
     return tl.div_rn(alpha * tl.sqrt_rn(U2), tl.sqrt_rn(R2) + eps)
 
 
@@ -145,7 +145,7 @@ def verdict(
     sums, num_parts, step, update_norm, ok, factor, eps, alpha, ratio, floor,
     IS_TENSOR_WISE: tl.constexpr, IS_LIMITED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """apollo_update.limit_growth, whether anything is written, and the scalars of the state."""
+    """update.limit_growth, whether anything is written, and the scalars of the state."""
     previous, t = tl.load(update_norm), tl.load(step)  # by all warps, before one writes them
     num_bad = _total(sums, num_parts, BLOCK)
     norm = tl.sqrt_rn(_total(sums + num_parts, num_parts, BLOCK))
@@ -183,7 +183,7 @@ def _is_finite(x):
     return tl.abs(x) < float("inf")  # of NaN no comparison is true
 
 
-# --- writing: apollo_update.write ---
+# --- writing: update.write ---
 
 
 @jit

@@ -1,4 +1,4 @@
-"""The random projection of a gradient's smaller dimension, made anew from names and counters, never stored.
+"""The random projection of a gradient's smaller dimension, made from names and counters, never saved.
 
 Legend: k = smaller dim of a parameter, c = larger dim ("channels"), r = rank; R_cr = G_ck P_kr.
 
@@ -11,6 +11,7 @@ Two kinds, both with E|R_j|^2 = |G_j|^2 for every channel j:
 
 from __future__ import annotations
 
+import functools
 import math
 from hashlib import blake2b
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from apollo_worker.optimizer.rounding import hash_bits
 
 
 class Gaussian(NamedTuple):
-    P_kr: Tensor  # fp32
+    P_kr: Tensor  # fp32, or what a backend multiplies in
 
 
 class BlockSign(NamedTuple):
@@ -66,6 +67,7 @@ class Draw(NamedTuple):
         return derive_seed(self.seed, self.name, SEED_OF[self.kind])
 
 
+@functools.cache  # two a parameter and seed
 def derive_seed(seed: int, name: str, purpose: str) -> int:
     """64 bits that depend on all three and on nothing else: not on order, process or device."""
     return int.from_bytes(blake2b(f"{seed}\0{name}\0{purpose}".encode(), digest_size=8).digest(), "little")
@@ -106,4 +108,4 @@ def make_sketch(draw: Draw) -> Sketch:
 
 def dense(sketch: Sketch) -> Tensor:
     """P (k, r) fp32 of either kind."""
-    return sketch.P_kr if isinstance(sketch, Gaussian) else sketch.dense()
+    return sketch.P_kr.float() if isinstance(sketch, Gaussian) else sketch.dense()

@@ -7,7 +7,7 @@ Legend: k = smaller dim of a parameter, c = larger dim ("channels"), r = rank.
     D = s * G,  |D| <= limiter_ratio * |D of the step before|
     W <- round(W - lr * (D + weight_decay * W))
 
-`TorchBackend` runs on any device, dtype and stride: what the fast ones (apollo_cpu.py, apollo_triton.py) are
+`TorchBackend` runs on any device, dtype and stride: what the fast ones (cpu.py, gpu.py) are
 held to by tests, and what they leave to it.
 """
 
@@ -28,6 +28,9 @@ from apollo_worker.optimizer.rounding import kahan_add, nearest_round, stochasti
 _BLOCK_ELEMENTS = {"cpu": 2**18}
 _BLOCK_ELEMENTS_DEVICE = 2**24
 CPU_PRODUCT_ELEMENTS = 2**22  # of a product of matrices on a CPU: a smaller one does not fill two cores
+CPU_HELD_ELEMENTS = (
+    2**23
+)  # of gradients that wait for one another on a CPU: 16 MiB in bf16; larger ones never
 
 State = dict[str, Tensor]  # of one parameter: step, exp_avg, exp_avg_sq, update_norm, compensation
 
@@ -49,25 +52,53 @@ class Hyper(NamedTuple):
 
 
 Drawn = TypeVar("Drawn")
+Written = Tensor | bool
+Work = Callable[[], Written]
 
 
 class Backend(Protocol[Drawn]):
     """Updates one parameter in place, its state too. What is not finite changes nothing.
 
-    `apollo` and `adam` return a 0-dim bool tensor on the weight's device, which nothing has waited for: was
-    it written? What `sketch` makes of a draw is for the same backend's `apollo` alone.
+    `apollo` and `adam` say whether it was written: a 0-dim bool tensor on the weight's device, which nothing
+    has waited for, or a bool. What `sketch` makes of a draw is for the same backend's `apollo` alone.
     """
 
     def sketch(self, draw: Draw) -> Drawn: ...
 
-    def apollo(self, weight: Tensor, grad: Tensor, state: State, sketch: Drawn, hyper: Hyper) -> Tensor: ...
+    def apollo(self, weight: Tensor, grad: Tensor, state: State, sketch: Drawn, hyper: Hyper) -> Written: ...
 
-    def adam(self, weight: Tensor, grad: Tensor, state: State, hyper: Hyper) -> Tensor: ...
+    def adam(self, weight: Tensor, grad: Tensor, state: State, hyper: Hyper) -> Written: ...
 
-    def warm_up(self, dtype: torch.dtype, draw: Draw, hyper: Hyper) -> None:
-        """Compiles what `sketch` and `apollo` run on weights of this dtype, where the first step would wait
-        for that. draw, hyper: like those of the steps to come. Nothing of theirs is changed."""
+    def take(self, num_elements: int, update: Work) -> list[Written]:
+        """Runs `update`, which calls `apollo` or `adam`, or keeps it until there are more. num_elements: of
+        the gradient that it holds. Returns what the updates returned that were run."""
         ...
+
+    def flush(self) -> list[Written]:
+        """Runs what was kept; returns what it returned."""
+        ...
+
+    def drop(self) -> None:
+        """Forgets what was kept."""
+        ...
+
+    def warm_up(self, dtype: torch.dtype, draw: Draw | None, hyper: Hyper) -> None:
+        """Compiles what runs on weights of this dtype, where the first step would wait for that. draw, hyper:
+        like those of the steps to come; without a draw Adam's. Nothing of theirs is changed."""
+        ...
+
+
+class AtOnce:
+    """The part of a Backend that keeps no update back."""
+
+    def take(self, num_elements: int, update: Work) -> list[Written]:
+        return [update()]
+
+    def flush(self) -> list[Written]:
+        return []
+
+    def drop(self) -> None:
+        pass
 
 
 def new_state(
@@ -87,8 +118,8 @@ def new_state(
     return state
 
 
-class TorchBackend:
-    def warm_up(self, dtype: torch.dtype, draw: Draw, hyper: Hyper) -> None:
+class TorchBackend(AtOnce):
+    def warm_up(self, dtype: torch.dtype, draw: Draw | None, hyper: Hyper) -> None:
         pass
 
     def sketch(self, draw: Draw) -> Sketch:

@@ -130,6 +130,7 @@ class Trainer:
                     on_example()
             for parameter in self._sum.parameters():  # what the last example did not reach: an expert, say
                 self._take_gradient(parameter)
+            self.optimizer.flush()
         except BaseException as error:
             # What this step has left must not become part of the next one, nor live on in a traceback:
             # the graph holds views of weights that may be about to go.
@@ -161,6 +162,7 @@ class Trainer:
 
     def _drop_gradients(self) -> None:
         self._sum.clear()
+        self.optimizer.drop()
         self.live.model.zero_grad(set_to_none=True)
 
     def accumulation_bytes(self) -> int:
