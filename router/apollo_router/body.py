@@ -11,14 +11,14 @@ from apollo_router.errors import HttpError
 BODY_TIMEOUT_S = 120.0  # 32 MiB at 2.3 Mbit/s
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The body, never holding more than `max_bytes` of it.
+async def read_body(request: Request, max_bytes: int, *, is_form: bool = False) -> bytes:
+    """The body, never holding more than `max_bytes` of it. is_form: a multipart form is wanted, not JSON.
 
     Raises HttpError: 413 as soon as the body is known to be larger (from Content-Length before the first byte
     is read), 415 where it is declared as something else than plain JSON, 408 where it takes longer than
     BODY_TIMEOUT_S. After a 413 uvicorn discards what is still sent, so that the client can read the answer.
     """
-    _check_type(request)
+    _check_type(request, is_form)
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > max_bytes:
         raise _too_large(max_bytes)
@@ -41,10 +41,15 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     return b"".join(chunks)
 
 
-def _check_type(request: Request) -> None:
+def _check_type(request: Request, is_form: bool) -> None:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if is_form:
+        if kind != "multipart/form-data":
+            raise HttpError(
+                415, "unsupported_media_type", "send a multipart/form-data form", field="Content-Type"
+            )
     # Refusing form types also refuses what a web page may post across origins without a preflight.
-    if kind and kind != "application/json" and not kind.endswith("+json"):
+    elif kind and kind != "application/json" and not kind.endswith("+json"):
         raise HttpError(
             415,
             "unsupported_media_type",

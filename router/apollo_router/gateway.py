@@ -39,6 +39,7 @@ class Gateway:
         self.served = ServedModel(config.runtime_dir)
         traffic = config.traffic
         self.spool = Spool(Path(traffic.directory), traffic.max_bytes) if traffic.directory else None
+        self.model_names: list[str] = []  # as clients of vLLM call the model, from init_state on
         self._client: WorkerClient | None = None
         self._stopping = asyncio.Event()
 

@@ -39,10 +39,13 @@ class FeedbackBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     correction: str | None = None
 
 
-def read_query(request: Request, into: type[T]) -> T:
-    """The query string as `into`. Raises UserError naming the parameter, and the nearest known one."""
+def read_query(request: Request, into: type[T], leave_out: str | None = None) -> T:
+    """The query string as `into`, but for names that begin with `leave_out`. Raises UserError naming the
+    parameter, and the nearest known one."""
     given: dict[str, str] = {}
     for name, value in request.query_params.multi_items():
+        if leave_out is not None and name.startswith(leave_out):
+            continue
         if name in given:
             raise UserError(f"query parameter {name!r} is given twice", field=name)
         given[name] = value

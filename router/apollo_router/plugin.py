@@ -50,10 +50,12 @@ class ApolloEndpoints:
 
     def attach_router(self, app: FastAPI) -> None:
         """Before the engine exists. The router's lifespan opens the ZMQ socket when the app starts."""
-        from apollo_router.routes import router
+        from apollo_router import routes
+        from apollo_router.fine_tuning import routes as fine_tuning
 
         app.state.apollo = self.gateway
-        app.include_router(router)
+        app.include_router(routes.router)
+        app.include_router(fine_tuning.router)  # its lifespan inside that of the first
         if self.gateway.spool is not None:
             from apollo_router.traffic import Watch
 
@@ -70,4 +72,5 @@ class ApolloEndpoints:
 
         refuse_shared_key(self.gateway.train_key, args, os.environ.get("VLLM_API_KEY"))
         self.gateway.cache.set_engine(engine_client)
+        self.gateway.model_names = getattr(args, "served_model_name", None) or [args.model]
         tell_chat_options(self.gateway.config.runtime_dir, args)

@@ -179,6 +179,23 @@ async def cancel(request: Request, job_id: str) -> Response:
     return json_response(reply.job)
 
 
+@router.post("/train/jobs/{job_id}/pause")
+async def pause(request: Request, job_id: str) -> Response:
+    """It is trained no further, after its present step where it runs; the jobs behind it wait. 409 where it
+    has ended."""
+    read_query(request, NoQuery)
+    reply = await gateway_of(request).client.request(messages.PauseJob("", job_id))
+    return json_response(reply.job)
+
+
+@router.post("/train/jobs/{job_id}/resume")
+async def resume(request: Request, job_id: str) -> Response:
+    """A paused job goes on; one that is not paused stays as it is. 409 where it has ended."""
+    read_query(request, NoQuery)
+    reply = await gateway_of(request).client.request(messages.ResumeJob("", job_id))
+    return json_response(reply.job)
+
+
 @router.get("/train/jobs/{job_id}/events", response_class=StreamingResponse)
 async def events(request: Request, job_id: str) -> Response:
     """Server-sent events: `job` with each change, `end` with the last, comment lines in between."""

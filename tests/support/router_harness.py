@@ -93,11 +93,12 @@ class Server:
     def __enter__(self) -> Server:
         import asyncio
 
-        args = argparse.Namespace(api_key=[INFERENCE_KEY])
+        args = argparse.Namespace(api_key=[INFERENCE_KEY], model="/models/m", served_model_name=["m"])
         asyncio.run(self.app.state.apollo_plugin.init_state(self.engine, self.app.state, args))
         self.thread.start()
         wait_until(lambda: self.uvicorn.started)
         self.port = self.uvicorn.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
         self.http = self.client(TRAIN_KEY)
         return self
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import msgspec
 import pytest
 import typer
+from apollo_router.fine_tuning.store import Store as FineTuningStore
+from apollo_router.fine_tuning.store import store_path as fine_tuning_path
 from apollo_router.routes import router
 from apollo_worker.front.endpoint import Endpoint
 from apollo_worker.jobs.queue import JobQueue
@@ -265,12 +267,14 @@ def test_every_file_of_the_state_page_is_one_that_the_code_makes(tmp_path):
     write_state(config.state_dir, LiveState("m", "b", 1))
     (config.state_dir / "reports").mkdir()
     store = Store(store_path(config))
+    uploads = FineTuningStore(fine_tuning_path(config))
     for module, lock in (("training/batches", "train"), ("dreams/dream", "dream"), ("night", "night")):
         assert f"curation.{lock}.lock" in strings(f"src/apollo_curation/{module}.py")
         with alone(config.state_dir / f"curation.{lock}.lock"):
             pass
     made = {file.name for file in [*config.runtime_dir.iterdir(), *config.state_dir.iterdir()]}
     store.close()
+    uploads.close()
     queue.close()
     tables = rows(section("docs/state.md", "Runtime directory") + section("docs/state.md", "State directory"))
     named = {name for row in tables for name in spans(row[0])}

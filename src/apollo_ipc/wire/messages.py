@@ -99,6 +99,18 @@ class CancelJob(msgspec.Struct, frozen=True, tag=True):
     job_id: str
 
 
+class PauseJob(msgspec.Struct, frozen=True, tag=True):
+    """From router: train it no further for now; the jobs behind it wait. Replied to with JobInfo."""
+
+    request_id: str
+    job_id: str
+
+
+class ResumeJob(msgspec.Struct, frozen=True, tag=True):
+    request_id: str
+    job_id: str
+
+
 class SyncCheckpoint(msgspec.Struct, frozen=True, tag=True):
     """Replied to with SyncResult when the checkpoint is durable."""
 
@@ -155,6 +167,8 @@ FromClient = (
     | ListJobs
     | GetJob
     | CancelJob
+    | PauseJob
+    | ResumeJob
     | SyncCheckpoint
     | RestoreVersion
     | PinVersion

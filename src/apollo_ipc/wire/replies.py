@@ -37,6 +37,7 @@ class JobInfo(msgspec.Struct, frozen=True):
     # Filled by GetJob and Watch's last event only. None: a loss that is no number, which JSON does not have.
     loss_history: list[float | None] | None = None
     undone_by: int | None = None  # the older weight version whose restore took the job's effect away
+    paused_at: float | None = None  # not trained further until it is resumed; the jobs behind it wait
 
 
 class Progress(msgspec.Struct, frozen=True):

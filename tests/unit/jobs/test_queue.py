@@ -184,6 +184,40 @@ def test_a_key_that_many_threads_use_at_once_makes_one_job(queue):
     assert len({job.job_id for job in jobs}) == 1
 
 
+def test_a_paused_job_holds_up_those_behind_it_until_it_is_resumed_or_cancelled(queue, path):
+    first, second = (submit(queue, request_of(str(i)), num_steps=1).job_id for i in range(2))
+    assert queue.pause(first).paused_at is not None
+    assert (queue.take(), queue.is_paused()) == (None, True)
+    assert queue.resume(first).paused_at is None
+    assert queue.take().info.job_id == first
+    queue.pause(first)
+    queue.release(first)
+    queue = reopen(queue, path)  # a restart has not forgotten it
+    assert (queue.take(), queue.get(first).state) == (None, "running")
+    queue.cancel(first)
+    assert queue.take().info.job_id == first, "so that the trainer ends it"
+    queue.finish(first, "cancelled")
+    assert queue.take().info.job_id == second
+    queue.pause(second)
+    assert queue.finish(second, "applied", weight_version=1).paused_at is None
+    for control in (queue.pause, queue.resume):
+        with pytest.raises(Conflict, match="has ended") as caught:
+            control(second)
+        assert caught.value.http_status == 409
+    queue.close()
+
+
+def test_a_queue_of_schema_2_is_taken_over(queue, path):
+    job_id = submit(queue, request_of(), num_steps=1).job_id
+    queue.close()
+    with sqlite3.connect(path) as db:
+        db.execute("ALTER TABLE jobs DROP COLUMN paused_at")
+        db.execute("PRAGMA user_version = 2")
+    queue = JobQueue(path, 10)
+    assert queue.pause(job_id).paused_at is not None
+    queue.close()
+
+
 def test_a_full_queue_refuses_new_jobs_but_still_knows_the_accepted_ones(path):
     queue = JobQueue(path, max_queued=2)
     first = submit(queue, request_of("1"), num_steps=1, idempotency_key="k")

@@ -124,6 +124,17 @@ def test_a_restore_is_refused_while_a_job_trains_and_for_an_unknown_version(serv
 # --- guards ---
 
 
+def test_a_restore_is_refused_while_a_job_that_has_begun_is_paused(served, config):
+    with Trainer(config) as trainer:
+        make_versions(trainer)
+        job_id = trainer.submit("four", epochs=2)
+        trainer.queue.take()
+        trainer.queue.pause(job_id)
+        trainer.queue.release(job_id)
+        with pytest.raises(Conflict, match="paused"):
+            restore(trainer, 1)
+
+
 @pytest.mark.parametrize("on_spike", ["fail", "restore"])
 def test_a_job_whose_loss_runs_away_fails_and_the_weights_may_go_back(served, config, monkeypatch, on_spike):
     config = with_train(config, on_spike=on_spike)

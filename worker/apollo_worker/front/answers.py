@@ -26,10 +26,12 @@ from apollo_ipc.wire.messages import (
     GetJob,
     GetStatus,
     ListJobs,
+    PauseJob,
     PinVersion,
     Preview,
     Reply,
     RestoreVersion,
+    ResumeJob,
     Submit,
     SyncCheckpoint,
 )
@@ -49,6 +51,8 @@ Request = (
     | ListJobs
     | GetJob
     | CancelJob
+    | PauseJob
+    | ResumeJob
     | SyncCheckpoint
     | RestoreVersion
     | PinVersion
@@ -91,8 +95,8 @@ class Answers:
                 return Reply(request_id, jobs=jobs)
             case GetJob():
                 return Reply(request_id, job=await self.job(message.job_id, with_history=True))
-            case CancelJob():
-                job = await _in(self._answering, self._queue.cancel, message.job_id)
+            case CancelJob() | PauseJob() | ResumeJob():
+                job = await _in(self._answering, self._control(message), message.job_id)
                 self._board.wake.set()
                 return Reply(request_id, job=job)
             case SyncCheckpoint() | RestoreVersion():
@@ -109,6 +113,15 @@ class Answers:
     async def job(self, job_id: str, *, with_history: bool = False) -> JobInfo:
         """Raises NotFound."""
         return await _in(self._answering, self._queue.get, job_id, with_history)
+
+    def _control(self, message: CancelJob | PauseJob | ResumeJob) -> Callable[[str], JobInfo]:
+        match message:
+            case CancelJob():
+                return self._queue.cancel
+            case PauseJob():
+                return self._queue.pause
+            case ResumeJob():
+                return self._queue.resume
 
     def _accept(self, submit: Submit) -> JobInfo:
         # Before tokenising: the retry of an accepted job costs nothing and cannot be refused any more.

@@ -26,7 +26,7 @@ RESTART_AFTER_S = (1.0, 2.0, 5.0, 15.0, 60.0)  # after the first, the second, ..
 STEADY_AFTER_S = 120.0  # a trainer that ran this long has not died "in a row"
 # While it only waits, it looks around four times a second; on a busy machine it gets few milliseconds of it.
 IDLE_TIMEOUT_S = 60.0
-WAITING = ("idle", "waiting for vLLM", "waiting for the old trainer")
+WAITING = ("idle", "paused", "waiting for vLLM", "waiting for the old trainer")
 KILL_AFTER_S = 5.0  # for a trainer that has closed its link
 READ_S = 1.0
 

@@ -131,17 +131,18 @@ class JobQueue(QueueFile):
     def take(self) -> Job | None:
         """The running job, if there is one (a restart resumes it), else the oldest queued one, now running.
 
-        None where there is none, or where its plan has still to be made (`unplanned`). The first take by this
-        process counts as an attempt until the job progresses further than where a trainer died of it. After
-        MAX_CRASHES attempts without that, or with a plan that cannot be read, the job ends instead.
+        None where there is none, where its plan has still to be made (`unplanned`), or where it is paused.
+        The first take by this process counts as an attempt until the job progresses further than where a
+        trainer died of it. After MAX_CRASHES attempts without that, or with a plan that cannot be read, the
+        job ends instead.
         """
         while True:
             with self.changing() as db:
                 row = db.execute(
-                    "SELECT seq, job_id, attempts FROM jobs WHERE state IN ('running', 'queued') "
+                    "SELECT seq, job_id, attempts, paused_at FROM jobs WHERE state IN ('running', 'queued') "
                     "ORDER BY state = 'queued', seq LIMIT 1"
                 ).fetchone()
-                if row is None:
+                if row is None or row["paused_at"] is not None:
                     return None
                 found = db.execute("SELECT body FROM plans WHERE seq = ?", (row["seq"],)).fetchone()
                 if (
@@ -272,7 +273,24 @@ class JobQueue(QueueFile):
             db.execute(f"DELETE FROM requests WHERE seq IN ({old})", (ended_before,))
             return db.execute(f"DELETE FROM plans WHERE seq IN ({old})", (ended_before,)).rowcount
 
-    # --- cancelling ---
+    # --- pausing, cancelling ---
+
+    def pause(self, job_id: str) -> JobInfo:
+        """It is not trained any further until `resume`, after its present step where it runs. Jobs train in
+        their order: those behind it wait, too. Raises NotFound; Conflict (409) where the job has ended."""
+        with self.changing() as db:
+            _require_open(db, job_id)
+            db.execute(
+                "UPDATE jobs SET paused_at = coalesce(paused_at, ?) WHERE job_id = ?", (time.time(), job_id)
+            )
+        return self._changed(job_id)
+
+    def resume(self, job_id: str) -> JobInfo:
+        """Changes nothing where the job is not paused. Raises like `pause`."""
+        with self.changing() as db:
+            _require_open(db, job_id)
+            db.execute("UPDATE jobs SET paused_at = NULL WHERE job_id = ?", (job_id,))
+        return self._changed(job_id)
 
     def cancel(self, job_id: str) -> JobInfo:
         """A queued job is cancelled at once; a running one is asked to stop (`is_cancel_requested`).
@@ -280,15 +298,13 @@ class JobQueue(QueueFile):
         Raises NotFound, and Conflict (409) where the job has ended.
         """
         with self.changing() as db:
-            info = read_job(db, job_id)
-            if info.state in ENDED_STATES:
-                error = Conflict(f"job {job_id} has ended ({info.state})", code="job_ended")
-                error.http_status = 409
-                raise error
-            if info.state == "queued":
+            if _require_open(db, job_id).state == "queued":
                 self._end(db, job_id, "cancelled")
             else:
-                db.execute("UPDATE jobs SET cancel_requested = ? WHERE job_id = ?", (time.time(), job_id))
+                db.execute(
+                    "UPDATE jobs SET cancel_requested = ?, paused_at = NULL WHERE job_id = ?",
+                    (time.time(), job_id),
+                )
         return self._changed(job_id)
 
     # --- inside ---
@@ -303,11 +319,21 @@ class JobQueue(QueueFile):
         """What the job has not trained to its end is not known: sent again, it is trained."""
         assert state in ENDED_STATES, state
         db.execute(
-            "UPDATE jobs SET state = ?, ended_at = ?, error = ?, cancel_requested = NULL WHERE job_id = ?",
+            "UPDATE jobs SET state = ?, ended_at = ?, error = ?, cancel_requested = NULL, paused_at = NULL "
+            "WHERE job_id = ?",
             (state, time.time(), error, job_id),
         )
         if state != "applied":
             db.execute("DELETE FROM examples WHERE seq = (SELECT seq FROM jobs WHERE job_id = ?)", (job_id,))
+
+
+def _require_open(db: sqlite3.Connection, job_id: str) -> JobInfo:
+    info = read_job(db, job_id)
+    if info.state in ENDED_STATES:
+        error = Conflict(f"job {job_id} has ended ({info.state})", code="job_ended")
+        error.http_status = 409
+        raise error
+    return info
 
 
 def _claim(db: sqlite3.Connection, seq: int, plan: JobPlan) -> None:

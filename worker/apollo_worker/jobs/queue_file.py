@@ -24,7 +24,7 @@ from apollo_ipc.config import make_private_dir
 from apollo_ipc.errors import ApolloError, Conflict, NotFound, NotReady
 from apollo_ipc.wire.replies import JobInfo, JobState
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 BUSY_TIMEOUT_S = 10.0
 # Reading a whole file takes time, and each page is checked again when it is used.
 MAX_CHECKED_BYTES = 16 * 1024 * 1024
@@ -78,6 +78,7 @@ CREATE TRIGGER jobs_run_in_order BEFORE UPDATE OF state ON jobs
     AND EXISTS (SELECT 1 FROM jobs WHERE seq < NEW.seq AND state IN ('queued', 'running'))
     BEGIN SELECT RAISE(ABORT, 'an earlier job has not ended'); END;
 """
+_VERSION_3 = "ALTER TABLE jobs ADD COLUMN paused_at REAL;"
 _FROM_1 = """
 UPDATE jobs SET state = 'queued', steps_done = 0 WHERE state = 'running'
     AND EXISTS (SELECT 1 FROM jobs AS earlier WHERE earlier.seq < jobs.seq
@@ -209,6 +210,16 @@ class QueueFile:
             row = db.execute("SELECT cancel_requested FROM jobs WHERE job_id = ?", (job_id,)).fetchone()
         return row is not None and row[0] is not None
 
+    def is_paused(self, job_id: str | None = None) -> bool:
+        """Of this job, or of the one whose turn it is: the running one, or the oldest that is queued."""
+        with self.reading() as db:
+            row = db.execute(
+                "SELECT paused_at FROM jobs WHERE state IN ('running', 'queued') AND (?1 IS NULL OR "
+                "job_id = ?1) ORDER BY state = 'queued', seq LIMIT 1",
+                (job_id,),
+            ).fetchone()
+        return row is not None and row[0] is not None
+
     def find_by_key(self, idempotency_key: str | None, digest: bytes) -> JobInfo | None:
         """The job accepted under this key, or None. Raises Conflict (422) where its body was another."""
         if idempotency_key is None:
@@ -271,10 +282,12 @@ class QueueFile:
                 code="queue_too_new",
             )
         if version == 0:
-            _run(db, _JOBS + _EXAMPLES + _VERSION_2)
+            _run(db, _JOBS + _EXAMPLES + _VERSION_2 + _VERSION_3)
             db.execute(f"PRAGMA application_id = {1 + secrets.randbelow(2**31 - 1)}")
         elif version == 1:
-            _run(db, _FROM_1 + _EXAMPLES + _EXAMPLES_FROM_1 + _VERSION_2)
+            _run(db, _FROM_1 + _EXAMPLES + _EXAMPLES_FROM_1 + _VERSION_2 + _VERSION_3)
+        elif version == 2:
+            _run(db, _VERSION_3)
         db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         db.execute("COMMIT")
 

@@ -66,7 +66,7 @@ class MainLoop:
                     continue
                 self.do_what_is_asked()
                 if (job := self.queue.take()) is None:
-                    self.wait("idle")
+                    self.wait("paused" if self.queue.is_paused() else "idle")
                     continue
                 self.train(job)
         finally:
@@ -172,6 +172,9 @@ class MainLoop:
         if self.queue.is_cancel_requested(job_id):
             guard.check()
             raise JobStopped("cancelled")
+        if self.queue.is_paused(job_id):
+            guard.check()
+            raise JobStopped("paused")
         self.do_what_is_asked(guard)
         since_s = time.monotonic() - self._published_at
         if self._num_unpublished and since_s >= self.config.train.publish_interval_s:
@@ -187,7 +190,9 @@ class MainLoop:
                 notes=["steps already done stay in the weights"],
             )
         else:
-            self.queue.release(job.info.job_id)  # the next worker goes on with it
+            if reason == "paused" and self._num_unpublished:
+                self.publish()  # what was trained so far is served meanwhile
+            self.queue.release(job.info.job_id)  # goes on with it: the next worker, or this one once resumed
 
     def publish(self) -> int:
         """A new weight version: routers drop the KV that older weights computed. Returns the version."""
@@ -226,8 +231,10 @@ class MainLoop:
     def answer_restore(self, asked: Asked, *, is_training: bool) -> None:
         assert isinstance(asked.request, RestoreVersion)
         try:
-            if is_training:
-                error = Conflict("a job is being trained; wait for its end or cancel it", code="job_running")
+            if is_training or self.queue.count("running"):  # a paused one has begun, too
+                error = Conflict(
+                    "a job is being trained or paused; wait for its end or cancel it", code="job_running"
+                )
                 error.http_status = 409
                 raise error
             asked.done.set_result(self.restore_version(asked.request.weight_version))

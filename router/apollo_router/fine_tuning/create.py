@@ -1,0 +1,134 @@
+"""What a client asks for when it creates a fine-tuning job, and the body of `POST /train` that it becomes."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from apollo_ipc.config import Train
+from apollo_ipc.errors import UserError
+from apollo_ipc.wire.requests import convert
+
+Auto = Literal["auto"]
+
+
+class Hyperparameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """`auto`, or absent: the worker's configuration (train.epochs, train.accumulate_steps, train.lr)."""
+
+    n_epochs: Annotated[int, Meta(ge=1, le=1000)] | Auto = "auto"
+    batch_size: Annotated[int, Meta(ge=1, le=65536)] | Auto = "auto"
+    learning_rate_multiplier: Annotated[float, Meta(gt=0)] | Auto = "auto"
+
+
+class Supervised(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    hyperparameters: Hyperparameters | None = None
+
+
+class Method(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    type: Literal["supervised", "dpo", "reinforcement"]
+    supervised: Supervised | None = None
+    dpo: Any = None
+    reinforcement: Any = None
+
+
+class CreateJob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of `POST /fine_tuning/jobs`."""
+
+    model: str
+    training_file: str
+    validation_file: str | None = None
+    hyperparameters: Hyperparameters | None = None  # the earlier place
+    method: Method | None = None
+    suffix: Annotated[str, Meta(max_length=64)] | None = None
+    seed: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
+    metadata: Annotated[dict[str, str], Meta(max_length=16)] | None = None
+    integrations: list[Any] | None = None
+
+    @property
+    def given(self) -> Hyperparameters:
+        inside = self.method.supervised if self.method is not None else None
+        return (inside and inside.hyperparameters) or self.hyperparameters or Hyperparameters()
+
+
+def read_create(data: Any, model_names: list[str]) -> CreateJob:
+    """Raises UserError with the path of what is wrong, or of what one live copy of the weights cannot do."""
+    create = convert(data, CreateJob)
+    if create.model not in model_names:
+        served = " or ".join(map(repr, model_names)) or "none yet"
+        raise UserError(
+            f"this server fine-tunes the model that it serves: {served}",
+            field="model",
+            code="model_not_found",
+        )
+    if create.method is not None and create.method.type != "supervised":
+        raise UserError(
+            f"method {create.method.type!r} is not taken here, only 'supervised'", field="method.type"
+        )
+    if create.validation_file is not None:
+        raise UserError(
+            "no validation file is taken: `apollo-ipc quality` watches the model", field="validation_file"
+        )
+    if create.integrations:
+        raise UserError("no integration is known here; send none", field="integrations")
+    return create
+
+
+def resolved(create: CreateJob, defaults: Train) -> dict[str, Any]:
+    """The hyperparameters in numbers."""
+    given = create.given
+    return {
+        "n_epochs": defaults.epochs if given.n_epochs == "auto" else given.n_epochs,
+        "batch_size": defaults.accumulate_steps if given.batch_size == "auto" else given.batch_size,
+        "learning_rate_multiplier": 1.0
+        if given.learning_rate_multiplier == "auto"
+        else given.learning_rate_multiplier,
+    }
+
+
+def train_body(create: CreateJob, content: bytes, defaults: Train) -> bytes:
+    """The body of `POST /train` for the lines of a training file. Raises UserError, naming the line."""
+    lines = [line for _, line in numbered_lines(content)]
+    for number, line in numbered_lines(content):
+        _check_line(number, line)
+    if not lines:
+        raise UserError("the training file is empty", field="training_file", code="invalid_training_file")
+    numbers = resolved(create, defaults)
+    options = {
+        "epochs": numbers["n_epochs"],
+        "accumulate_steps": numbers["batch_size"],
+        "lr": defaults.lr * numbers["learning_rate_multiplier"],
+    }
+    return b'{"examples":[%s],"options":%s}' % (b",".join(lines), msgspec.json.encode(options))
+
+
+def numbered_lines(content: bytes) -> list[tuple[int, bytes]]:
+    """The lines that are not empty, with their numbers (from 1) in the file."""
+    content = content.removeprefix(b"\xef\xbb\xbf")
+    return [(n, line.strip()) for n, line in enumerate(content.split(b"\n"), 1) if line.strip()]
+
+
+def _check_line(number: int, line: bytes) -> None:
+    try:
+        is_chat = isinstance(data := msgspec.json.decode(line), dict) and "messages" in data
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _of_line(number, f"not JSON: {error}") from None
+    if not is_chat:
+        raise _of_line(number, 'a line is an object like {"messages": [...]}')
+
+
+def at_its_line(error: UserError, content: bytes) -> UserError:
+    """The worker's error about an example or an option, in the words of who sent a file and a job."""
+    field = error.field or ""
+    if found := re.match(r"examples\[(\d+)\]\.?(.*)", field):
+        number = numbered_lines(content)[int(found[1])][0]
+        return _of_line(number, f"{found[2]}: {error.message}" if found[2] else error.message)
+    names = {"epochs": "n_epochs", "accumulate_steps": "batch_size", "lr": "learning_rate_multiplier"}
+    name = names.get(field.removeprefix("options."))
+    return UserError(error.message, field=name and f"hyperparameters.{name}", code=error.code)
+
+
+def _of_line(number: int, message: str) -> UserError:
+    return UserError(f"line {number}: {message}", field="training_file", code="invalid_training_file")
