@@ -1,8 +1,8 @@
 """`apollo-ipc check MODEL_DIR`: can this model be trained live?
 
 Serves the directory briefly with real vLLM, maps its weights, compares them with the checkpoint bit for bit,
-and compares the worker's own log-probabilities with vLLM's: on the checkpoint as it is, and again after every
-weight was disturbed in place. A copy that vLLM keeps somewhere would not follow the second time.
+and holds vLLM's log-probabilities and the worker's own against an fp32 forward pass: on the checkpoint as it
+is, and again after every weight was changed in place. A copy that vLLM keeps somewhere would not follow.
 """
 
 from __future__ import annotations
@@ -11,33 +11,36 @@ import argparse
 import contextlib
 import json
 import logging
+import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import torch
 
+from apollo_ipc.checkpoint.shards import shard_index
 from apollo_ipc.config import Train
 from apollo_ipc.errors import ApolloError, AttachError
 from apollo_ipc.manifest import read_manifest
 from apollo_ipc.process.serving import VllmServer, prompt_logprobs
+from apollo_worker.commands.agreement import MOST, MOST_SCRAMBLED, Agreement, agreement, judge
+from apollo_worker.commands.check_prompts import random_prompts, text_prompts
 from apollo_worker.model.compare import compare
 from apollo_worker.model.hf_model import build_model, checkpoint_names, parameter_names, vocab_size_of
+from apollo_worker.model.host_buffer import DTYPES
 from apollo_worker.model.live_model import LiveModel, attach
+from apollo_worker.model.scramble import scramble
+from apollo_worker.step.forward_fp32 import logprobs_in_fp32
 from apollo_worker.step.step import Trainer
-
-NUM_PROMPTS = 3
-PROMPT_TOKENS = 48
-# One bf16 step is 2**-8 of a value (3.9e-3 for a log-probability of 1 nat, some 0.03 at 8 nats), and the two
-# forward passes round at different places in each layer. Measured on the architectures of tests/integration:
-# 0.01 to 0.05 in bf16. A wrong or stale tensor gives whole nats.
-MAX_LOGPROB_DIFFERENCE = {"bfloat16": 0.15, "float16": 0.05, "float32": 0.01}
-DISTURBANCE = 0.1  # of each tensor's standard deviation
 
 
 class CheckResult(msgspec.Struct):
-    """What `--json` prints. refused: `name: reason`, empty when the model can be trained live."""
+    """What `--json` prints. refused: `name: reason`, empty when the model can be trained live.
+
+    notes: what a user should know of one that can.
+    """
 
     model: str
     parameters: int = 0
@@ -47,6 +50,9 @@ class CheckResult(msgspec.Struct):
     max_logprob_difference_after_change: float | None = None
     dtype: str | None = None
     refused: list[str] = []
+    agreement: Agreement | None = None
+    agreement_after_change: Agreement | None = None
+    notes: list[str] = []
 
     @property
     def is_trainable(self) -> bool:
@@ -55,25 +61,55 @@ class CheckResult(msgspec.Struct):
 
 def check(model_dir: Path, vllm_flags: list[str] | None = None, log_file: Path | None = None) -> CheckResult:
     """Raises ApolloError only where nothing can be said (no such directory, vLLM does not start)."""
+    flags = ["--no-enable-prefix-caching", "--enforce-eager", *(vllm_flags or [])]
+    with (
+        _vllm_log(log_file) as log,
+        tempfile.TemporaryDirectory(prefix="apollo-check-") as base,
+        VllmServer(model_dir, Path(base), flags, log_file=log) as server,
+    ):
+        return _check(model_dir, server)
+
+
+@contextlib.contextmanager
+def _vllm_log(log_file: Path | None) -> Iterator[Path]:
+    """The caller's file, or one that stays only where there is no verdict. The error then names it."""
+    log = log_file or Path(tempfile.mkdtemp(prefix="apollo-check-")) / "vllm.log"
+    is_kept = False
+    try:
+        yield log
+    except ApolloError as error:
+        if is_kept := log.exists():
+            error.message += f"\nvLLM's log: {log}"
+        raise
+    finally:
+        if log_file is None and not is_kept:
+            shutil.rmtree(log.parent)
+
+
+def _check(model_dir: Path, server: VllmServer) -> CheckResult:
     result = CheckResult(model=str(model_dir))
-    with tempfile.TemporaryDirectory(prefix="apollo-check-") as base:
-        flags = ["--no-enable-prefix-caching", "--enforce-eager", *(vllm_flags or [])]
-        with VllmServer(model_dir, Path(base), flags, log_file=log_file) as server:
-            manifest = read_manifest(server.runtime_dir)
-            if manifest is None:
-                raise AttachError("vLLM started without our export; is apollo-ipc installed beside it?")
-            result.dtype = manifest.dtype
-            result.parameters, result.mapped = _count(model_dir, set(manifest.views))
-            try:
-                live = attach(manifest, verify=False)
-            except AttachError as error:
-                result.refused = error.refused or [error.message]
-                return result
-            try:
-                _compare(result, live, server)
-            finally:
-                live.close()
+    manifest = read_manifest(server.runtime_dir)
+    if manifest is None:
+        raise AttachError(f"vLLM serves the model, but shares no weights: {_why_no_manifest(server)}")
+    result.dtype = manifest.dtype
+    result.parameters, result.mapped = _count(model_dir, set(manifest.views))
+    try:
+        live = attach(manifest, verify=False)
+    except AttachError as error:
+        result.refused = error.refused or [error.message]
+        return result
+    try:
+        _compare(result, live, server)
+    finally:
+        live.close()
     return result
+
+
+def _why_no_manifest(server: VllmServer) -> str:
+    """By what router/apollo_router/export.py logs."""
+    lines = server.log_file.read_text(errors="replace").splitlines()
+    reasons = [line.partition("CANNOT BE TRAINED: ")[2] for line in lines if "CANNOT BE TRAINED: " in line]
+    return reasons[-1] if reasons else "is apollo-ipc installed in vLLM's environment?"
 
 
 def _count(model_dir: Path, views: set[str]) -> tuple[int, int]:
@@ -87,41 +123,53 @@ def _compare(result: CheckResult, live: LiveModel, server: VllmServer) -> None:
     different = compare(live.model_dir, live.trained_tensors()).different
     result.equal_to_checkpoint = not different
     result.refused = [f"{name}: differs from the checkpoint" for name in different]
-    trainer = Trainer(live, Train())
-    limit = MAX_LOGPROB_DIFFERENCE.get(result.dtype or "", 0.15)
-    result.max_logprob_difference = _max_difference(trainer, server, seed=1)
-    if not result.max_logprob_difference <= limit:
-        result.refused.append(
-            f"forward pass: log-probabilities differ by {result.max_logprob_difference:.3g} (limit {limit})"
-        )
-    _disturb(live)
-    result.max_logprob_difference_after_change = _max_difference(trainer, server, seed=2)
-    if result.max_logprob_difference <= limit < result.max_logprob_difference_after_change:
-        result.refused.append(
-            f"live weights: after a change in place log-probabilities differ by "
-            f"{result.max_logprob_difference_after_change:.3g} (limit {limit}): vLLM reads a copy"
-        )
+    result.notes = _rounded(live)
+    trainer, dtype = Trainer(live, Train()), result.dtype or ""
+    texts = text_prompts(server)
+    if not len(texts):
+        result.notes.append("vLLM serves without a tokenizer: only random token ids were asked")
+    ids = random_prompts(vocab_size_of(live.model), seed=1)
+    result.agreement = found = _measure(trainer, server, torch.cat([texts, ids]))
+    result.max_logprob_difference = found.difference
+    reasons = [f"forward pass: {reason}" for reason in judge(found, dtype, MOST)]
+    scramble(live.trained_tensors())
+    ids = random_prompts(vocab_size_of(live.model), seed=2)
+    result.agreement_after_change = found = _measure(trainer, server, torch.cat([texts, ids]))
+    result.max_logprob_difference_after_change = found.difference
+    if not reasons:
+        reasons = [
+            f"live weights: after a change in place {reason}: vLLM reads a copy of some of them"
+            for reason in judge(found, dtype, MOST_SCRAMBLED)
+        ]
+    result.refused += reasons
 
 
-def _max_difference(trainer: Trainer, server: VllmServer, seed: int) -> float:
-    """Largest difference in nats over a few prompts of random token ids."""
-    generator = torch.Generator().manual_seed(seed)
-    vocab_size = vocab_size_of(trainer.live.model)
-    worst = 0.0
-    for _ in range(NUM_PROMPTS):
-        ids = torch.randint(0, vocab_size, (PROMPT_TOKENS,), generator=generator).tolist()
-        served = torch.tensor(prompt_logprobs(server.url, server.model_name, ids))
-        worst = max(worst, float((served - trainer.logprobs(ids)).abs().nan_to_num(float("inf")).max()))
-    return worst
+def _rounded(live: LiveModel) -> list[str]:
+    """A note where files hold more bits than are served (sync/writer.py says what becomes of them)."""
+    index, tensors = shard_index(live.model_dir), live.trained_tensors()
+    rounded = [
+        name
+        for name, tensor in tensors.items()
+        if name in index and tensor.dtype.itemsize < DTYPES[index[name].dtype].itemsize
+    ]
+    if not rounded:
+        return []
+    stored, served = index[rounded[0]].dtype, tensors[rounded[0]].dtype
+    return [
+        f"{len(rounded)} tensors are {stored} on disk and served as {served}: equal after that cast. A sync "
+        f"keeps the {stored} values of a tensor that training did not change, and writes one that it did "
+        f"with the bits of {served}, as {stored}"
+    ]
 
 
-@torch.no_grad()
-def _disturb(live: LiveModel) -> None:
-    generator = torch.Generator().manual_seed(3)
-    for tensor in live.trained_tensors().values():
-        spread = tensor.float().std() if tensor.numel() > 1 else torch.zeros(())
-        noise = torch.randn(tensor.shape, generator=generator).to(tensor.device)
-        tensor.copy_(tensor.float() + noise * DISTURBANCE * (spread + 1e-3))
+def _measure(trainer: Trainer, server: VllmServer, prompts: torch.Tensor) -> Agreement:
+    """prompts: (B, S) int64."""
+    rows = prompts.tolist()
+    return agreement(
+        served=torch.tensor([prompt_logprobs(server.url, server.model_name, row) for row in rows]),
+        own=torch.stack([trainer.logprobs(row) for row in rows]),
+        reference=logprobs_in_fp32(trainer.live.model, trainer.head, prompts),
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -155,15 +203,25 @@ def _print(result: CheckResult) -> None:
     table = Table(title=f"{result.model} ({result.dtype})", show_header=False)
     table.add_row("parameters mapped", f"{result.mapped} of {result.parameters}")
     table.add_row("equal to the checkpoint", "yes, bit for bit" if result.equal_to_checkpoint else "no")
-    for title, value in (
-        ("largest difference to vLLM's log-probabilities", result.max_logprob_difference),
-        ("the same after changing every weight in place", result.max_logprob_difference_after_change),
+    for title, found in (
+        ("log-probabilities against an fp32 forward pass", result.agreement),
+        ("the same after changing every weight in place", result.agreement_after_change),
     ):
-        table.add_row(title, "not measured" if value is None else f"{value:.4f} nats")
+        table.add_row(title, "not measured" if found is None else _figures(found))
+    for line in result.notes:
+        table.add_row("[yellow]note", line)
     for line in result.refused:
         table.add_row("[red]refused", line)
     table.add_row("can be trained live", "[green]yes" if result.is_trainable else "[red]no")
     Console().print(table)
+
+
+def _figures(found: Agreement) -> str:
+    rows = [
+        f"{who} {far.mean:.4f} nats off on average, {far.p99:.4f} at p99, {far.max:.4f} at most"
+        for who, far in (("vLLM    ", found.served), ("worker  ", found.floor))
+    ]
+    return "\n".join(rows)
 
 
 if __name__ == "__main__":

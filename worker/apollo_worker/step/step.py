@@ -88,12 +88,12 @@ class Trainer:
         ]
         if options.activation_checkpointing:
             enable_activation_checkpointing(live.model)
-        self._head = read_head(live.model)
+        self.head = read_head(live.model)
         if not self._head_is_exact():
             log.warning(
                 "this model makes its logits in a way of its own: whole logits at the targets are used"
             )
-            self._head = None
+            self.head = None
 
     def step(self, example: TokenisedExample, lr: float, weight_decay: float | None = None) -> StepResult:
         """Trains on one example, in place: `step_on` with one."""
@@ -215,11 +215,11 @@ class Trainer:
 
     def _loss(self, inputs: Inputs, is_mean: bool = True) -> Tensor:
         ids, labels, coefficients, teacher = inputs
-        if self._head is None:
+        if self.head is None:
             logits, targets = self._own_logits(ids, labels)
             return loss_of_logits(logits, targets, coefficients, teacher, is_mean)
         hidden, targets = gather_targets(self._hidden(ids), labels)
-        head = self._head
+        head = self.head
         return target_loss(
             hidden,
             head.layer.weight,
@@ -258,11 +258,11 @@ class Trainer:
     def logprobs(self, input_ids: list[int]) -> Tensor:
         """log p of each token given those before it, (S - 1,) fp32 on the CPU."""
         ids, labels, *_ = self._inputs(TokenisedExample(input_ids, [True] * len(input_ids)))
-        if self._head is None:
+        if self.head is None:
             logits, targets = self._own_logits(ids, labels)
             return logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0].cpu()
         hidden, targets = gather_targets(self._hidden(ids), labels)
-        head = self._head
+        head = self.head
         return token_logprobs(
             hidden,
             head.layer.weight,
@@ -273,13 +273,13 @@ class Trainer:
 
     @torch.no_grad()
     def _head_is_exact(self) -> bool:
-        """Whether hidden states through `self._head` give what the model's own forward pass gives."""
-        if self._head is None:
+        """Whether hidden states through `self.head` give what the model's own forward pass gives."""
+        if self.head is None:
             return False
-        ids = torch.arange(8, device=self.live.device)[None] % self._head.layer.weight.shape[0]
+        ids = torch.arange(8, device=self.live.device)[None] % self.head.layer.weight.shape[0]
         expected = self.live.model(input_ids=ids, use_cache=False).logits[0].float()
-        logits = self._head.layer(self._hidden(ids)[0]).float() * (self._head.logit_scale or 1.0)
-        if (cap := self._head.softcap) is not None:
+        logits = self.head.layer(self._hidden(ids)[0]).float() * (self.head.logit_scale or 1.0)
+        if (cap := self.head.softcap) is not None:
             logits = cap * torch.tanh(logits / cap)
         # bf16 rounds at different places in the two: 2**-7 of the largest logit, a few times over.
         return bool(
