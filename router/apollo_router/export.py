@@ -288,6 +288,26 @@ def unsupported_settings(vllm_config) -> list[Refusal]:
             "that front end has no /train and drops no prefix cache for new weights; start vLLM without it"
         )
         found.append(Refusal("VLLM_USE_RUST_FRONTEND", reason))
+    return found + other_configurations(vllm_config.model_config)
+
+
+def other_configurations(model_config) -> list[Refusal]:
+    """What makes vLLM compute another model than config.json describes, which is what the worker computes.
+
+    `architectures` alone only chooses vLLM's class (vllm/config/model.py, __post_init__).
+    """
+    found = []
+    overrides = getattr(model_config, "hf_overrides", None) or {}
+    if callable(overrides):
+        overrides = {"what the function sets": overrides}
+    if names := sorted(overrides.keys() - {"architectures"}):
+        reason = f"the worker computes what config.json says: set {', '.join(names)} there instead"
+        found.append(Refusal("--hf-overrides", reason))
+    if (path := getattr(model_config, "hf_config_path", None)) not in (None, model_config.model):
+        reason = (
+            f"the worker computes what config.json says: put the one of {path} into the model's directory"
+        )
+        found.append(Refusal("--hf-config-path", reason))
     return found
 
 

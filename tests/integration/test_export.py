@@ -189,6 +189,29 @@ def test_the_rust_front_end_is_refused_by_name(export_module, base, monkeypatch)
     assert [r.name for r in manifest.refused if r.blocks] == ["VLLM_USE_RUST_FRONTEND"]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ({}, None),
+        ({"architectures": ["Qwen3ForCausalLM"]}, None),
+        ({"rope_theta": 5e6, "architectures": ["Qwen3ForCausalLM"]}, "set rope_theta there"),
+        (
+            {"rope_parameters": {"factor": 2.0}, "rms_norm_eps": 1e-5},
+            "set rms_norm_eps, rope_parameters there",
+        ),
+        (lambda config: config, "set what the function sets there"),
+    ],
+)
+def test_another_configuration_than_the_directorys_is_refused_by_name(export_module, base, overrides, named):
+    config = vllm_config(base)
+    config.model_config.hf_overrides = overrides
+    refused = {r.name: r.reason for r in export_module.unsupported_settings(config) if r.blocks}
+    assert list(refused) == (["--hf-overrides"] if named else [])
+    assert not named or named in refused["--hf-overrides"]
+    config.model_config.hf_overrides, config.model_config.hf_config_path = {}, "/elsewhere"
+    assert [r.name for r in export_module.unsupported_settings(config)] == ["--hf-config-path"]
+
+
 def manifest_of(pid: int, base: Path, manifest: Manifest) -> Path:
     ticks = start_ticks(pid)
     assert ticks

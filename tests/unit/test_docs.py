@@ -49,6 +49,8 @@ FOREIGN_FLAGS = {
     "--enable-sleep-mode",
     "--enforce-eager",
     "--gpu-memory-utilization",
+    "--hf-config-path",
+    "--hf-overrides",
     "--load-format",
     "--max-model-len",
     "--moe-backend",
