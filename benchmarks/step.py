@@ -50,9 +50,7 @@ class Contestant:
 
 def main() -> int:
     options = parse_arguments()
-    os.environ.update(
-        worker_environment(os.environ)
-    )  # OpenMP waits as it does in the worker, for all of them
+    os.environ.update(worker_environment(os.environ))  # OpenMP waits as in the worker, for all of them
     if options.memory_of:
         print(json.dumps(peak_memory(options.memory_of, options.tokens[0])))
         return 0

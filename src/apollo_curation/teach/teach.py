@@ -44,7 +44,7 @@ class Training(Protocol):
 
 
 class TeachFailed(ApolloError):
-    """A job did not reach the weights; the message says how it ended."""
+    """A job did not reach the weights, or nothing can be taught so; the message says which."""
 
     code = "teach_failed"
 
@@ -105,7 +105,8 @@ def teach(
     lessons = [lesson_of(fact) for fact in facts]
     say("preparing: the model's own answers to general prompts and near misses")
     prompts = general_prompts()
-    kept_out = own_answers(learner, prompts[::7][:NUM_KEPT_OUT])
+    if not (kept_out := own_answers(learner, prompts[::7][:NUM_KEPT_OUT])):
+        raise TeachFailed("the model says nothing to any general prompt: what it loses could not be seen")
     trained = [prompt for at, prompt in enumerate(prompts) if at % 7]
     general, near = (own_answers(learner, some) for some in prompts_beside(lessons, trained, mix, seed))
     questions = [asked.question for lesson in lessons for asked in _examination(lesson)]

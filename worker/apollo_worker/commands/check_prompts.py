@@ -8,6 +8,7 @@ import torch
 from apollo_ipc.process.serving import VllmServer
 
 PROMPT_TOKENS = 64
+TIMEOUT_S = 60.0
 NUM_RANDOM = 6
 # English prose, question and answer, code, German, JSON, French: each longer than a prompt in any vocabulary.
 TEXTS = (
@@ -41,7 +42,8 @@ def text_prompts(server: VllmServer) -> torch.Tensor:
     """(B, S) int64, cut to one length; no rows where vLLM serves without a tokenizer."""
     rows = []
     for text in TEXTS:
-        answer = httpx.post(f"{server.url}/tokenize", json={"model": server.model_name, "prompt": text})
+        body = {"model": server.model_name, "prompt": text}
+        answer = httpx.post(f"{server.url}/tokenize", json=body, timeout=TIMEOUT_S)
         if answer.status_code == 200:
             rows.append(answer.json()["tokens"][:PROMPT_TOKENS])
     whole = [row for row in rows if len(row) == PROMPT_TOKENS]

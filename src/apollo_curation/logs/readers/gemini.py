@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from apollo_curation.logs.readers.builder import Builder
@@ -79,13 +80,7 @@ class Session:
 def read_session(record: dict[str, Any]) -> Chat:
     """Raises Unreadable."""
     builder = Builder()
-    for i, raw in enumerate(as_list(record.get("messages"), "messages")):
-        at = f"messages[{i}]"
-        try:
-            with of_another_kind():
-                _message(builder, as_object(raw, at), at)
-        except Unreadable as error:
-            builder.lost[error.reason] += 1
+    _read_each(builder, record, "messages", _message)
     return builder.chat()
 
 
@@ -95,14 +90,21 @@ def read_contents(record: dict[str, Any]) -> Chat:
     instruction = record.get("systemInstruction") or record.get("system_instruction")
     if isinstance(instruction, dict):
         builder.system(_parts(builder, instruction.get("parts"), "systemInstruction")[0])
-    for i, raw in enumerate(as_list(record.get("contents"), "contents")):
-        at = f"contents[{i}]"
+    _read_each(builder, record, "contents", _content)
+    return builder.chat()
+
+
+def _read_each(
+    builder: Builder, record: dict[str, Any], name: str, read: Callable[[Builder, dict[str, Any], str], None]
+) -> None:
+    """One that cannot be read costs itself, and is counted."""
+    for i, raw in enumerate(as_list(record.get(name), name)):
+        at = f"{name}[{i}]"
         try:
             with of_another_kind():
-                _content(builder, as_object(raw, at), at)
+                read(builder, as_object(raw, at), at)
         except Unreadable as error:
             builder.lost[error.reason] += 1
-    return builder.chat()
 
 
 def _message(builder: Builder, message: dict[str, Any], at: str) -> None:

@@ -131,3 +131,11 @@ def test_the_served_models_own_answer_keeps_its_tokens_and_their_alternatives():
 
     answer = ServedLearner(Chat()).own_answer("Q?", max_tokens=4)
     assert answer == OwnAnswer([9, 8], [5], [[(5, 0.0), (6, -3.0)]])
+
+
+def test_a_model_that_says_nothing_is_not_taught(monkeypatch):
+    world = World()
+    monkeypatch.setattr(world, "own_answer", lambda question, max_tokens: OwnAnswer([1], [], []))
+    with pytest.raises(TeachFailed, match="says nothing"):
+        teach(FACTS, world, world, mix=Mix(), limits=Limits())
+    assert (world.requests, world.pinned) == ([], [])
