@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from apollo_ipc.errors import NotReady
+from apollo_ipc.hold import Held, Hold
 
 POLL_S = 0.2
 
@@ -20,16 +19,13 @@ def alone(path: Path, stop: Callable[[], bool] = lambda: False) -> Iterator[None
 
     Not reentrant. Raises NotReady when `stop()` becomes true before that.
     """
-    held = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        while True:
-            try:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if stop():
-                    raise NotReady("another process is training; stopped waiting for it") from None
-                time.sleep(POLL_S)
+    while True:
+        try:
+            hold = Hold(path, "apollo-ipc curate")
+            break
+        except Held as held:
+            if stop():
+                raise NotReady(f"{held.who} is training; stopped waiting for it") from None
+            time.sleep(POLL_S)
+    with hold:
         yield
-    finally:
-        os.close(held)

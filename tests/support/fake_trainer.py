@@ -3,7 +3,8 @@
     python fake_trainer.py DIRECTORY SECONDS_PER_STEP FD
 
 It writes its pid to DIRECTORY/trainers at start, `PID STEP begin|end` to DIRECTORY/steps, and
-`PID HAS_FRONT` to DIRECTORY/ends. A CRASH job kills it in its first step; a HANG job stops it from getting
+`PID HAS_FRONT` to DIRECTORY/ends. A CRASH job kills it in its first step, a FULL_DISK job ends it by an
+error, the first time; a HANG job stops it from getting
 on, while its link lives.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import sys
 import time
 from pathlib import Path
@@ -21,7 +23,7 @@ from apollo_worker.trainer import __main__ as training_process
 
 from apollo_ipc.wire.replies import SyncResult
 
-CRASH, HANG, NORMAL = 66, 77, 1  # the first context id says what the job does
+CRASH, HANG, FULL_DISK, NORMAL = 66, 77, 88, 1  # the first context id says what the job does
 
 
 def note(name, text):
@@ -66,6 +68,9 @@ class FakeWorker:
             note("steps", f"{os.getpid()} {step} begin")
             if text == CRASH:
                 os.kill(os.getpid(), signal.SIGKILL)
+            if text == FULL_DISK and not (DIRECTORY / "full").exists():
+                (DIRECTORY / "full").touch()
+                raise sqlite3.OperationalError("database or disk is full")
             time.sleep(1000 if text == HANG else STEP_S)
             note("steps", f"{os.getpid()} {step} end")
             self.queue.record_step(job_id, step, 1.0 / step)

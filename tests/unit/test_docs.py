@@ -14,6 +14,7 @@ from apollo_router.fine_tuning.store import Store as FineTuningStore
 from apollo_router.fine_tuning.store import store_path as fine_tuning_path
 from apollo_router.routes import router
 from apollo_worker.front.endpoint import Endpoint
+from apollo_worker.front.front import Front
 from apollo_worker.jobs.queue import JobQueue
 from apollo_worker.link.status_board import StatusBoard
 from apollo_worker.trainer.front_end import trainer_lock
@@ -264,6 +265,8 @@ def test_every_file_of_the_state_page_is_one_that_the_code_makes(tmp_path):
     train_key(config)
     with trainer_lock(StatusBoard(), config.state_dir) as is_ours:
         assert is_ours
+    front = Front(config)
+    front.stop()
     queue = JobQueue(config.state_dir / "queue.sqlite", 1)
     StepMarks(config.state_dir / "step.marks").close()
     write_state(config.state_dir, LiveState("m", "b", 1))

@@ -7,7 +7,6 @@ that a crash may stop at; an operation that fails raises CheckpointError with th
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import time
 from collections.abc import Callable, Generator
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from apollo_ipc.errors import CheckpointError
+from apollo_ipc.hold import try_lock
 
 LOCK_POLL_S = 0.02
 THROTTLE_SYNC_BYTES = 64 * 1024 * 1024
@@ -114,7 +114,7 @@ class Disk:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
             give_up_at = time.monotonic() + wait_s
-            while not _try_lock(fd, path, is_shared):
+            while not _try_lock(fd, path, is_shared=is_shared):
                 if time.monotonic() >= give_up_at:
                     raise CheckpointError(
                         f"{path.parent.parent}: another process is using this checkpoint "
@@ -130,21 +130,17 @@ class Disk:
 DISK = Disk()
 
 
-def _try_lock(fd: int, path: Path, is_shared: bool) -> bool:
+def _try_lock(fd: int, path: Path, *, is_shared: bool, without: bool = True) -> bool:
     with _in_words("lock", path):
-        try:
-            fcntl.flock(fd, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-    return True
+        return try_lock(fd, path, is_shared=is_shared, without=without)
 
 
 def is_locked(path: Path) -> bool:
-    """Whether some process holds a flock on `path`, a file or a directory."""
+    """Whether some process holds a flock on `path`, a file or a directory; yes where nobody can know."""
     with _in_words("open", path):
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return not _try_lock(fd, path, is_shared=True)
+        return not _try_lock(fd, path, is_shared=True, without=False)
     finally:
         os.close(fd)
 

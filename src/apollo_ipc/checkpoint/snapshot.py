@@ -8,7 +8,6 @@ held by a flock that the command inherits: one whose maker has died is removed o
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from apollo_ipc.checkpoint.disk import DISK, Disk
 from apollo_ipc.checkpoint.record import STATE_DIR, Commit, read_commit
 from apollo_ipc.checkpoint.recovery import LOCK_WAIT_S, recover, remove
 from apollo_ipc.errors import CheckpointError
+from apollo_ipc.hold import try_lock
 
 
 class Snapshot(msgspec.Struct, frozen=True):
@@ -48,7 +48,7 @@ def snapshot(model_dir: Path, *, disk: Disk = DISK, lock_wait_s: float = LOCK_WA
         disk.mkdir(path)
         held_by = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            fcntl.flock(held_by, fcntl.LOCK_EX)
+            try_lock(held_by, path)
             _fill(model_dir, path, commit, disk)
         except BaseException:
             _drop(path, held_by, disk)

@@ -133,6 +133,7 @@ def status_table(status: Status) -> Table:
         "queued": str(status.num_queued),
         "last sync": saved,
         "sync error": status.sync_error,
+        "trainer": status.trainer_error,
         "after the sync": describe_post_sync(status.post_sync) if status.post_sync else None,
         "optimizer": describe_bytes(status.optimizer_state_bytes) if status.optimizer_state_bytes else None,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -114,6 +115,7 @@ def restore(
 ) -> None:
     """Write an older version back, as a new one: this step can be undone like any other."""
     from apollo_ipc import checkpoint
+    from apollo_ipc.checkpoint.owner import hold_model
 
     config = load_config(config_file)
     path = find_model_dir(model_dir, config_file)
@@ -142,7 +144,8 @@ def restore(
             f"optimizer state {'of that version' if result.has_optimizer else 'starts anew'}"
         )
         return
-    commit = checkpoint.restore_version(path, version, num_kept=config.checkpoint.history)
+    with hold_model(path, "apollo-ipc checkpoint restore") or nullcontext():
+        commit = checkpoint.restore_version(path, version, num_kept=config.checkpoint.history)
     if as_json:
         print_json({"restored_version": version, "weight_version": commit.weight_version})
     else:
@@ -182,13 +185,16 @@ def forget(
 ) -> None:
     """Take the shards as they are: remove every record of syncs, older versions and optimizer state."""
     from apollo_ipc import checkpoint
+    from apollo_ipc.checkpoint.owner import hold_model
 
     path = find_model_dir(model_dir, config_file)
     if is_served(load_config(config_file).runtime_dir, path):
         raise UserError("vLLM is serving this directory; stop it first", field="MODEL_DIR")
     if not is_sure:
         typer.confirm(f"Remove all older versions and the optimizer state of {path}?", abort=True)
-    print(f"{path}: {'forgotten' if checkpoint.forget(path) else 'there was nothing to forget'}")
+    with hold_model(path, "apollo-ipc checkpoint forget") or nullcontext():
+        is_done = checkpoint.forget(path)
+    print(f"{path}: {'forgotten' if is_done else 'there was nothing to forget'}")
 
 
 def snapshot(context: typer.Context, model_dir: Directory = None, config_file: ConfigFile = None) -> None:

@@ -149,6 +149,7 @@ class Status(TrainerState, kw_only=True):
     num_bad_messages: int = 0
     num_routers: int = 0
     post_sync: PostSync | None = None
+    trainer_error: str | None = None  # how the trainer before this one ended, until this one is steady
 
 
 class FieldError(msgspec.Struct, frozen=True):

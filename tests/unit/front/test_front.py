@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from fake_trainer import CRASH, HANG, NORMAL
+from fake_trainer import CRASH, FULL_DISK, HANG, NORMAL
 from fake_worker import short_dir
 from places import SUPPORT
 
@@ -131,6 +131,17 @@ def test_cancel_and_sync_reach_the_trainer_in_a_running_job(worker):
     worker.ask(CancelJob("", job_id))
     wait_for(lambda: worker.job(job_id).state == "cancelled", timeout_s=3.0)
     assert worker.status().progress.steps_done < 1000
+
+
+def test_what_ended_a_trainer_stays_in_the_status_when_the_next_one_works(worker):
+    job_id = worker.submit(kind=FULL_DISK)
+    wait_for(lambda: worker.job(job_id).state == "applied")
+    status = worker.status()
+    assert status.attached
+    assert status.attach_error is None
+    assert status.trainer_error == (
+        "the trainer ended with status 1 (OperationalError: database or disk is full)"
+    )
 
 
 def test_a_killed_trainer_is_started_again_and_its_job_goes_on_where_it_was(worker):

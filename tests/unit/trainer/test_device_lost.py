@@ -74,5 +74,5 @@ def test_a_device_that_is_lost_while_vllm_lives_ends_the_trainer(served, config,
         raise_in_step(trainer, ILLEGAL)
         with pytest.raises(torch.AcceleratorError):
             trainer.worker.train(trainer.queue.take())
-        assert not trainer.board.state.attached  # nothing of it is synced
+        assert trainer.worker.marks.is_torn  # nothing of it is synced
         assert trainer.state(job) != "failed"

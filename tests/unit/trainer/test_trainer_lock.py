@@ -20,6 +20,6 @@ def test_a_trainer_whose_runtime_directory_is_gone_keeps_the_next_one_from_its_q
         stopping.start()
         with trainer_lock(board, config.state_dir) as is_second:
             assert not is_second
-        assert f"waiting for the trainer before this one (pid {os.getpid()})" in str(board.state.attach_error)
+        assert f"waiting for the trainer (pid {os.getpid()}, since 2" in str(board.state.attach_error)
     with trainer_lock(StatusBoard(), config.state_dir) as is_third:
         assert is_third

@@ -11,11 +11,13 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import msgspec
 
 from apollo_ipc.checkpoint import read_commit, recover
+from apollo_ipc.checkpoint.owner import hold_model
 from apollo_ipc.config import Config, load_config
 from apollo_ipc.errors import ApolloError
 from apollo_ipc.wire.replies import JobInfo
@@ -39,9 +41,20 @@ def train(
     """Trains on `request` and syncs the directory once, at the end: it holds the old weights or the new ones.
 
     on_step: called with (step from 1, number of steps, loss); on_note: with what is to be known before the
-    first one. Raises UserError for a bad example, AttachError
-    for a model that cannot be trained, CheckpointError when the sync fails.
+    first one. Raises UserError for a bad example, AttachError for a model that cannot be trained,
+    CheckpointError when another process works on the directory or the sync fails.
     """
+    with hold_model(model_dir, "apollo-ipc train --offline") or nullcontext():
+        return _train(model_dir, request, config, on_step, on_note)
+
+
+def _train(
+    model_dir: Path,
+    request: TrainRequest,
+    config: Config,
+    on_step: Callable[[int, int, float], None] | None,
+    on_note: Callable[[str], None] | None,
+) -> JobInfo:
     recover(model_dir)
     live = load_offline(model_dir)
     trainer = Trainer(live, config.train)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 from pathlib import Path
@@ -13,6 +12,7 @@ import zmq.asyncio
 
 from apollo_ipc.config import make_private_dir
 from apollo_ipc.errors import AlreadyRunning
+from apollo_ipc.hold import Held, Hold
 from apollo_ipc.wire.client import MAX_WAITING_MESSAGES, ipc_address
 from apollo_ipc.wire.messages import MAX_MESSAGE_BYTES
 
@@ -29,36 +29,29 @@ class Endpoint:
     def __init__(self, runtime_dir: Path, socket_path: Path):
         self._lock_path = runtime_dir / "worker.lock"
         self._socket_path = socket_path
-        self._lock_fd: int | None = None
+        self._hold: Hold | None = None
 
     def lock(self) -> None:
-        """Raises AlreadyRunning naming the holder's pid; ConfigError (directory of another user, path too
+        """Raises AlreadyRunning naming the holder; ConfigError (directory of another user, path too
         long)."""
         ipc_address(self._socket_path)
         make_private_dir(self._lock_path.parent)
-        fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(fd, 32).decode(errors="replace").strip() or "unknown"
-            os.close(fd)
+            self._hold = Hold(self._lock_path, "the worker")
+        except Held as held:
             raise AlreadyRunning(
-                f"a worker (pid {holder}) already serves {self._lock_path.parent}; stop it first, or choose "
-                "another paths.runtime_dir"
+                f"{held.who} already serves {self._lock_path.parent}; stop it first, or choose another "
+                "paths.runtime_dir"
             ) from None
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-        self._lock_fd = fd
 
     def unlock(self) -> None:
-        if self._lock_fd is not None:
-            os.ftruncate(self._lock_fd, 0)
-            os.close(self._lock_fd)
-            self._lock_fd = None
+        if self._hold is not None:
+            self._hold.release()
+            self._hold = None
 
     def bind(self, context: zmq.asyncio.Context) -> Any:
         """The bound ROUTER socket, for the event loop that runs here. The lock is held."""
-        assert self._lock_fd is not None
+        assert self._hold is not None
         socket = context.socket(zmq.ROUTER)
         socket.setsockopt(
             zmq.ROUTER_MANDATORY, 1

@@ -16,7 +16,8 @@ import time
 from concurrent.futures import Future
 
 from apollo_ipc.config import Config, make_private_dir
-from apollo_ipc.errors import NotReady
+from apollo_ipc.errors import AlreadyRunning, NotReady
+from apollo_ipc.hold import Held, Hold
 from apollo_ipc.process.notify import notify
 from apollo_ipc.wire.remote import error_from
 from apollo_ipc.wire.replies import RestoreResult, SyncResult
@@ -49,7 +50,16 @@ class Front:
     gets as its last argument."""
 
     def __init__(self, config: Config, trainer_command: tuple[str, ...] = COMMAND):
+        """Raises AlreadyRunning where another worker has this state directory: its socket may be elsewhere,
+        or gone (a runtime directory goes at logout)."""
         make_private_dir(config.state_dir)
+        try:
+            self._hold = Hold(config.state_dir / "queue.lock", "the worker")
+        except Held as held:
+            raise AlreadyRunning(
+                f"{held.who} already works on the jobs in {config.state_dir}; stop it first, or choose "
+                "another paths.state_dir"
+            ) from None
         self.board = StatusBoard()
         # Made and migrated here, before a trainer opens it.
         self.queue = JobQueue(config.state_dir / "queue.sqlite", config.worker.max_queued_jobs)
@@ -89,6 +99,8 @@ class Front:
             self._show_no_trainer(reason)
         if self.trainer.can_start():
             self.trainer.start(self.board.state)
+        self.trainer.look()
+        self.board.trainer_error = self.trainer.error
 
     def pass_on(self) -> None:
         """What the service wants of the trainer."""
@@ -130,6 +142,7 @@ class Front:
         self.service.stop()
         self.admitter.stop()
         self.queue.close()
+        self._hold.release()
         log.info("worker %d stopped", os.getpid())
 
     def _show_no_trainer(self, reason: str) -> None:

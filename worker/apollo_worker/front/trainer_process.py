@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 from apollo_ipc.config import Config
 from apollo_ipc.wire.replies import Progress, TrainerState
-from apollo_worker.link.link import FromTrainer, Link, Start, Stop, make_pair
+from apollo_worker.link.link import ENDED, FromTrainer, Link, Start, Stop, make_pair
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,8 @@ class TrainerChild:
     def __init__(self, config: Config, read: Callable[[Link], None], command: tuple[str, ...] = COMMAND):
         self.link: Link | None = None
         self.num_deaths = 0  # in a row
+        self.error: str | None = None  # how the trainer before this one ended, until this one is steady
+        self._last_words: str | None = None
         self._config = config
         self._read = read
         self._command = command
@@ -68,7 +70,7 @@ class TrainerChild:
         self.link = Link(ours, FromTrainer)
         self.link.send(Start(self._config, state))
         self._started_at = self._moved_at = time.monotonic()
-        self._progress = self._closed_at = None
+        self._progress = self._closed_at = self._last_words = None
         self._reader = threading.Thread(
             target=self._read, args=(self.link,), name="apollo-trainer", daemon=True
         )
@@ -79,9 +81,16 @@ class TrainerChild:
         if self._progress is None or state.progress.activity_count != self._progress.activity_count:
             self._moved_at = time.monotonic()
         self._progress = state.progress
+        if state.progress.activity == ENDED:
+            self._last_words = state.attach_error
 
     def has_ended(self) -> bool:
         return self._process is not None and self._process.poll() is not None
+
+    def look(self) -> None:
+        """Forgets why the one before ended, once this one has run for a while."""
+        if self._process is not None and time.monotonic() - self._started_at > STEADY_AFTER_S:
+            self.error = None
 
     def is_hung(self) -> bool:
         if self._process is None:
@@ -115,7 +124,12 @@ class TrainerChild:
         self._start_again_at = now + wait_s
         self._process = None
         how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-        return f"the trainer {how}; it starts again in {wait_s:g} s"
+        why = f" ({self._last_words})" if self._last_words else ""
+        ended = f"the trainer {how}{why}"
+        if status:
+            again = f", the {self.num_deaths}. time in a row" if self.num_deaths > 1 else ""
+            self.error = ended + again
+        return f"{ended}; it starts again in {wait_s:g} s"
 
     def stop(self, on_wait: Callable[[], None]) -> None:
         """It finishes its step and its last sync; killed where it gets on with neither for `step_timeout_s`.

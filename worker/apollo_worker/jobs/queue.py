@@ -139,8 +139,8 @@ class JobQueue(QueueFile):
         while True:
             with self.changing() as db:
                 row = db.execute(
-                    "SELECT seq, job_id, attempts, paused_at FROM jobs WHERE state IN ('running', 'queued') "
-                    "ORDER BY state = 'queued', seq LIMIT 1"
+                    "SELECT seq, job_id, attempts, paused_at, steps_done, num_steps FROM jobs "
+                    "WHERE state IN ('running', 'queued') ORDER BY state = 'queued', seq LIMIT 1"
                 ).fetchone()
                 if row is None or row["paused_at"] is not None:
                     return None
@@ -150,7 +150,9 @@ class JobQueue(QueueFile):
                     and db.execute("SELECT 1 FROM requests WHERE seq = ?", (row["seq"],)).fetchone()
                 ):
                     return None
-                job_id, is_new = row["job_id"], row["job_id"] not in self._taken
+                # One whose steps are all done has none left that a trainer could die in.
+                job_id, has_steps = row["job_id"], row["steps_done"] < row["num_steps"]
+                is_new = has_steps and job_id not in self._taken
                 plan = decode_plan(found["body"]) if found else None
                 if plan is None:
                     self._end(db, job_id, "failed", "its stored plan cannot be read; send the job again")

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 MAX_LINK_BYTES = 16 * 1024 * 1024  # ModelFacts of a model with 100,000 matrices
 MAX_WAITING = 1000  # messages that the other end has not taken yet; more are dropped
 STATE_INTERVAL_S = 1.0  # the trainer's heartbeat: a State, changed or not
+ENDED = "ended"  # the activity of a trainer whose `attach_error` says what ends it
 UPDATE_INTERVAL_S = 0.05  # States and JobChanged go out at most this often
 
 # --- front -> trainer ---

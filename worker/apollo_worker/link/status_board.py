@@ -70,6 +70,7 @@ class StatusBoard:
         self.preview: Callable[[TrainRequest], list[Previewed]] = preview_nothing
         self.state = TrainerState(Progress("starting", 0))
         self.post_sync: PostSync | None = None
+        self.trainer_error: str | None = None
         self.stopping = Flag()  # set by signal handlers
         # Wakes the main loop: a job was queued, something was asked for, the process shall stop.
         self.wake = threading.Event()
@@ -96,4 +97,5 @@ class StatusBoard:
             num_bad_messages=num_bad_messages,
             num_routers=num_routers,
             post_sync=self.post_sync,
+            trainer_error=self.trainer_error,
         )

@@ -53,7 +53,12 @@ def run(link_fd: int, make_worker: Callable[[TrainerEnd], Runs]) -> int:
                 make_worker(end).run()
     except ApolloError as error:
         log.error("%s", error.message)
+        end.say_error(error.message)
         return error.exit_code
+    except Exception as error:
+        log.exception("the trainer ends; the next one recovers")
+        end.say_error(f"{type(error).__name__}: {error}")
+        return 1
     finally:
         end.finish()
     return 0

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from apollo_ipc.checkpoint import Commit, recover
 from apollo_ipc.checkpoint.disk import DISK, ThrottledDisk
+from apollo_ipc.checkpoint.owner import hold_model
 from apollo_ipc.config import Config
 from apollo_ipc.errors import ApolloError, AttachError, CheckpointError, UserError
+from apollo_ipc.hold import Hold
 from apollo_ipc.manifest import Manifest, read_manifest
 from apollo_worker.link.link import ModelFacts
 from apollo_worker.link.status_board import StatusBoard
@@ -41,6 +43,7 @@ class Attachment:
         self.live: LiveModel | None = None
         self.trainer: Trainer | None = None
         self.writer: CheckpointWriter | None = None
+        self._hold: Hold | None = None  # on the model directory, whose next weights are the live ones
         self._tried: tuple[str, float] | None = None  # the vLLM last tried, and when
         self._refused_boot: str | None = None  # a manifest that was refused is not tried again and again
 
@@ -80,6 +83,12 @@ class Attachment:
             live.close()  # first: the next vLLM needs the memory, and a sync writes from copies
         if writer is not None:
             writer.wait(is_urgent=True)  # what was copied out is committed; its compaction can wait
+        self._let_others_write()
+
+    def _let_others_write(self) -> None:
+        hold, self._hold = self._hold, None
+        if hold is not None:
+            hold.release()
 
     def _wait_for_vllm(self, reason: str, refused: list[str] | None = None) -> None:
         if reason != self._board.state.attach_error:
@@ -101,6 +110,7 @@ class Attachment:
         except BaseException:
             if self.live is not None:  # mapped, but not brought to one state with the jobs: never trained so
                 self.detach("attaching failed")
+            self._let_others_write()
             raise
 
     def _attach(self, manifest: Manifest) -> None:
@@ -111,6 +121,7 @@ class Attachment:
         check_same_model(before, manifest.model_path, config.state_dir)
         model_dir = Path(manifest.model_path)
         is_new_boot = before is None or before.boot_id != manifest.boot_id
+        self._hold = hold_model(model_dir, "the worker")
         # A vLLM that loads has worked the last delta in before; one written since stays beside the shards.
         recover(model_dir, is_folding=False)
         try:

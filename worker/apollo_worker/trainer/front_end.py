@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import signal
@@ -12,9 +11,11 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
+from apollo_ipc.hold import Held, Hold
 from apollo_ipc.wire.remote import error_info
 from apollo_ipc.wire.replies import JobInfo, RestoreResult, SyncResult
 from apollo_worker.link.link import (
+    ENDED,
     Answered,
     Ask,
     JobChanged,
@@ -87,6 +88,11 @@ class TrainerEnd:
             )
             return bool(answered and self._answer and self._answer.ok)
 
+    def say_error(self, message: str) -> None:
+        """What ends this process, for the status: the front shows it until a trainer is steady again."""
+        self.board.state.attached, self.board.state.attach_error = False, message
+        self.board.show(ENDED)
+
     def finish(self) -> None:
         """The last state goes out before the process ends."""
         self._is_finishing = True
@@ -154,28 +160,24 @@ def trainer_lock(board: StatusBoard, state_dir: Path) -> Iterator[bool]:
     In the state directory, beside the queue that it protects: a runtime directory goes at logout.
     False, without the lock: `board.stopping` was set while waiting. The kernel frees it however we end.
     """
-    fd = os.open(state_dir / "trainer.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        yield _wait_for(fd, board)
-    finally:
-        os.close(fd)
+    hold = _wait_for(state_dir / "trainer.lock", board)
+    if hold is None:
+        yield False
+        return
+    with hold:
+        yield True
 
 
-def _wait_for(fd: int, board: StatusBoard) -> bool:
+def _wait_for(path: Path, board: StatusBoard) -> Hold | None:
     while not board.stopping.is_set():
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
-            board.state.attach_error = (
-                f"waiting for the trainer before this one (pid {holder}) to finish its step"
-            )
+            hold = Hold(path, "the trainer")
+        except Held as held:
+            board.state.attach_error = f"waiting for {held.who}, the one before this, to finish its step"
             board.show("waiting for the old trainer")
             board.wake.wait(LOCK_LOOK_S)
             board.wake.clear()
         else:
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
             board.state.attach_error = None
-            return True
-    return False
+            return hold
+    return None

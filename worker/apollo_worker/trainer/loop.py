@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import logging
 import os
+import sqlite3
 import time
 import traceback
-from contextlib import suppress
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from functools import partial
 
-from apollo_ipc.checkpoint import history, read_commit
-from apollo_ipc.errors import ApolloError, CheckpointError, Conflict, NotReady, UserError
-from apollo_ipc.wire.messages import RestoreVersion, SyncCheckpoint
-from apollo_ipc.wire.replies import RestoreResult
+from apollo_ipc.errors import ApolloError, NotReady, UserError
+from apollo_ipc.wire.messages import SyncCheckpoint
 from apollo_worker.jobs.queue import Job, JobQueue
-from apollo_worker.link.status_board import Asked
 from apollo_worker.model.device import is_device_lost
 from apollo_worker.process import use_idle_priority
 from apollo_worker.step.loss_guard import LossGuard, guard_of
@@ -26,6 +25,7 @@ from apollo_worker.step.step import Trainer, VllmDied
 from apollo_worker.trainer.attachment import Attachment
 from apollo_worker.trainer.front_end import TrainerEnd
 from apollo_worker.trainer.recovery import Recovery
+from apollo_worker.trainer.restoring import Restoring
 from apollo_worker.trainer.step_marks import StepMarks
 from apollo_worker.trainer.sync_policy import Syncing
 
@@ -37,6 +37,18 @@ DEATH_SHOWS_WITHIN_S = 10.0  # 0.1 to 0.3 s a GB of the dead process's memory
 
 class JobStopped(Exception):
     """The job's loop ended before its last step; the reason is the argument."""
+
+
+class StepFailed(Exception):
+    """The cause was raised by the job's own step or by its guard: it ends this job, and no more."""
+
+
+@contextmanager
+def of_the_job() -> Generator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise StepFailed from error
 
 
 class MainLoop:
@@ -53,11 +65,17 @@ class MainLoop:
         recovery = Recovery(config, self.board, self.queue, self.marks)
         self.attachment = Attachment(config, self.board, recovery, end.tell_model)
         self.syncing = Syncing(config.checkpoint, self.board, self.queue, self.attachment, self.marks)
+        self.restoring = Restoring(
+            *(self.board, self.queue, self.attachment, self.syncing, self.marks),
+            announce=lambda: self.announce(),
+            has_changed=self._has_changed,
+        )
         self._published_at = time.monotonic()
         self._num_unpublished = 0  # steps since the last weight version
 
     def run(self) -> None:
-        """Until `board.stopping` is set."""
+        """Until `board.stopping` is set. What raises here leaves what a kill at the same place would leave:
+        nothing is synced, and the next trainer brings weights, jobs and marks to one state."""
         use_idle_priority(self.config)  # before OpenMP's threads are born, which inherit it
         try:
             while not self.board.stopping.is_set():
@@ -69,11 +87,24 @@ class MainLoop:
                     self.wait("paused" if self.queue.is_paused() else "idle")
                     continue
                 self.train(job)
-        finally:
-            self.stop()
+        except BaseException:
+            self.attachment.detach("the trainer has ended")
+            raise
+        self.stop()
 
     def train(self, job: Job) -> None:
-        """One job from its first step not done to its end. What goes wrong in it ends this job only."""
+        """One job from its first step not done to its end. What its own steps and their guard raise ends this
+        job only; anything else (a full disk, the queue's file) ends the trainer, and the next one goes on."""
+        try:
+            self.train_to_the_end(job)
+        except Exception:
+            # The job is not to blame for what ends this trainer, unless one of its steps is open.
+            if not self.marks.is_torn:
+                with suppress(ApolloError, sqlite3.Error):  # what fails may be just that
+                    self.queue.release(job.info.job_id)
+            raise
+
+    def train_to_the_end(self, job: Job) -> None:
         try:
             self.train_steps(job)
             version = self.publish() if job.plan.num_steps else self.board.state.weight_version
@@ -81,36 +112,43 @@ class MainLoop:
         except JobStopped as stopped:
             self.end_early(job, str(stopped))
         except Exception as error:
-            live, is_lost = self.attachment.live, is_device_lost(error)
-            wait_s = DEATH_SHOWS_WITHIN_S if is_lost else 0.0
-            if isinstance(error, VllmDied) or live is None or live.has_ended(wait_s):
-                # On a GPU the end of vLLM may also show as an error of CUDA, before the kernel has torn down
-                # its memory and says that it has ended. The job stays the running one, and a fresh process
-                # takes it on: a backward pass that was cut off leaves memory to C++.
+            own = error.__cause__ if isinstance(error, StepFailed) else None
+            is_lost = is_device_lost(own or error)
+            if self.is_end_of_vllm(own or error, is_lost):
+                # The job stays the running one, and a fresh process takes it on: a backward pass that was cut
+                # off leaves memory to C++.
                 log.warning("job %s waits for the next vLLM and a new trainer (%s)", job.info.job_id, error)
                 self.queue.release(job.info.job_id)
                 self.board.stopping.set()
                 return
+            if not isinstance(own, Exception):
+                raise
             if is_lost:
                 # The CUDA context is beyond use: every job after this one would fail of it too. The next
-                # trainer finds the torn step; a job that does this three times is quarantined.
-                self.board.state.attached = False  # nothing of this is synced
-                raise
-            self.fail(job, error)
+                # trainer finds the torn step, and the third time its job is quarantined.
+                raise own from None
+            self.fail(job, own)
         else:
             self.syncing.note_job_done(job.plan.num_steps)
             self.forget_old_plans()
 
+    def is_end_of_vllm(self, error: BaseException, is_lost: bool) -> bool:
+        """On a GPU it may also show as an error of CUDA, before the kernel has torn down its memory and says
+        that it has ended."""
+        live, wait_s = self.attachment.live, DEATH_SHOWS_WITHIN_S if is_lost else 0.0
+        return isinstance(error, VllmDied) or live is None or live.has_ended(wait_s)
+
     def fail(self, job: Job, error: Exception) -> None:
         """Ends the job. A step that was cut off by the error is undone with the whole recovery of a crash."""
-        log.exception("job %s failed", job.info.job_id)
+        log.error("job %s failed", job.info.job_id, exc_info=error)
         message = error.message if isinstance(error, ApolloError) else f"{type(error).__name__}: {error}"
+        trace = "".join(traceback.format_exception(error))
         is_spike = isinstance(error, UserError) and error.code == "loss_spike"
         is_going_back = is_spike and self.config.train.on_spike == "restore"
         if is_going_back:
             self.syncing.wait()
             self.marks.begin_write_back(self.attachment.require_live().boot_id)  # harmed, whatever comes
-        self.queue.finish(job.info.job_id, "failed", error=message, traceback=traceback.format_exc())
+        self.queue.finish(job.info.job_id, "failed", error=message, traceback=trace)
         if is_going_back:
             self.attachment.write_back()
             self.announce()
@@ -120,13 +158,15 @@ class MainLoop:
             self.publish()
 
     def train_steps(self, job: Job) -> None:
-        """Raises JobStopped (cancel, stop of the worker), VllmDied, or UserError after too many bad steps."""
+        """Raises JobStopped (cancel, stop of the worker), StepFailed (VllmDied, or UserError after too many
+        bad steps), and what else goes wrong."""
         live, trainer = self.attachment.require_live(), self.attachment.trainer
         job_id, todo = job.info.job_id, job.plan
         assert trainer is not None
-        trainer.use_rank(todo.rank)
-        if todo.num_steps:
-            self.queue.add_notes(job_id, trainer.prepare_accumulation(todo.accumulate_steps))
+        with of_the_job():
+            trainer.use_rank(todo.rank)
+            notes = trainer.prepare_accumulation(todo.accumulate_steps) if todo.num_steps else []
+        self.queue.add_notes(job_id, notes)
         num_steps, loss = todo.num_steps, None
 
         def show(steps_done: int) -> None:
@@ -137,48 +177,52 @@ class MainLoop:
         for step in range(job.info.steps_done, num_steps):
             self.between_steps(job_id, guard)
             self.marks.begin(live.boot_id, job_id, step + 1)
-            result = trainer.step_on(
-                todo.examples_of(step),
-                todo.learning_rate(step),
-                todo.weight_decay,
-                partial(show, step),
-                is_mean=todo.is_mean,
-            )
+            with of_the_job():
+                result = trainer.step_on(
+                    todo.examples_of(step),
+                    todo.learning_rate(step),
+                    todo.weight_decay,
+                    partial(show, step),
+                    is_mean=todo.is_mean,
+                )
             loss = result.loss
             is_counted = trainer.optimizer is trainer.main_optimizer
             self.marks.end(live.boot_id, job_id, step + 1, loss, is_counted=is_counted)
             self.queue.record_step(job_id, step + 1, loss)
             self._num_unpublished += 1
             show(step + 1)
-            guard.look(step + 1, loss, is_written=not result.is_bad)
-        guard.check()
+            with of_the_job():
+                guard.look(step + 1, loss, is_written=not result.is_bad)
+        check(guard)
 
     def guard_of(self, job: Job, trainer: Trainer) -> LossGuard:
         """Its references are noted before the job's first step, and are there again when it is resumed."""
         job_id, first_loss = job.info.job_id, job.info.loss_first if job.info.steps_done else None
         first_losses, text_loss = self.queue.losses_before(job_id)
-        guard = guard_of(
-            trainer, job.plan, first_losses=first_losses, text_loss=text_loss, first_loss=first_loss
-        )
+        with of_the_job():
+            guard = guard_of(
+                trainer, job.plan, first_losses=first_losses, text_loss=text_loss, first_loss=first_loss
+            )
         if guard.before.text is not None and text_loss is None:
             self.queue.note_text_loss(job_id, guard.before.text)
         return guard
 
     def between_steps(self, job_id: str, guard: LossGuard) -> None:
         """What may happen while no step is in the making. Weights that are kept were looked at before."""
-        if self.board.stopping.is_set():
-            guard.check()
-            raise JobStopped("stopping")
-        if self.queue.is_cancel_requested(job_id):
-            guard.check()
-            raise JobStopped("cancelled")
-        if self.queue.is_paused(job_id):
-            guard.check()
-            raise JobStopped("paused")
+        if reason := self.reason_to_stop(job_id):
+            check(guard)
+            raise JobStopped(reason)
         self.do_what_is_asked(guard)
         since_s = time.monotonic() - self._published_at
         if self._num_unpublished and since_s >= self.config.train.publish_interval_s:
             self.publish()
+
+    def reason_to_stop(self, job_id: str) -> str | None:
+        if self.board.stopping.is_set():
+            return "stopping"
+        if self.queue.is_cancel_requested(job_id):
+            return "cancelled"
+        return "paused" if self.queue.is_paused(job_id) else None
 
     def end_early(self, job: Job, reason: str) -> None:
         if reason == "cancelled":
@@ -213,83 +257,20 @@ class MainLoop:
 
     def do_what_is_asked(self, guard: LossGuard | None = None) -> None:
         """Starts a sync that is asked for or due; restores an older version, while no job trains. guard: of
-        the job that trains; it raises UserError where weights would be synced that the job has harmed."""
+        the job that trains; StepFailed where weights would be synced that the job has harmed."""
         while not self.board.asked.empty():
             asked = self.board.asked.get()
             if isinstance(asked.request, SyncCheckpoint):
                 self.syncing.ask(asked)
             else:
-                self.answer_restore(asked, is_training=guard is not None)
+                self.restoring.answer(asked, is_training=guard is not None)
         if self.syncing.is_wanted(self._has_changed()):
             if guard is not None:
-                guard.check()
+                check(guard)
             if self._num_unpublished:
                 self.publish()  # two checkpoints with different weights have different versions
             with suppress(ApolloError):  # noted in the status, and told to those who asked
                 self.syncing.start(self.syncing.kind())
-
-    def answer_restore(self, asked: Asked, *, is_training: bool) -> None:
-        assert isinstance(asked.request, RestoreVersion)
-        try:
-            if is_training or self.queue.count("running"):  # a paused one has begun, too
-                error = Conflict(
-                    "a job is being trained or paused; wait for its end or cancel it", code="job_running"
-                )
-                error.http_status = 409
-                raise error
-            asked.done.set_result(self.restore_version(asked.request.weight_version))
-        except BaseException as error:
-            log.warning("restoring version %d: %s", asked.request.weight_version, error)
-            reply = (
-                error if isinstance(error, ApolloError) else CheckpointError(f"the restore failed: {error}")
-            )
-            asked.done.set_exception(reply)
-            if self.marks.is_torn or not isinstance(error, ApolloError):
-                raise  # the next trainer mends
-
-    def restore_version(self, weight_version: int) -> RestoreResult:
-        """Writes an older version back: on disk as a new commit, then into the live weights.
-
-        The present state is synced first where it can be, so that this step back can be undone.
-        """
-        live, started = self.attachment.require_live(), time.monotonic()
-        before = read_commit(live.model_dir)
-        if before is None:
-            raise UserError("nothing was synced yet, so there is no older version", field="VERSION")
-        history.find(before, weight_version)
-        log.warning(
-            "restoring weight version %d; now it is %d", weight_version, self.board.state.weight_version
-        )
-        if self._has_changed():
-            self.sync_before_restore()
-        self.syncing.wait()
-        self.board.show("restoring")
-        num_undone = self.queue.count("undone")
-        commit = self.attachment.restore_version(weight_version)
-        self.announce()
-        num_undone = self.queue.count("undone") - num_undone
-        new_version = self.board.state.weight_version
-        # What a sync said of the weights that are gone (NaN, for one) is over with them.
-        self.board.state.durable_version, self.board.state.sync_error = new_version, None
-        log.warning(
-            "weight version %d restored as %d; %d jobs undone", weight_version, new_version, num_undone
-        )
-        return RestoreResult(
-            restored_version=weight_version,
-            weight_version=new_version,
-            num_tensors_changed=sum(before.tensors.get(n) != d for n, d in commit.tensors.items()),
-            num_jobs_undone=num_undone,
-            has_optimizer=commit.optimizer is not None,
-            duration_s=time.monotonic() - started,
-        )
-
-    def sync_before_restore(self) -> None:
-        try:
-            self.syncing.start("delta")
-            self.syncing.wait()
-        except ApolloError as error:
-            # Weights that no sync takes (NaN) are what a restore is for.
-            log.warning("the present weights are not kept, since they cannot be synced: %s", error.message)
 
     def forget_old_plans(self) -> None:
         self.queue.forget_plans(time.time() - self.config.worker.keep_examples_s)
@@ -330,3 +311,9 @@ class MainLoop:
         self.queue.close()
         self.marks.close()
         log.info("trainer %d stopped", os.getpid())
+
+
+def check(guard: LossGuard) -> None:
+    """Before weights are kept that the job has trained. Raises StepFailed."""
+    with of_the_job():
+        guard.check()

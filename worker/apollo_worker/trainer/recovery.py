@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from safetensors import safe_open
@@ -41,7 +42,8 @@ class Recovery:
             # Last: until here the next trainer sees a new boot.
             self.set_version(live, self._board.state.weight_version + bool(num_queued_again))
             return False
-        is_mended = self.mend(live)
+        if not (is_mended := self.mend(live)) and self._knows(commit):
+            self._queue.mark_durable(commit.applied_seq)  # the trainer before may have ended just before
         self.set_version(live, self._board.state.weight_version)
         return is_mended
 
@@ -114,13 +116,17 @@ class Recovery:
         running = self._queue.list(limit=1, state="running")
         return next((job for job in running if job.job_id.endswith(last.job_id)), None)
 
+    def _knows(self, commit: Commit | None) -> TypeGuard[Commit]:
+        """Whether its record of jobs is of this queue's file."""
+        return commit is not None and commit.extra.get("queue_id") == self._queue.queue_id
+
     def _reconcile(self, commit: Commit | None) -> int:
         """The jobs as `commit` has them. Returns how many were queued again."""
         # Without a commit the directory holds none of our jobs, but those called durable were in one that
         # the user has replaced since: they are not trained into the new one unasked.
         durable = self._queue.list(limit=1, state="durable")
         applied_seq, running = (durable[0].seq if durable else 0), {}
-        if commit is not None and commit.extra.get("queue_id") == self._queue.queue_id:
+        if self._knows(commit):
             applied_seq, running = commit.applied_seq, commit.extra.get("running") or {}
             if (restored := commit.extra.get("restored_from")) is not None:
                 self._queue.undo(commit.extra.get("undone_after", applied_seq), applied_seq, restored)
