@@ -25,6 +25,7 @@ from apollo_worker.jobs.example import TokenisedExample
 from apollo_worker.model.hf_model import vocab_size_of
 from apollo_worker.model.live_model import load_offline
 from apollo_worker.step.step import Trainer
+from apollo_worker.step.update import Row
 from optimizer import Clock, bandwidth
 from torch import Tensor
 
@@ -71,7 +72,8 @@ def split(model_dir: Path, num_tokens: int, rounds: int) -> dict[str, Any]:
 def forward(trainer: Trainer, example: TokenisedExample) -> float:
     """The loss, with the graph that backward would need; the step waits for it too."""
     with torch.enable_grad():
-        return float(trainer._loss(trainer._inputs(example)).detach())
+        row = Row(example, torch.full((example.num_targets,), 1 / example.num_targets))
+        return float(trainer.forward.loss(trainer.forward.batch_of([row])).detach())
 
 
 def drop_gradient(parameter: Tensor) -> None:

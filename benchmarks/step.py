@@ -127,7 +127,7 @@ def make_ours(name: str, projection: str, model_dir: Path) -> Contestant:
     in_optimizer, in_forward = Timed(), Timed()
     trainer.optimizer.update_parameter = in_optimizer.wrap(trainer.optimizer.update_parameter)
     trainer.optimizer.flush = in_optimizer.wrap(trainer.optimizer.flush)
-    trainer._loss = in_forward.wrap(trainer._loss)
+    trainer.forward.loss = in_forward.wrap(trainer.forward.loss)
 
     def step(ids: Any) -> tuple[float, float, float]:
         example = TokenisedExample(ids[0].tolist(), [False] + [True] * (ids.shape[1] - 1))

@@ -10,6 +10,7 @@ from typing import Any
 
 from apollo_ipc.errors import UserError
 from apollo_ipc.wire.decoded import is_list, is_object
+from apollo_ipc.wire.foreign_answers import own_answers
 
 OPTION_NAMES = {
     "learning_rate": "lr",
@@ -37,7 +38,6 @@ _WANTED = 'send {"messages": [{"role": "user", "content": ...}, {"role": "assist
 _SENTENCES = {
     "text": '`text` does not say which of it is to be learned: send {"prompt": "", "completion": text} to '
     f"learn all of it, or {_WANTED}",
-    "chosen": f"pairs of a better and a worse answer are not trained on: {_WANTED} with the better one",
     "question": f"`question` is no field of an example: {_WANTED}",
     "answer": f"`answer` is no field of an example: {_WANTED}",
     "response": f"`response` is no field of an example: {_WANTED}",
@@ -56,6 +56,7 @@ def own_example(raw: Any, path: str) -> Any:
     the path of what cannot be taken; what has no known shape is left to the check of types."""
     if not is_object(raw):
         return raw
+    raw = own_answers(raw, path)
     if "conversations" in raw:
         raw = _from_sharegpt(raw, path)
     elif "instruction" in raw and "output" in raw:
@@ -64,10 +65,13 @@ def own_example(raw: Any, path: str) -> Any:
         raise _invalid(_SENTENCES[unknown], f"{path}.{unknown}".removeprefix("."))
     if is_list(raw.get("messages")):
         field = f"{path}.messages".removeprefix(".")
-        return {
+        raw = {
             **raw,
             "messages": [_own_message(one, f"{field}[{i}]") for i, one in enumerate(raw["messages"])],
         }
+    for name in ("chosen", "rejected"):
+        if is_object(raw.get(name)):
+            raw = {**raw, name: _own_message(raw[name], f"{path}.{name}".removeprefix("."))}
     return raw
 
 

@@ -38,6 +38,10 @@ class JobInfo(msgspec.Struct, frozen=True):
     loss_history: list[float | None] | None = None
     undone_by: int | None = None  # the older weight version whose restore took the job's effect away
     paused_at: float | None = None  # not trained further until it is resumed; the jobs behind it wait
+    loss: str = "cross_entropy"  # what its steps minimise; of another one loss_first, ... are no nats a token
+    # Of each group of a grpo job, an answer each; 0 throughout: nothing was learned of it. Filled like
+    # loss_history.
+    advantages: list[list[float]] | None = None
 
 
 class Progress(msgspec.Struct, frozen=True):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import types
 import typing
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -17,43 +16,19 @@ from msgspec import Meta
 
 from apollo_ipc.errors import UserError, nearest
 from apollo_ipc.wire.decoded import is_list, is_object
+from apollo_ipc.wire.examples import FORMS as FORMS
+from apollo_ipc.wire.examples import Example as Example
+from apollo_ipc.wire.examples import Message as Message
+from apollo_ipc.wire.examples import TopLogprobs as TopLogprobs
+from apollo_ipc.wire.examples import check_form as check_form
+from apollo_ipc.wire.examples import has_sampler
 from apollo_ipc.wire.foreign import OPTION_NAMES, own_example, own_options, sent_option
+from apollo_ipc.wire.losses import LOSS_OPTIONS, LossName, resolve_loss
 
 MAX_EXAMPLES = 100_000  # a job, not a corpus: beyond this send several
 
 SyncKind = Literal["full", "delta"]  # whole shards, or only what differs from them
-TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
-TopLogprobs = list[tuple[TokenId, Annotated[float, Meta(le=0)]]]  # of one target: (token, log-probability)
-
-
-class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    role: str
-    content: str = ""
-    name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
-    tool_call_id: str | None = None
-    reasoning_content: str | None = None
-    # Of an assistant's message, as in OpenAI's fine-tuning format: 0 is context only, 1 (default) is learned.
-    weight: Literal[0, 1] | None = None
-    tools: list[dict[str, Any]] | None = None  # of the role `developer`
-    # Content as it was sent, where that was null or a list of parts; `content` is then their texts.
-    content_parts: list[str | dict[str, Any]] | None = None
-
-
-class Example(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Exactly one of three forms: `messages`; `prompt` + `completion`; `context_ids` + `continuation_ids`."""
-
-    messages: list[Message] | None = None
-    tools: list[dict[str, Any]] | None = None  # with `messages` only: given to the chat template
-    prompt: str | None = None
-    completion: str | None = None
-    context_ids: list[TokenId] | None = None
-    continuation_ids: list[TokenId] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None  # with `messages` only: as vLLM takes them
-    # With `continuation_ids` only, a value for each of them: what the target's term of the loss is multiplied
-    # with (of any sign; 0: no target), and the tokens that are to be likely there instead of this one alone.
-    weights: list[float] | None = None
-    top_logprobs: list[TopLogprobs | None] | None = None
+Clip = Annotated[float, Meta(gt=0)]
 
 
 class TrainOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -63,7 +38,10 @@ class TrainOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit
     schedule: "constant", "cosine" (10 % linear warm-up, then cosine to 0) or "auto" (constant for a single
     example, cosine otherwise); on_duplicate: what to do with an example that was trained before;
     accumulate_steps: examples of one update, which gets the mean of their losses; reduction: "sum" adds all
-    targets of an update up, where "mean" takes the mean over an example's targets, then over examples.
+    targets of an update up, where "mean" takes the mean over an example's targets, then over examples (of
+    grpo: over all targets of the update). loss: None is what the examples' form says. beta: of dpo, kto (0.1)
+    and dro (0.05); clip: of ppo, cispo and grpo, how far the policy's ratio may be from 1 (0.2), or [below,
+    above]; kl_to_reference: what a token's divergence from the weights before the job costs.
     """
 
     lr: Annotated[float, Meta(gt=0, le=0.1)] | None = None
@@ -75,6 +53,11 @@ class TrainOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit
     on_duplicate: Literal["skip", "train"] | None = None
     accumulate_steps: Annotated[int, Meta(ge=1, le=65536)] | None = None
     reduction: Literal["mean", "sum"] | None = None
+    loss: LossName | None = None
+    beta: Annotated[float, Meta(gt=0)] | None = None
+    # A list: msgspec 0.22 crashes in the garbage collector with a union of a float and a tuple.
+    clip: Clip | Annotated[list[Clip], Meta(min_length=2, max_length=2)] | None = None
+    kl_to_reference: Annotated[float, Meta(ge=0)] | None = None
 
 
 class TrainRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -87,6 +70,7 @@ PIECEWISE_BYTES = 256 * 1024
 T = TypeVar("T")
 
 _AT = re.compile(r" - at `(?P<path>\$[^`]*)`$")
+_NO_CHOICE = re.compile(r"^Invalid enum value '(?P<name>.*)'$")
 _UNKNOWN = re.compile(r"^Object contains unknown field `(?P<name>.*)`$")
 
 
@@ -110,11 +94,20 @@ def explain(error: msgspec.ValidationError, data: Any, into: Any) -> UserError:
         known = _fields_at(into, path)
         field = f"{path}.{unknown['name']}" if path else unknown["name"]
         return UserError(f"unknown field {unknown['name']!r}; {nearest(unknown['name'], known)}", field=field)
+    if wrong := _NO_CHOICE.match(text):
+        known = list(typing.get_args(_kind_at(into, path)))
+        text = f"{wrong['name']!r} is no choice here; {nearest(wrong['name'], known)}"
     return UserError(text, field=path or None)
 
 
 def _fields_at(into: Any, path: str) -> list[str]:
-    """Names of the fields of the struct that `path` (as msgspec writes it: `a.b[0].c`) points at."""
+    """Names of the fields of the struct that `path` points at."""
+    kind = _kind_at(into, path)
+    return list(kind.__struct_fields__) if isinstance(kind, type) and issubclass(kind, msgspec.Struct) else []
+
+
+def _kind_at(into: Any, path: str) -> Any:
+    """The type of what `path` (as msgspec writes it: `a.b[0].c`) points at."""
     kind = into
     for part in re.findall(r"[^.\[\]]+|\[[^\]]*\]", path):
         kind = _strip(kind)
@@ -122,18 +115,19 @@ def _fields_at(into: Any, path: str) -> list[str]:
             kind = typing.get_args(kind)[-1]
         else:
             kind = typing.get_type_hints(kind, include_extras=True)[part]
-    kind = _strip(kind)
-    return list(kind.__struct_fields__) if isinstance(kind, type) and issubclass(kind, msgspec.Struct) else []
+    return _strip(kind)
 
 
 def _strip(kind: Any) -> Any:
-    """`kind` without Annotated and without `| None`."""
+    """`kind` without Annotated, and one of a union: not None."""
     while True:
         origin = typing.get_origin(kind)
         if origin is Annotated:
             kind = typing.get_args(kind)[0]
         elif origin in (typing.Union, types.UnionType):
-            kind = next(a for a in typing.get_args(kind) if a is not type(None))
+            choices = [a for a in typing.get_args(kind) if a is not type(None)]
+            # Only an object has fields to name.
+            kind = next((a for a in choices if hasattr(a, "__struct_fields__")), choices[0])
         else:
             return kind
 
@@ -181,11 +175,11 @@ def _parse_piecewise(body: bytes) -> TrainRequest | None:
         pieces = msgspec.json.decode(body, type=_Pieces)
         decode = msgspec.json.Decoder(Example).decode
         examples = [decode(piece) for piece in pieces.examples]
-        for i, example in enumerate(examples):
-            check_form(example, f"examples[{i}]")
+        request = TrainRequest(examples, pieces.options)
+        check_request(request)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, UserError):
         return None
-    return TrainRequest(examples, pieces.options)
+    return request
 
 
 class SyncBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -235,8 +229,13 @@ def _parse(body: dict[str, Any], beside: dict[str, Any]) -> TrainRequest:
         if field.removeprefix("options.") in beside:
             field = field.removeprefix("options.")
         raise UserError(error.message, field=field or None, code=error.code) from None
-    for i, example in enumerate(request.examples):
-        check_form(example, f"examples[{i}]")
+    try:
+        check_request(request)
+    except UserError as error:
+        field = sent_option(error.field or "", sent)
+        if field.removeprefix("options.") in beside:
+            field = field.removeprefix("options.")
+        raise UserError(error.message, field=field or None, code=error.code) from None
     return request
 
 
@@ -253,6 +252,27 @@ def _from_bare_example(data: dict[str, Any]) -> TrainRequest:
     except UserError as error:
         field = (error.field or "").removeprefix("examples[0]").removeprefix(".")
         raise UserError(error.message, field=field or None, code=error.code) from None
+
+
+def check_request(request: TrainRequest) -> LossName:
+    """The job's loss. Raises UserError unless each example has one complete form, and all examples and
+    options are of that loss."""
+    options = request.options
+    for i, example in enumerate(request.examples):
+        check_form(example, f"examples[{i}]")
+    given = [name for name in LOSS_OPTIONS if getattr(options, name) is not None]
+    loss = resolve_loss(request.examples, options.loss, given)
+    given = [has_sampler(example) for example in request.examples]
+    if any(given) and not all(given):
+        raise UserError(
+            "either all answers of a job have `logprobs`, or none",
+            field=f"examples[{given.index(False)}]",
+            code="invalid_example",
+        )
+    low = options.clip[0] if isinstance(options.clip, list) else options.clip
+    if low is not None and low > 1:
+        raise UserError("below 1 a ratio has at most 1 to fall: clip it by at most 1", field="options.clip")
+    return loss
 
 
 def parse_example(data: Any) -> Example:
@@ -284,67 +304,3 @@ def _from_training_data(data: dict[str, Any]) -> TrainRequest:
 
 _OF_AN_EXAMPLE = {*Example.__struct_fields__, "conversations", "instruction", "text"}
 _OPTIONS_BESIDE = {*TrainOptions.__struct_fields__, *OPTION_NAMES}
-FORMS = '{"messages": [...]}, {"prompt", "completion"} or {"context_ids", "continuation_ids"}'
-
-
-def check_form(example: Example, path: str) -> None:
-    """Raises UserError unless `example` has exactly one complete, non-empty form."""
-    chat = example.messages is not None
-    text = example.prompt is not None or example.completion is not None
-    ids = example.context_ids is not None or example.continuation_ids is not None
-    if chat + text + ids != 1:
-        raise UserError(f"an example has exactly one form: {FORMS}", field=path, code="invalid_example")
-    for name in ("tools", "chat_template_kwargs"):
-        if getattr(example, name) is not None and not chat:
-            raise UserError(
-                f"`{name}` goes with `messages` only", field=f"{path}.{name}", code="invalid_example"
-            )
-    for name in ("weights", "top_logprobs"):
-        if (given := getattr(example, name)) is not None:
-            _check_per_target(example, given, f"{path}.{name}")
-    if chat and not example.messages:
-        raise UserError("messages is empty", field=f"{path}.messages", code="invalid_example")
-    for i, message in enumerate(example.messages or []):
-        if message.weight is not None and message.role != "assistant":
-            raise UserError(
-                "weight goes with an assistant's message: nothing is learned of others",
-                field=f"{path}.messages[{i}].weight",
-                code="invalid_example",
-            )
-    if text:
-        for name in ("prompt", "completion"):
-            if getattr(example, name) is None:
-                raise UserError(
-                    f"prompt and completion go together; {name} is missing",
-                    field=f"{path}.{name}",
-                    code="invalid_example",
-                )
-        if not example.completion:
-            raise UserError(
-                "completion is empty: nothing to learn", field=f"{path}.completion", code="invalid_example"
-            )
-    if ids:
-        for name in ("context_ids", "continuation_ids"):
-            if getattr(example, name) is None:
-                raise UserError(
-                    f"context_ids and continuation_ids go together; {name} is missing",
-                    field=f"{path}.{name}",
-                    code="invalid_example",
-                )
-        if not example.continuation_ids:
-            raise UserError(
-                "continuation_ids is empty: nothing to learn",
-                field=f"{path}.continuation_ids",
-                code="invalid_example",
-            )
-
-
-def _check_per_target(example: Example, given: Sequence[Any], field: str) -> None:
-    if example.continuation_ids is None:
-        problem = "goes with `continuation_ids` only"
-    elif len(given) != len(example.continuation_ids):
-        problem = f"has {len(given)} values for {len(example.continuation_ids)} continuation_ids"
-    else:
-        return
-    name = field.rpartition(".")[2]
-    raise UserError(f"`{name}` {problem}", field=field, code="invalid_example")

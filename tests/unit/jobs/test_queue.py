@@ -14,9 +14,11 @@ import time
 
 import msgspec
 import pytest
+import torch
 from apollo_worker.jobs.example import content_hash, request_digest
 from apollo_worker.jobs.queue import JobQueue
 from apollo_worker.jobs.queue_file import SCHEMA_VERSION, QueueDamaged
+from apollo_worker.jobs.references import References
 from places import ROOT, SUPPORT
 from planned import plan_of, submit, text_of
 
@@ -211,11 +213,53 @@ def test_a_queue_of_schema_2_is_taken_over(queue, path):
     job_id = submit(queue, request_of(), num_steps=1).job_id
     queue.close()
     with sqlite3.connect(path) as db:
+        make_schema_3(db)
         db.execute("ALTER TABLE jobs DROP COLUMN paused_at")
         db.execute("PRAGMA user_version = 2")
     queue = JobQueue(path, 10)
     assert queue.pause(job_id).paused_at is not None
     queue.close()
+
+
+def make_schema_3(db: sqlite3.Connection) -> None:
+    db.executescript(
+        "ALTER TABLE jobs DROP COLUMN loss; DROP TABLE advantages; DROP TABLE reference_logprobs; "
+        "PRAGMA user_version = 3;"
+    )
+
+
+def test_a_queue_of_schema_3_is_taken_over(queue, path):
+    job_id = submit(queue, request_of(), num_steps=1).job_id
+    queue.close()
+    with sqlite3.connect(path) as db:
+        make_schema_3(db)
+    queue = JobQueue(path, 10)
+    info = queue.get(job_id, with_history=True)
+    assert (info.loss, info.advantages) == ("cross_entropy", None)
+    assert References(queue, job_id).known() == {}
+    queue.close()
+
+
+def test_references_are_read_as_they_were_written_and_go_with_the_weights_they_are_of(queue):
+    first, second = (submit(queue, request_of(text), num_steps=2).job_id for text in "ab")
+    values = [-0.1, -1e-30, -17.25]
+    rows = torch.tensor(values).tolist()
+    for job_id in (first, second):
+        References(queue, job_id).add([(0, rows), (3, rows[:1])])
+    assert References(queue, first).known() == {0: rows, 3: rows[:1]}
+    queue.take()
+    queue.record_step(first, 1, 1.0)
+    # The checkpoint holds the first step of the first job: it goes on, and is measured against the same.
+    queue.reconcile(0, first, 1)
+    assert References(queue, first).known() == {0: rows, 3: rows[:1]}
+    queue.reconcile(0)
+    assert References(queue, first).known() == {}, "it starts anew, on the weights as they are then"
+    assert References(queue, second).known() == {0: rows, 3: rows[:1]}
+    queue.take()
+    queue.finish(first, "failed")
+    References(queue, first).add([(0, rows)])
+    queue.forget_plans(time.time() + 1)
+    assert References(queue, first).known() == {}
 
 
 def test_a_full_queue_refuses_new_jobs_but_still_knows_the_accepted_ones(path):

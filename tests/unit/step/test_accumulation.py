@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from apollo_worker.jobs.job_plan import JobPlan, plan
 from apollo_worker.jobs.queue import JobQueue
 from apollo_worker.model.live_model import load_offline
 from apollo_worker.step.step import StepResult, Trainer, VllmDied
+from apollo_worker.step.update import Row
 from planned import submit
 
 from apollo_ipc.config import Train
@@ -45,6 +46,11 @@ def make_trainer(model_dir: Path) -> Trainer:
     return Trainer(load_offline(model_dir), OPTIONS)
 
 
+def loss_of(trainer: Trainer, example: TokenisedExample) -> torch.Tensor:
+    row = Row(example, torch.full((example.num_targets,), 1 / example.num_targets))
+    return trainer.forward.loss(trainer.forward.batch_of([row]))
+
+
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.live.model.named_parameters()}
 
@@ -53,6 +59,13 @@ def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> l
     return [name for name in one if not torch.equal(one[name], other[name])]
 
 
+@pytest.fixture
+def one_a_pass(monkeypatch):
+    """Each example has a pass of its own, as where no two fit into one."""
+    monkeypatch.setattr("apollo_worker.step.step.pack", lambda lengths, _: [[i] for i in range(len(lengths))])
+
+
+@pytest.mark.usefixtures("one_a_pass")
 def test_two_equal_examples_make_the_update_of_one(model_dir):
     # Halving and doubling are exact in fp32, so the two must agree bit for bit.
     alone, twice = make_trainer(model_dir), make_trainer(model_dir)
@@ -70,7 +83,7 @@ def test_a_group_of_one_is_the_step_of_before(model_dir):
     result = trainer.step_on([example], 1e-3)
     # What a step on one example has always been: the optimizer's hooks and the plain loss's backward pass.
     written_out.optimizer.lr = 1e-3
-    loss = written_out._loss(written_out._inputs(example))
+    loss = loss_of(written_out, example)
     loss.backward()
     written_out.optimizer.flush()
     assert result == StepResult(loss.item(), is_bad=False)
@@ -81,7 +94,7 @@ def test_each_example_weighs_the_same_whatever_its_length(model_dir):
     trainer, examples = make_trainer(model_dir), [example_of(1, 8), example_of(2, 40), example_of(3, 16)]
     seen: dict[str, torch.Tensor] = {}
     names: dict[torch.Tensor, str] = {p: name for name, p in trainer.live.model.named_parameters()}
-    losses = [trainer._loss(trainer._inputs(example)) for example in examples]
+    losses = [loss_of(trainer, example) for example in examples]
     gradients = torch.autograd.grad(torch.stack(losses).mean(), list(names))
     update = trainer.optimizer.update_parameter
 
@@ -101,17 +114,18 @@ def test_each_example_weighs_the_same_whatever_its_length(model_dir):
         assert param.grad is None
 
 
+@pytest.mark.usefixtures("one_a_pass")
 @pytest.mark.parametrize("bad_at", [0, 1, 2])
 def test_a_loss_that_is_not_finite_leaves_the_whole_group_unwritten(model_dir, monkeypatch, bad_at):
     trainer = make_trainer(model_dir)
     before, examples = weights(trainer), [example_of(seed) for seed in range(3)]
-    real, calls = trainer._loss, []
+    real, calls = trainer.forward.loss, []
 
     def loss(*inputs: Any) -> torch.Tensor:
         calls.append(None)
         return real(*inputs) * (float("nan") if len(calls) == bad_at + 1 else 1.0)
 
-    monkeypatch.setattr(trainer, "_loss", loss)
+    monkeypatch.setattr(trainer.forward, "loss", loss)
     assert trainer.step_on(examples, 1e-3).is_bad
     assert not differing(before, weights(trainer))
     assert all(p.grad is None for p in trainer.live.model.parameters()), "nothing is left for the next step"
@@ -121,6 +135,7 @@ def test_a_loss_that_is_not_finite_leaves_the_whole_group_unwritten(model_dir, m
     assert not differing(weights(trainer), weights(fresh)), "the next group is trained as if nothing was"
 
 
+@pytest.mark.usefixtures("one_a_pass")
 def test_an_error_in_the_middle_of_a_group_leaves_no_gradient_and_the_optimizer_in_backward(model_dir):
     trainer, examples = make_trainer(model_dir), [example_of(seed) for seed in range(3)]
     before = weights(trainer)
@@ -137,18 +152,20 @@ def test_an_error_in_the_middle_of_a_group_leaves_no_gradient_and_the_optimizer_
 
 def test_the_cost_is_told_and_refused_where_a_gpu_has_no_room(model_dir, monkeypatch):
     trainer = make_trainer(model_dir)
-    assert trainer.prepare_accumulation(1) == []
-    (note,) = trainer.prepare_accumulation(4)
+    short, long = plan_of([1, 2, 3, 4], accumulate_steps=4), long_plan(4)
+    assert trainer.prepare_accumulation(short) == [], "they share a pass"
+    (note,) = trainer.prepare_accumulation(long)
     in_gb = f"{4 * sum(p.numel() for p in trainer.live.model.parameters()) / 1e9:.3g} GB more"
-    assert note == f"gradient accumulation over 4 examples keeps all gradients: {in_gb}"
+    assert note == f"gradient accumulation over 4 passes keeps all gradients: {in_gb}"
     monkeypatch.setattr(type(trainer.live), "device", torch.device("cuda"))
     monkeypatch.setattr("apollo_worker.step.step.free_bytes", lambda device: 1000)
-    with pytest.raises(UserError, match="leave accumulate_steps at 1") as refused:
-        trainer.prepare_accumulation(4)
+    with pytest.raises(UserError, match="an update of 4 passes keeps all gradients") as refused:
+        trainer.prepare_accumulation(long)
     assert refused.value.code == "not_enough_memory"
 
 
-def test_a_thousand_examples_weigh_alike_in_bf16(tmp_path):
+@pytest.mark.usefixtures("one_a_pass")
+def test_hundreds_of_examples_weigh_alike_in_bf16(tmp_path):
     """In a bf16 sum the 257th equal term is less than half of the sum's last bit, and lost."""
     directory = make_model(tmp_path / "m", "qwen3", dtype=torch.bfloat16, **TINY)
     trainer = Trainer(load_offline(directory), OPTIONS)
@@ -160,14 +177,15 @@ def test_a_thousand_examples_weigh_alike_in_bf16(tmp_path):
         seen[-1][param], param.grad = param.grad.float(), None
 
     trainer.optimizer.update_parameter = remember
-    for num in (1, 1024):  # the loss of each is halved ten times, which is exact
+    for num in (1, 512):  # the loss of each is halved nine times, which is exact
         seen.append({})
         trainer.step_on([one] * num, 1e-3)
     for param, alone in seen[0].items():
-        # 1,024 equal terms of bf16 sum up exactly in fp32: 8 + 10 of its 24 bits.
+        # 512 equal terms of bf16 sum up exactly in fp32: 8 + 9 of its 24 bits.
         assert torch.equal(seen[1][param], alone)
 
 
+@pytest.mark.usefixtures("one_a_pass")
 def test_nothing_is_written_after_vllm_has_ended_whichever_example_reached_the_parameter(
     model_dir, monkeypatch
 ):
@@ -176,13 +194,13 @@ def test_nothing_is_written_after_vllm_has_ended_whichever_example_reached_the_p
     unreached = trainer.live.model.get_parameter("model.norm.weight")
     before, real = weights(trainer), trainer._backward
 
-    def backward(example: TokenisedExample, weight: float, is_mean: bool) -> float:
+    def backward(rows: Sequence[Row]) -> float:
         """The last example reaches nothing, as an expert that it is not sent to; then vLLM ends."""
         nonlocal alive
         if trainer._is_last:
             alive = False
             return 1.0
-        return real(example, weight, is_mean)
+        return real(rows)
 
     monkeypatch.setattr(trainer, "_backward", backward)
     with pytest.raises(VllmDied):
@@ -212,6 +230,7 @@ def test_a_gradient_that_waited_when_a_step_was_cut_off_is_in_no_later_one(model
     assert not differing(weights(trainer), weights(fresh))
 
 
+@pytest.mark.usefixtures("one_a_pass")
 def test_what_only_an_earlier_example_reached_is_updated_too(model_dir, monkeypatch):
     trainer, real = make_trainer(model_dir), Trainer._backward
     before = weights(trainer)
@@ -242,6 +261,13 @@ def plan_of(ids: list[int], defaults: Train | None = None, **options: Any) -> Jo
     examples = [Example(context_ids=[0], continuation_ids=[one]) for one in ids]
     request = TrainRequest(examples, TrainOptions(**options))
     return plan(request, Words(), defaults or Train(), lambda _: set())  # pyright: ignore[reportArgumentType]
+
+
+def long_plan(accumulate_steps: int) -> JobPlan:
+    """Examples of which no two fit into one pass."""
+    examples = [example_of(seed, OPTIONS.max_tokens) for seed in range(accumulate_steps)]
+    made = plan_of(list(range(accumulate_steps)), accumulate_steps=accumulate_steps)
+    return msgspec.structs.replace(made, examples=examples)
 
 
 def ids_of(made: JobPlan, step: int) -> list[int]:

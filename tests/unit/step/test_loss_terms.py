@@ -66,7 +66,7 @@ def test_whole_logits_give_the_same():
     hidden, weight, targets, coefficients, rows = inputs(torch.float32)
     teacher = teacher_of(targets, rows)
     logits = (hidden @ weight.T).detach().requires_grad_()
-    loss = loss_of_logits(logits, targets, coefficients, teacher, True)
+    loss = loss_of_logits(logits, targets, coefficients=coefficients, teacher=teacher)
     expected = reference(logits.double(), targets, coefficients, rows, True)
     torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=2e-5)
     (got,), (true,) = torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits)
@@ -95,7 +95,7 @@ def test_a_token_for_certain_is_a_target():
 def test_a_bucket_that_the_model_gives_nothing_pulls_with_at_most_its_share():
     logits = torch.tensor([[200.0, 0.0, 0.0, 0.0]], requires_grad=True)  # p of all others underflows to 0
     teacher = Teacher(torch.tensor([[0]]), torch.tensor([[-0.5]]))
-    loss = loss_of_logits(logits, torch.tensor([0]), None, teacher, True)
+    loss = loss_of_logits(logits, torch.tensor([0]), teacher=teacher)
     (gradient,) = torch.autograd.grad(loss, logits)
     assert torch.isfinite(loss)
     assert gradient.abs().max() <= 1

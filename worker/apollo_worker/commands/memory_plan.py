@@ -26,7 +26,7 @@ from apollo_worker.commands.step_memory import StepSimulator
 from apollo_worker.model.hf_model import read_model_config, vocab_size_of
 from apollo_worker.optimizer.apollo import Apollo
 from apollo_worker.optimizer.update import CPU_HELD_ELEMENTS, blocks
-from apollo_worker.step.step import read_head
+from apollo_worker.step.forward import read_head
 
 CUDA_CONTEXT_BYTES = 500_000_000  # assumed: kernels and workspaces of torch; never counted by its allocator
 # Copies in fp32 that the plain update makes: of a block of the weight (value, change, noise, rounded); of a

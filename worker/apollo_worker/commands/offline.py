@@ -15,6 +15,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import msgspec
+from torch import Tensor
 
 from apollo_ipc.checkpoint import read_commit, recover
 from apollo_ipc.checkpoint.owner import hold_model
@@ -62,15 +63,23 @@ def _train(
     commit = read_commit(model_dir)
     load_optimizer(trainer, model_dir, commit)
     todo = plan(request, load(model_facts(live, trainer, config)), config.train, lambda _: set())
-    notes = trainer.prepare_accumulation(todo.accumulate_steps) if todo.num_steps else []
+    notes = [*todo.notes(), *trainer.prepare_accumulation(todo)]
     if on_note is not None:
         for note in notes:
             on_note(note)
     started, losses = time.time(), []
     guard = guard_of(trainer, todo)  # what it raises leaves the directory as it was
+    reference: list[list[Tensor]] = []  # of each step of an epoch
+    if todo.objective.needs_reference:
+        reference = [trainer.logprobs_of(some) for some in todo.updates()]
     for step in range(todo.num_steps):
         result = trainer.step_on(
-            todo.examples_of(step), todo.learning_rate(step), todo.weight_decay, is_mean=todo.is_mean
+            todo.examples_of(step),
+            todo.learning_rate(step),
+            todo.weight_decay,
+            is_mean=todo.is_mean,
+            objective=todo.objective,
+            reference=reference[step % len(reference)] if reference else None,
         )
         losses.append(result.loss)
         guard.look(step + 1, result.loss, is_written=not result.is_bad)
@@ -102,6 +111,8 @@ def _train(
         num_skipped=todo.num_skipped,
         loss_history=losses,
         notes=notes,
+        loss=todo.objective.loss,
+        advantages=todo.advantages or None,
     )
 
 

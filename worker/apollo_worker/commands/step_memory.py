@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from apollo_worker.model.hf_model import build_model, parameter_names
+from apollo_worker.step.forward import enable_activation_checkpointing, read_head
 from apollo_worker.step.loss import target_loss
-from apollo_worker.step.step import enable_activation_checkpointing, read_head
 
 # Of one parameter -> bytes that its update needs for a moment, beside weight, gradient and state.
 Temporaries = Callable[[Tensor], int]

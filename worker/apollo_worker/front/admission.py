@@ -80,6 +80,7 @@ class Admitter:
         notes = rank_notes(facts, request.options.rank or self._options.rank, self._options.rank)
         if made.num_skipped:
             notes.append(f"{made.num_skipped} of {made.num_examples} examples are in earlier jobs: skipped")
+        notes += made.notes()
         notes += dict.fromkeys(note for sequence in made.examples for note in sequence.notes)
         return Admission(plan=made, notes=notes)
 

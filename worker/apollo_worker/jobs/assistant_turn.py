@@ -53,6 +53,13 @@ class Chat:
         """Whether `text` has all that message `i` says."""
         return _shows(text, self.messages[i])
 
+    def prompt(self) -> str:
+        """What vLLM gives the model for all the messages. Raises UserError with their field."""
+        try:
+            return self._render(self.messages, is_prompt=True)
+        except TemplateRefusal as refusal:
+            raise self._refused(refusal, self.path) from refusal
+
     def turn(self, i: int) -> TurnText:
         """Of the assistant's message `i`. Raises UserError with its field."""
         field = f"{self.path}[{i}]"

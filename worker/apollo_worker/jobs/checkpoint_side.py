@@ -35,6 +35,9 @@ def reconcile(db: sqlite3.Connection, applied_seq: int, job_id: str | None, step
         (applied_seq, half_done and half_done.seq, steps_done),
     )
     for one in lost:
+        db.execute(
+            "DELETE FROM reference_logprobs WHERE seq = (SELECT seq FROM jobs WHERE job_id = ?)", (one,)
+        )
         db.execute(f"UPDATE jobs SET state = 'queued', {_AS_NEW} WHERE job_id = ? AND {_HAS_A_PLAN}", (one,))
         notes = [*read_job(db, one).notes, "its examples were forgotten: send them again"]
         db.execute(

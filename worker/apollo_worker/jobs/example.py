@@ -29,7 +29,10 @@ class TokenisedExample(msgspec.Struct, frozen=True):
     example: index in the request of the example that it is of; turns: the runs of targets, in order. They say
     whose the targets are; a run that starts at 0 has a first token that nothing predicts, which is no target,
     and one whose weight is 0 is none either. notes: what its sender should know.
-    weights, top_logprobs: of each target, in order (None: 1; the token itself). Stored: new fields go last.
+    weights, top_logprobs: of each target, in order (None: 1; the token itself); advantages, logprobs:
+    likewise, how good it was, and what its sampler gave it. label: of a pair's two, whether it is the chosen
+    one; of an answer alone, whether it is good; None of what is only read beside them. Stored: new fields go
+    last.
     """
 
     input_ids: list[int]
@@ -39,6 +42,13 @@ class TokenisedExample(msgspec.Struct, frozen=True):
     notes: list[str] = []
     weights: list[float] | None = None
     top_logprobs: list[list[tuple[int, float]] | None] | None = None
+    advantages: list[float] | None = None
+    logprobs: list[float] | None = None
+    label: bool | None = None
+
+    @property
+    def num_targets(self) -> int:
+        return sum(self.is_target)
 
 
 def sequence_of(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
 from apollo_ipc.config import Train
-from apollo_ipc.wire.requests import TrainRequest
+from apollo_ipc.wire.requests import TrainRequest, check_request
 from apollo_worker.jobs.example import TokenisedExample, content_hash
+from apollo_worker.jobs.objective import BY_EXAMPLE, Objective, make_objective
+from apollo_worker.jobs.sequences import unlike
 
 if TYPE_CHECKING:  # it imports transformers, which takes seconds; plans are stored and read without it
     from apollo_worker.jobs.tokenise import Tokeniser
@@ -26,7 +29,10 @@ class JobPlan(msgspec.Struct, frozen=True, omit_defaults=True):
     is the example's last sequence, else None; num_examples: as sent, num_skipped of them known before;
     num_steps: updates over all epochs; lr: peak; accumulate_steps: sequences of one update; rank: the job's
     own, None for the optimizer's; is_mean: of an update's losses, else their sum; known_text: tokens that are
-    not trained, which the loss guard looks at. Stored: a new field goes last and has a default.
+    not trained, which the loss guard looks at; objective: what is minimised; starts: where the sequences of
+    each unit begin, which one update takes together (empty: each sequence is a unit), and accumulate_steps
+    counts units; advantages: of each group sent, an answer each. Stored: a new field goes last and has a
+    default.
     """
 
     examples: list[TokenisedExample]
@@ -42,17 +48,51 @@ class JobPlan(msgspec.Struct, frozen=True, omit_defaults=True):
     rank: int | None = None
     is_mean: bool = True
     known_text: list[int] = []
+    objective: Objective = Objective()
+    starts: list[int] = []
+    advantages: list[list[float]] = []
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a step's loss is nats a token, which can be compared with other jobs'."""
+        is_entropy = self.objective.loss == "cross_entropy"
+        return is_entropy and self.is_mean and all(one.weights is None for one in self.examples)
+
+    @property
+    def num_units(self) -> int:
+        return len(self.starts) or len(self.examples)
+
+    def rows_of(self, step: int) -> range:
+        """Which of `examples` step number `step` (from 0) trains: in the order sent, epoch after epoch. No
+        step goes over the end of an epoch, so its last one may have fewer."""
+        unit = step % steps_of_epoch(self.num_units, self.accumulate_steps) * self.accumulate_steps
+        return range(self._start(unit), self._start(unit + self.accumulate_steps))
 
     def examples_of(self, step: int) -> list[TokenisedExample]:
-        """Those of step number `step` (from 0): in the order sent, epoch after epoch. No step goes over the
-        end of an epoch, so its last one may have fewer."""
-        start = step % steps_of_epoch(len(self.examples), self.accumulate_steps) * self.accumulate_steps
-        return self.examples[start : start + self.accumulate_steps]
+        rows = self.rows_of(step)
+        return self.examples[rows.start : rows.stop]
+
+    def updates(self) -> Iterator[list[TokenisedExample]]:
+        """What each step of the first epoch trains."""
+        num = min(self.num_steps, steps_of_epoch(self.num_units, self.accumulate_steps))
+        return map(self.examples_of, range(num))
 
     def hashes_of(self, num_steps: int) -> list[bytes]:
         """Hashes of the examples that the first `num_steps` steps have trained, each once."""
-        trained = self.hashes[: num_steps * self.accumulate_steps]
+        trained = self.hashes[: self._start(num_steps * self.accumulate_steps)]
         return list(dict.fromkeys(one for one in trained if one is not None))
+
+    def notes(self) -> list[str]:
+        """What its sender should know of what is trained."""
+        if not (num_equal := sum(not any(one) for one in self.advantages)):
+            return []
+        of_all = f"{num_equal} of {len(self.advantages)} groups have equal rewards"
+        return [f"{of_all}: nothing is learned of them"]
+
+    def _start(self, unit: int) -> int:
+        if not self.starts:
+            return min(unit, len(self.examples))
+        return self.starts[unit] if unit < len(self.starts) else len(self.examples)
 
     def learning_rate(self, step: int) -> float:
         """Of step number `step` (from 0)."""
@@ -106,18 +146,29 @@ def plan(
 
     Raises UserError with the path of the field that is wrong.
     """
-    options = request.options
+    options, loss = request.options, check_request(request)
     numbered = [(i, example, content_hash(example)) for i, example in enumerate(request.examples)]
     is_skipping = (options.on_duplicate or defaults.on_duplicate) == "skip"
     known: set[bytes] = known_examples(one for _, _, one in numbered) if is_skipping else set()
     kept = [(i, example, one) for i, example, one in numbered if one not in known]
     sequences = tokeniser.encode_all([(i, example) for i, example, _ in kept])
+    groups = _by_example(sequences)
+    advantages: list[list[float]] = []
+    if loss == "grpo":
+        advantages = [[(one.advantages or [0.0])[0] for one in group] for group in groups]
+        groups = [group for group, values in zip(groups, advantages, strict=True) if any(values)]
+    elif loss == "kto":
+        groups = _by_example(unlike(sequences, tokeniser.max_tokens))
+    sequences = [sequence for group in groups for sequence in group]
+    starts = [0, *accumulate(map(len, groups))][:-1] if loss in BY_EXAMPLE else []
+    num_units = len(starts) or len(sequences)
     last_of = {sequence.example: at for at, sequence in enumerate(sequences)}
     hashes: list[bytes | None] = [None] * len(sequences)
     for i, _, one in kept:
-        hashes[last_of[i]] = one
+        if i in last_of:  # a group without spread has no sequences
+            hashes[last_of[i]] = one
     group = options.accumulate_steps or defaults.accumulate_steps
-    num_steps = steps_of_epoch(len(sequences), group) * (options.epochs or defaults.epochs)
+    num_steps = steps_of_epoch(num_units, group) * (options.epochs or defaults.epochs)
     if options.max_steps is not None:
         num_steps = min(num_steps, options.max_steps)
     return JobPlan(
@@ -127,14 +178,25 @@ def plan(
         num_steps=num_steps,
         lr=defaults.lr if options.lr is None else options.lr,
         weight_decay=defaults.weight_decay if options.weight_decay is None else options.weight_decay,
-        schedule=resolve_schedule(options.schedule or defaults.schedule, len(sequences)),
+        schedule=resolve_schedule(options.schedule or defaults.schedule, num_units),
         warmup_fraction=defaults.warmup_fraction,
         accumulate_steps=group,
         num_skipped=len(numbered) - len(kept),
         rank=options.rank,
         is_mean=options.reduction != "sum",
         known_text=known_text(tokeniser),
+        objective=make_objective(
+            loss,
+            options,
+            is_to_reference=num_steps > 1 and any(one.logprobs is None for one in sequences),
+        ),
+        starts=starts,
+        advantages=advantages,
     )
+
+
+def _by_example(sequences: Iterable[TokenisedExample]) -> list[list[TokenisedExample]]:
+    return [list(group) for _, group in groupby(sequences, lambda sequence: sequence.example)]
 
 
 def known_text(tokeniser: Tokeniser) -> list[int]:

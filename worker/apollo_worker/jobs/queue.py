@@ -84,14 +84,17 @@ class JobQueue(QueueFile):
                 )
             cursor = db.execute(
                 "INSERT INTO jobs (job_id, state, created_at, num_examples, num_steps, num_skipped, "
-                "idempotency_key, request_digest, notes) VALUES (?, 'queued', ?, ?, ?, ?, ?, ?, ?)",
+                "idempotency_key, request_digest, notes, loss) VALUES (?, 'queued', ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     job_id, time.time(), plan.num_examples, plan.num_steps, plan.num_skipped,
-                    idempotency_key, digest, json.dumps(list(notes)),
+                    idempotency_key, digest, json.dumps(list(notes)), plan.objective.loss,
                 ),
             )  # fmt: skip
             assert cursor.lastrowid is not None
             db.execute("INSERT INTO plans (seq, body) VALUES (?, ?)", (cursor.lastrowid, body))
+            if plan.advantages:
+                told = (cursor.lastrowid, json.dumps(plan.advantages))
+                db.execute("INSERT INTO advantages (seq, body) VALUES (?, ?)", told)
             _claim(db, cursor.lastrowid, plan)
         return self._changed(job_id)
 
@@ -273,6 +276,7 @@ class JobQueue(QueueFile):
         old = "SELECT seq FROM jobs WHERE ended_at < ? AND state NOT IN ('queued', 'running', 'applied')"
         with self.changing() as db:
             db.execute(f"DELETE FROM requests WHERE seq IN ({old})", (ended_before,))
+            db.execute(f"DELETE FROM reference_logprobs WHERE seq IN ({old})", (ended_before,))
             return db.execute(f"DELETE FROM plans WHERE seq IN ({old})", (ended_before,)).rowcount
 
     # --- pausing, cancelling ---

@@ -24,7 +24,7 @@ from apollo_ipc.config import make_private_dir
 from apollo_ipc.errors import ApolloError, Conflict, NotFound, NotReady
 from apollo_ipc.wire.replies import JobInfo, JobState
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 BUSY_TIMEOUT_S = 10.0
 # Reading a whole file takes time, and each page is checked again when it is used.
 MAX_CHECKED_BYTES = 16 * 1024 * 1024
@@ -79,6 +79,12 @@ CREATE TRIGGER jobs_run_in_order BEFORE UPDATE OF state ON jobs
     BEGIN SELECT RAISE(ABORT, 'an earlier job has not ended'); END;
 """
 _VERSION_3 = "ALTER TABLE jobs ADD COLUMN paused_at REAL;"
+# advantages: JSON; of grpo jobs only. reference_logprobs: fp32, little-endian, of each sequence of the plan.
+_VERSION_4 = """
+ALTER TABLE jobs ADD COLUMN loss TEXT NOT NULL DEFAULT 'cross_entropy';
+CREATE TABLE advantages (seq INTEGER PRIMARY KEY, body TEXT NOT NULL);
+CREATE TABLE reference_logprobs (seq INTEGER, at INTEGER, logprobs BLOB NOT NULL, PRIMARY KEY (seq, at));
+"""
 _FROM_1 = """
 UPDATE jobs SET state = 'queued', steps_done = 0 WHERE state = 'running'
     AND EXISTS (SELECT 1 FROM jobs AS earlier WHERE earlier.seq < jobs.seq
@@ -92,7 +98,7 @@ DROP TABLE examples_1;
 UPDATE jobs SET attempts = 0 WHERE state != 'running';
 """
 
-_FIELDS = [name for name in JobInfo.__struct_fields__ if name != "loss_history"]
+_FIELDS = [name for name in JobInfo.__struct_fields__ if name not in ("loss_history", "advantages")]
 JOB_COLUMNS = ", ".join(_FIELDS)
 
 
@@ -174,7 +180,8 @@ class QueueFile:
             rows = db.execute("SELECT loss FROM losses WHERE seq = ? AND step > 0 ORDER BY step", (info.seq,))
             # SQLite stores NaN as NULL (its "Datatypes" page).
             history = [math.nan if row[0] is None else row[0] for row in rows]
-        return msgspec.structs.replace(info, loss_history=history)
+            found = db.execute("SELECT body FROM advantages WHERE seq = ?", (info.seq,)).fetchone()
+        return msgspec.structs.replace(info, loss_history=history, advantages=found and json.loads(found[0]))
 
     def losses_before(self, job_id: str, limit: int = 64) -> tuple[Sequence[float], float | None]:
         """(the first losses of the last `limit` jobs before it that ended well, what `note_text_loss` noted).
@@ -184,7 +191,7 @@ class QueueFile:
             seq = read_job(db, job_id).seq
             first = db.execute(
                 "SELECT loss_first FROM jobs WHERE seq < ? AND state IN ('applied', 'durable') "
-                "AND loss_first IS NOT NULL ORDER BY seq DESC LIMIT ?",
+                "AND loss_first IS NOT NULL AND loss = 'cross_entropy' ORDER BY seq DESC LIMIT ?",
                 (seq, limit),
             )
             firsts = [row[0] for row in first]
@@ -282,12 +289,12 @@ class QueueFile:
                 code="queue_too_new",
             )
         if version == 0:
-            _run(db, _JOBS + _EXAMPLES + _VERSION_2 + _VERSION_3)
+            _run(db, _JOBS + _EXAMPLES + _VERSION_2 + _VERSION_3 + _VERSION_4)
             db.execute(f"PRAGMA application_id = {1 + secrets.randbelow(2**31 - 1)}")
         elif version == 1:
-            _run(db, _FROM_1 + _EXAMPLES + _EXAMPLES_FROM_1 + _VERSION_2 + _VERSION_3)
-        elif version == 2:
-            _run(db, _VERSION_3)
+            _run(db, _FROM_1 + _EXAMPLES + _EXAMPLES_FROM_1 + _VERSION_2 + _VERSION_3 + _VERSION_4)
+        elif version < SCHEMA_VERSION:
+            _run(db, (_VERSION_3 if version == 2 else "") + _VERSION_4)
         db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         db.execute("COMMIT")
 

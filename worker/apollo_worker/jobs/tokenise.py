@@ -11,16 +11,16 @@ import math
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
 
-import msgspec
-
+from apollo_ipc.errors import UserError
 from apollo_ipc.manifest import Serving
-from apollo_ipc.wire.requests import Example, TopLogprobs, check_form
+from apollo_ipc.wire.examples import PER_TARGET, Example, TopLogprobs, check_form
+from apollo_worker.jobs.alternatives import Alternative, alternatives, at_its_answer
 from apollo_worker.jobs.assistant_turn import Chat
 from apollo_worker.jobs.chat_template import chat_template, template_variables
 from apollo_worker.jobs.conversation import invalid, template_messages, template_tools
-from apollo_worker.jobs.example import TokenisedExample, Turn, sequence_of
+from apollo_worker.jobs.example import TokenisedExample
+from apollo_worker.jobs.sequences import Served, labelled, sequences_of, with_answer, with_terms
 from apollo_worker.jobs.served_tokenizer import (
     ConversationEncoder,
     ServedTokenizer,
@@ -32,15 +32,6 @@ from apollo_worker.jobs.served_tokenizer import (
 
 # Over 1, of the sum of a teacher's probabilities: they may come rounded, in fp16 or as text.
 MAX_EXCESS = 0.01
-
-
-class Served(NamedTuple):
-    """A turn in tokens. before: what vLLM gives the model; said: what it then has to say; message: which."""
-
-    before: list[int]
-    said: list[int]
-    message: int | None = None
-    note: str | None = None
 
 
 def load_tokeniser(
@@ -121,6 +112,8 @@ class Tokeniser:
         The first token of a sequence is never a target: nothing predicts it.
         """
         check_form(example, path)
+        if answers := alternatives(example, path):
+            return self._encode_answers(example, answers, path, index, on_progress)
         with self._lock:
             if example.messages is not None:
                 field = f"{path}.messages"
@@ -131,9 +124,11 @@ class Tokeniser:
             else:
                 field = f"{path}.continuation_ids"
                 turns = [self._given_ids(example, path)]
-        sequences = _sequences(turns, index)
-        if example.weights is not None or example.top_logprobs is not None:
-            sequences = [_with_terms(sequence, example, path) for sequence in sequences]
+        sequences = sequences_of(turns, index)
+        if any(getattr(example, name) is not None for name in PER_TARGET):
+            sequences = [with_terms(sequence, example, path) for sequence in sequences]
+        if example.label is not None:
+            sequences = [labelled(sequences, example.label, field)]
         for sequence in sequences:
             if example.context_ids is None:
                 self._check_rows(sequence.input_ids, field, given=False)
@@ -143,6 +138,39 @@ class Tokeniser:
                     "no token to learn: nothing predicts the first token, and no later one is a target", field
                 )
         return sequences
+
+    def _encode_answers(
+        self,
+        example: Example,
+        answers: list[Alternative],
+        path: str,
+        index: int,
+        on_progress: Callable[[], None],
+    ) -> list[TokenisedExample]:
+        """A sequence each, in order."""
+        sequences: list[TokenisedExample] = []
+        for one in answers:
+            plain = one.example
+            if one.ids is not None:
+                plain = Example(context_ids=self._context(plain, path), continuation_ids=one.ids)
+            try:
+                (sequence,) = self.encode(plain, path, index, on_progress)
+            except UserError as error:
+                raise at_its_answer(error, path, one) from None
+            sequences.append(with_answer(sequence, one))
+            on_progress()
+        if example.chosen is not None and sequences[0].input_ids == sequences[1].input_ids:
+            raise invalid("chosen and rejected are the same tokens: nothing to prefer", f"{path}.rejected")
+        return sequences
+
+    def _context(self, example: Example, path: str) -> list[int]:
+        """What vLLM gives the model for a prompt, or for messages that wait for an answer."""
+        tokenizer = self._required(path)
+        with self._lock:
+            if example.messages is None:
+                return tokenizer.encode_prompt(example.prompt or "")
+            chat = self._chat(tokenizer, example, path)
+            return ConversationEncoder(tokenizer).encode(chat.prompt())
 
     def _required(self, path: str) -> ServedTokenizer:
         if self.tokenizer is None:
@@ -161,11 +189,25 @@ class Tokeniser:
                 "every assistant message has weight 0" if answers else 'no message has the role "assistant"'
             )
             raise invalid(f"{every}: nothing to learn", field)
+        chat = self._chat(tokenizer, example, path)
+        encoder = ConversationEncoder(tokenizer)
+        turns: list[Served] = []
+        for i in learned:
+            turns.append(_chat_turn(chat, i, tokenizer, encoder))
+            self._check_length(len(turns[-1].before) + len(turns[-1].said), field)
+            on_progress()
+        if not encoder.check():
+            turns = [_chat_turn(chat, i, tokenizer, encoder) for i in learned]
+        return turns
+
+    def _chat(self, tokenizer: ServedTokenizer, example: Example, path: str) -> Chat:
+        field = f"{path}.messages"
+        assert example.messages is not None
         tools = template_tools(example.tools, f"{path}.tools")
         template = chat_template(
             tokenizer.tokenizer, self._serving, self._model_dir, has_tools=tools is not None, field=field
         )
-        chat = Chat(
+        return Chat(
             template,
             template_messages(example.messages, template.content_format, field),
             tools,
@@ -176,15 +218,6 @@ class Tokeniser:
             ),
             field,
         )
-        encoder = ConversationEncoder(tokenizer)
-        turns: list[Served] = []
-        for i in learned:
-            turns.append(_chat_turn(chat, i, tokenizer, encoder))
-            self._check_length(len(turns[-1].before) + len(turns[-1].said), field)
-            on_progress()
-        if not encoder.check():
-            turns = [_chat_turn(chat, i, tokenizer, encoder) for i in learned]
-        return turns
 
     def _completion(self, tokenizer: ServedTokenizer, example: Example, field: str) -> Served:
         assert example.prompt is not None
@@ -311,37 +344,3 @@ def _tokens_behind(
 
 def _first_stop(ids: list[int], tokenizer: ServedTokenizer) -> int | None:
     return next((at for at, token in enumerate(ids) if token in tokenizer.stop_ids), None)
-
-
-def _sequences(turns: list[Served], index: int) -> list[TokenisedExample]:
-    """Turns share a sequence as long as each one's prompt begins with all that was said before."""
-    sequences: list[tuple[list[int], list[Turn], list[str]]] = []
-    for turn in turns:
-        ids, marks, notes = sequences[-1] if sequences else ([], [], [])
-        if not sequences or turn.before[: len(ids)] != ids:
-            sequences.append(([], [], []))
-            ids, marks, notes = sequences[-1]
-        ids[:] = [*turn.before, *turn.said]
-        marks.append(Turn(len(turn.before), len(ids), turn.message))
-        if turn.note is not None and turn.note not in notes:
-            notes.append(turn.note)
-    return [sequence_of(ids, marks, index, notes) for ids, marks, notes in sequences]
-
-
-def _with_terms(sequence: TokenisedExample, example: Example, path: str) -> TokenisedExample:
-    """The one sequence of given ids with the weights and teachers of its targets: those not 0 of weight."""
-    before, said = len(example.context_ids or []), len(example.continuation_ids or [])
-    weights = example.weights or [1.0] * said
-    teachers = example.top_logprobs or [None] * said
-    if not all(map(math.isfinite, weights)):
-        raise invalid("a weight is a finite number", f"{path}.weights")
-    kept = [at for at in range(said) if sequence.is_target[before + at] and weights[at] != 0]
-    is_target = [False] * (before + said)
-    for at in kept:
-        is_target[before + at] = True
-    return msgspec.structs.replace(
-        sequence,
-        is_target=is_target,
-        weights=None if example.weights is None else [weights[at] for at in kept],
-        top_logprobs=None if example.top_logprobs is None else [teachers[at] for at in kept],
-    )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from apollo_worker.step.step import Head
+from apollo_worker.step.forward import Head
 
 VOCAB_CHUNK = 8192  # rows of the head that are fp32 at a time
 

@@ -3,6 +3,7 @@
     loss = sum over targets of  coefficient_t * f_t, divided by their number where the mean is asked for
     f_t = -log p(target_t)                                  a target that is a token (`cross_entropy`)
     f_t = KL(teacher_t || model_t)                          one with a teacher's top-k (`distillation`)
+    f_t = a function of log p(target_t)                     one with an advantage (`objectives.Policy`)
 
 Full fp32 logits of 2,048 tokens over Qwen3.5's vocabulary of 248,320 take 2 GB, and autograd keeps several
 such tensors. Here logits exist only for the positions that are trained on, `chunk_tokens` of them at a
@@ -22,6 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from apollo_worker.step.objectives import Policy
 
 IGNORED = -100  # label of a position that is not trained on, as in transformers and torch
 
@@ -121,6 +124,7 @@ def target_loss(
     *,
     coefficients: Tensor | None = None,
     teacher: Teacher | None = None,
+    policy: Policy | None = None,
     is_mean: bool = True,
     chunk_tokens: int = 64,
     softcap: float | None = None,
@@ -129,23 +133,30 @@ def target_loss(
     """The loss of the module's head over the targets: 0-dim fp32, differentiable once.
 
     hidden: (T, H) at the positions that predict `targets` (T,) int64; lm_head_weight: (V, H); bias: (V,).
-    coefficients: (T,) fp32 of any sign, None for 1; teacher: None where every target is its token alone.
+    coefficients: (T,) fp32 of any sign, None for 1; teacher: None where every target is its token alone;
+    policy: where a target has an advantage.
     Logits are rounded to the weight's dtype, as transformers and vLLM have them, then fp32 throughout.
     logit_scale: multiplies the logits (Cohere's logit_scale; Granite's is 1 / logits_scaling);
     softcap: then softcap * tanh(logits / softcap) (Gemma 2's final_logit_softcapping).
     """
     assert len(targets) > 0, "no targets"
     return _TargetLoss.apply(
-        hidden, lm_head_weight, lm_head_bias, targets, coefficients, teacher, is_mean, chunk_tokens, softcap,
-        logit_scale,
+        hidden, lm_head_weight, lm_head_bias, _Terms(targets, coefficients, teacher, policy, is_mean),
+        chunk_tokens, softcap, logit_scale,
     )  # fmt: skip
 
 
 def loss_of_logits(
-    logits: Tensor, targets: Tensor, coefficients: Tensor | None, teacher: Teacher | None, is_mean: bool
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    coefficients: Tensor | None = None,
+    teacher: Teacher | None = None,
+    policy: Policy | None = None,
+    is_mean: bool = True,
 ) -> Tensor:
     """The same of whole logits (T, V), for a head that is not linear: 0-dim fp32, differentiable."""
-    return _LogitLoss.apply(logits, targets, coefficients, teacher, is_mean)
+    return _LogitLoss.apply(logits, _Terms(targets, coefficients, teacher, policy, is_mean))
 
 
 @torch.no_grad()
@@ -182,18 +193,37 @@ def _pick(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.gather(1, targets[:, None])[:, 0]
 
 
-def _terms(
-    logits: Tensor, targets: Tensor, teacher: Teacher | None, coefficients: Tensor | None, rows: slice
-) -> tuple[Tensor, Tensor]:
-    """(sum of a chunk's terms, d/dlogits of it in the logits' memory); the chunk is `rows` of all."""
-    if teacher is None:
-        values, dlogits = cross_entropy(logits, targets[rows])
-    else:
-        values, dlogits = distillation(logits, Teacher(teacher.ids[rows], teacher.logprobs[rows]))
-    if coefficients is not None:
-        values = values * coefficients[rows]
-        dlogits.mul_(coefficients[rows, None])
-    return values.sum(), dlogits
+class _Terms(NamedTuple):
+    """Of all targets; the fields as `target_loss` has them."""
+
+    targets: Tensor
+    coefficients: Tensor | None
+    teacher: Teacher | None
+    policy: Policy | None
+    is_mean: bool
+
+    def of(self, logits: Tensor, rows: slice, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        """(sum of a chunk's terms, scale * d/dlogits of it in the logits' memory); rows: the chunk's."""
+        if self.teacher is None:
+            terms, dlogits = cross_entropy(logits, self.targets[rows])
+        else:
+            terms, dlogits = distillation(
+                logits, Teacher(self.teacher.ids[rows], self.teacher.logprobs[rows])
+            )
+        factors = None
+        if self.policy is not None:
+            terms, slope = self.policy.term(-terms, rows)
+            factors = -slope  # of cross entropy it is 1
+        scale /= len(self.targets) if self.is_mean else 1
+        terms = terms / (len(self.targets) if self.is_mean else 1)
+        if self.coefficients is not None:
+            terms = terms * self.coefficients[rows]
+            factors = self.coefficients[rows] if factors is None else factors * self.coefficients[rows]
+        if factors is not None:
+            dlogits.mul_((factors * scale)[:, None])
+        elif scale != 1:
+            dlogits.mul_(scale)
+        return terms.sum(), dlogits
 
 
 class _TargetLoss(torch.autograd.Function):
@@ -203,10 +233,7 @@ class _TargetLoss(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        targets: Tensor,
-        coefficients: Tensor | None,
-        teacher: Teacher | None,
-        is_mean: bool,
+        terms: _Terms,
         chunk_tokens: int,
         softcap: float | None,
         logit_scale: float | None,
@@ -217,14 +244,12 @@ class _TargetLoss(torch.autograd.Function):
         grad_weight = torch.zeros(weight.shape, **new) if needs_weight else None
         grad_bias = torch.zeros(weight.shape[0], **new) if needs_bias else None
         total = torch.zeros((), **new)
-        divisor = len(targets) if is_mean else 1
-        for start in range(0, len(targets), chunk_tokens):
+        for start in range(0, len(terms.targets), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             logits = _logits(hidden[rows], weight, bias, softcap, logit_scale)
             slope = None if softcap is None else 1 - (logits / softcap).square_()  # d cap*tanh(x/cap) / dx
-            value, dlogits = _terms(logits, targets, teacher, coefficients, rows)
+            value, dlogits = terms.of(logits, rows, 1.0 if logit_scale is None else logit_scale)
             total += value
-            dlogits.mul_((1.0 if logit_scale is None else logit_scale) / divisor)
             if slope is not None:
                 dlogits.mul_(slope)
             if grad_hidden is not None:
@@ -237,7 +262,7 @@ class _TargetLoss(torch.autograd.Function):
             None if grad is None or like is None else grad.to(like.dtype)
             for grad, like in zip((grad_hidden, grad_weight, grad_bias), (hidden, weight, bias), strict=True)
         ]
-        return total / divisor
+        return total
 
     @staticmethod
     @once_differentiable
@@ -246,26 +271,18 @@ class _TargetLoss(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         if grads is None:
             raise RuntimeError("target_loss: backward was called a second time")
-        return (*(None if g is None else g.mul_(grad_outputs[0]) for g in grads), *[None] * 7)
+        return (*(None if g is None else g.mul_(grad_outputs[0]) for g in grads), *[None] * 4)
 
 
 class _LogitLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        targets: Tensor,
-        coefficients: Tensor | None,
-        teacher: Teacher | None,
-        is_mean: bool,
-    ) -> Tensor:
-        divisor = len(targets) if is_mean else 1
+    def forward(ctx: Any, logits: Tensor, terms: _Terms) -> Tensor:
         whole = logits.float() if logits.dtype != torch.float32 else logits.clone()
-        value, dlogits = _terms(whole, targets, teacher, coefficients, slice(None))
-        ctx.grad = dlogits.div_(divisor).to(logits.dtype)
-        return value / divisor
+        value, dlogits = terms.of(whole, slice(None))
+        ctx.grad = dlogits.to(logits.dtype)
+        return value
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.grad * grad_outputs[0], None, None, None, None
+        return ctx.grad * grad_outputs[0], None

@@ -153,7 +153,7 @@ def guard_of(
         measure_text=lambda: trainer.mean_loss(text),
         measure_first=lambda: trainer.mean_loss(plan.examples_of(0)),
         first_loss=first_loss,
-        are_plain=plan.is_mean and all(one.weights is None for one in plan.examples),
+        are_plain=plan.is_plain,
     )
 
 

@@ -8,30 +8,25 @@ import math
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
+from torch import Tensor
 
 from apollo_ipc.config import Train
 from apollo_ipc.errors import NotReady, UserError
-from apollo_worker.jobs.example import TokenisedExample
+from apollo_worker.jobs.example import TokenisedExample, Turn, sequence_of
+from apollo_worker.jobs.job_plan import JobPlan
+from apollo_worker.jobs.objective import Objective
 from apollo_worker.model.hf_model import vocab_size_of
 from apollo_worker.model.live_model import LiveModel
 from apollo_worker.optimizer.apollo import Apollo
+from apollo_worker.step.forward import Forward, enable_activation_checkpointing, max_tokens_of
 from apollo_worker.step.gradient_sum import GradientSum
-from apollo_worker.step.loss import (
-    IGNORED,
-    Teacher,
-    gather_targets,
-    loss_of_logits,
-    target_loss,
-    teacher_of,
-    token_logprobs,
-)
+from apollo_worker.step.packing import pack
+from apollo_worker.step.update import Row, make_update
 
 log = logging.getLogger(__name__)
+CROSS_ENTROPY = Objective()
 
 
 class VllmDied(NotReady):
@@ -48,28 +43,6 @@ class StepResult:
     is_bad: bool
 
 
-class Inputs(NamedTuple):
-    """A sequence on the model's device: ids (1, S); labels (1, S) on the CPU, IGNORED where not a target;
-    coefficients (T,) fp32 and the teacher of its T targets, where it has them."""
-
-    ids: Tensor
-    labels: Tensor
-    coefficients: Tensor | None = None
-    teacher: Teacher | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Head:
-    """How this model makes logits of hidden states: `softcap(logit_scale * (W h + b))`."""
-
-    layer: nn.Linear
-    softcap: float | None
-    logit_scale: float | None
-
-    def options(self, chunk_tokens: int) -> dict:
-        return {"chunk_tokens": chunk_tokens, "softcap": self.softcap, "logit_scale": self.logit_scale}
-
-
 class Trainer:
     """Owns the optimizer of one live model. Not thread-safe: one step at a time."""
 
@@ -78,7 +51,7 @@ class Trainer:
         self.options = options
         # The configured rank's moments, which outlive jobs; a job with a rank of its own borrows the weights.
         self.main_optimizer = self.optimizer = make_optimizer(live, options, options.rank)
-        self._sum, self._is_last = GradientSum(), True  # of the step's examples: is this one its last?
+        self._sum, self._is_last = GradientSum(), True  # of the step's passes: is this one its last?
         self._measured: tuple[Sequence[TokenisedExample], float] | None = None  # since the last step
         # The optimizer in backward: a gradient lives until its parameter is updated. Once a backward pass,
         # after a tied parameter's last use.
@@ -88,12 +61,12 @@ class Trainer:
         ]
         if options.activation_checkpointing:
             enable_activation_checkpointing(live.model)
-        self.head = read_head(live.model)
-        if not self._head_is_exact():
+        self.forward = Forward(live, options.logit_chunk_tokens)
+        self.head = self.forward.head
+        if self.head is None:
             log.warning(
                 "this model makes its logits in a way of its own: whole logits at the targets are used"
             )
-            self.head = None
 
     def step(self, example: TokenisedExample, lr: float, weight_decay: float | None = None) -> StepResult:
         """Trains on one example, in place: `step_on` with one."""
@@ -104,31 +77,45 @@ class Trainer:
         examples: Sequence[TokenisedExample],
         lr: float,
         weight_decay: float | None = None,
-        on_example: Callable[[], None] | None = None,
+        on_batch: Callable[[], None] | None = None,
         *,
         is_mean: bool = True,
+        objective: Objective = CROSS_ENTROPY,
+        reference: Sequence[Tensor] | None = None,
     ) -> StepResult:
-        """One update, in place. Its loss is the mean over the examples of the mean over an example's targets;
-        without is_mean the sum of all of them. Raises VllmDied when the exporter is gone.
+        """One update, in place. Its loss is the mean over the examples of the mean over an example's targets,
+        without is_mean the sum of all of them, or as the objective has it. Raises VllmDied when the exporter
+        is gone.
 
-        A non-finite loss of any of them stops before anything is written; a non-finite gradient leaves its
-        weight bit-identical. Gradients of several examples are summed in fp32.
-        on_example: called after each example but the last.
+        A non-finite loss stops before anything is written; a non-finite gradient leaves its weight
+        bit-identical. Several examples share a pass (`pack`); gradients of several passes are summed in fp32.
+        on_batch: called after each pass but the last; reference: (T,) log p of each example's targets, by the
+        weights before the job, where the objective needs it.
         """
         self._measured = None
         self.optimizer.lr = lr
         self.optimizer.weight_decay = self.options.weight_decay if weight_decay is None else weight_decay
-        values: list[float] = []
+        told = on_batch or (lambda: None)
         try:
-            for example in examples:
-                self._is_last = len(values) == len(examples) - 1
-                values.append(self._backward(example, 1 / len(examples) if is_mean else 1.0, is_mean))
-                if not math.isfinite(values[-1]):
+            update = make_update(
+                examples,
+                objective,
+                is_mean=is_mean,
+                reference=reference,
+                logprobs=partial(self.logprobs_of, on_batch=told),
+            )
+            loss = 0.0 if update.loss is None else update.loss
+            batches = self._packed([row.example for row in update.rows])
+            for number, at in enumerate(batches):
+                self._is_last = number == len(batches) - 1
+                value = self._backward([update.rows[i] for i in at])
+                loss += value if update.loss is None or not math.isfinite(value) else 0.0
+                if not math.isfinite(loss):
                     self._drop_gradients()
-                    return StepResult(values[-1], is_bad=True)
-                if on_example is not None and not self._is_last:
-                    on_example()
-            for parameter in self._sum.parameters():  # what the last example did not reach: an expert, say
+                    return StepResult(loss, is_bad=True)
+                if not self._is_last:
+                    told()
+            for parameter in self._sum.parameters():  # what the last pass did not reach: an expert, say
                 self._take_gradient(parameter)
             self.optimizer.flush()
         except BaseException as error:
@@ -138,20 +125,23 @@ class Trainer:
             self._drop_gradients()
             raise
         # Waits for the device, so that the step's last write is done when this returns.
-        loss = sum(values) / (len(values) if is_mean else 1)
         return StepResult(loss, is_bad=self.optimizer.take_bad_updates() > 0)
 
-    def _backward(self, example: TokenisedExample, weight: float, is_mean: bool = True) -> float:
-        """The example's loss; its gradients, times `weight`, are in the parameters or used up by the
-        optimizer. No backward pass where the loss is not finite."""
+    def _backward(self, rows: Sequence[Row]) -> float:
+        """What the rows add to the loss; their gradients are in the parameters or used up by the optimizer.
+        No backward pass where it is not finite."""
         require_vllm(self.live)
-        inputs = self._inputs(example)
+        batch = self.forward.batch_of(rows)
         with torch.enable_grad():
-            loss = self._loss(inputs, is_mean)
+            loss = self.forward.loss(batch)
             value = float(loss.detach())
             if math.isfinite(value):
-                (loss if weight == 1 else loss * weight).backward()
+                loss.backward()
         return value
+
+    def _packed(self, examples: Sequence[TokenisedExample]) -> list[list[int]]:
+        longest = max_tokens_of(self.live.model, self.options.max_tokens)
+        return pack([len(one.input_ids) for one in examples], longest)
 
     def _take_gradient(self, parameter: Tensor) -> None:
         if not self._is_last:
@@ -169,21 +159,22 @@ class Trainer:
         """What accumulation keeps more than a step on one example: every parameter's gradient, in fp32."""
         return 4 * sum(parameter.numel() for parameter in self.live.model.parameters())
 
-    def prepare_accumulation(self, num_examples: int) -> list[str]:
-        """Notes on what updates of `num_examples` cost. Raises UserError where the GPU has no room for it."""
-        if num_examples == 1:
+    def prepare_accumulation(self, plan: JobPlan) -> list[str]:
+        """Notes on what the job's updates cost. Raises UserError where the GPU has no room for it."""
+        num_passes = max((len(self._packed(some)) for some in plan.updates()), default=1)
+        if num_passes == 1:
             return []
         needed = self.accumulation_bytes()
         if self.live.device.type == "cuda" and needed > (free := free_bytes(self.live.device)):
             raise UserError(
-                f"gradient accumulation over {num_examples} examples keeps all gradients: "
-                f"{needed / 1e9:.1f} GB, and the GPU has {free / 1e9:.1f} GB free; leave accumulate_steps at "
-                "1, or give vLLM a smaller --gpu-memory-utilization",
+                f"an update of {num_passes} passes keeps all gradients: {needed / 1e9:.1f} GB, and the GPU "
+                f"has {free / 1e9:.1f} GB free; take fewer or shorter examples an update "
+                "(options.accumulate_steps), or give vLLM a smaller --gpu-memory-utilization",
                 field="options.accumulate_steps",
                 code="not_enough_memory",
             )
         cost = f"{needed / 1e9:.3g} GB more"
-        return [f"gradient accumulation over {num_examples} examples keeps all gradients: {cost}"]
+        return [f"gradient accumulation over {num_passes} passes keeps all gradients: {cost}"]
 
     def use_rank(self, rank: int | None) -> None:
         """None: the configured rank. Another one trains with moments that start at 0 and end with the job."""
@@ -202,45 +193,6 @@ class Trainer:
         """Name of each matrix -> its smaller dimension: at a rank above it, Adam updates the matrix."""
         return {name: min(p.shape) for name, p in self.live.model.named_parameters() if p.dim() == 2}
 
-    def _inputs(self, example: TokenisedExample) -> Inputs:
-        ids, device = torch.tensor([example.input_ids], dtype=torch.int64), self.live.device
-        labels = torch.where(torch.tensor([example.is_target]), ids, IGNORED)
-        coefficients = None
-        if example.weights is not None:
-            coefficients = torch.tensor(example.weights, dtype=torch.float32, device=device)
-        teacher = teacher_of(labels[labels != IGNORED], example.top_logprobs)
-        if teacher is not None:
-            teacher = Teacher(teacher.ids.to(device), teacher.logprobs.to(device))
-        return Inputs(ids.to(device), labels, coefficients, teacher)
-
-    def _loss(self, inputs: Inputs, is_mean: bool = True) -> Tensor:
-        ids, labels, coefficients, teacher = inputs
-        if self.head is None:
-            logits, targets = self._own_logits(ids, labels)
-            return loss_of_logits(logits, targets, coefficients, teacher, is_mean)
-        hidden, targets = gather_targets(self._hidden(ids), labels)
-        head = self.head
-        return target_loss(
-            hidden,
-            head.layer.weight,
-            head.layer.bias,
-            targets,
-            coefficients=coefficients,
-            teacher=teacher,
-            is_mean=is_mean,
-            **head.options(self.options.logit_chunk_tokens),
-        )
-
-    def _hidden(self, ids: Tensor) -> Tensor:
-        """(1, S, H): the base model's last hidden states."""
-        return self.live.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-
-    def _own_logits(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """((T, V), (T,)) by the model's own forward pass, for heads that we do not know."""
-        positions = torch.nonzero(labels[0, 1:] != IGNORED)[:, 0]
-        logits = self.live.model(input_ids=ids, use_cache=False).logits[0]
-        return logits[positions.to(logits.device)], labels[0, positions + 1].to(logits.device)
-
     @property
     def vocab_size(self) -> int:
         return vocab_size_of(self.live.model)
@@ -250,41 +202,34 @@ class Trainer:
         """What a step on them would see: the mean of their losses, in nats a token. Nothing is trained. Asked
         again for the same before the next step, it is not computed again."""
         if self._measured is None or self._measured[0] != examples:
-            losses = [float(self._loss(self._inputs(example))) for example in examples]
-            self._measured = examples, sum(losses) / len(losses)
+            update = make_update(
+                examples, CROSS_ENTROPY, is_mean=True, reference=None, logprobs=self.logprobs_of
+            )
+            losses = [
+                float(self.forward.loss(self.forward.batch_of([update.rows[i] for i in at])))
+                for at in self._packed(examples)
+            ]
+            self._measured = examples, sum(losses)
         return self._measured[1]
 
-    @torch.no_grad()
+    def logprobs_of(
+        self, examples: Sequence[TokenisedExample], on_batch: Callable[[], None] = lambda: None
+    ) -> list[Tensor]:
+        """log p of each example's targets, (T,) fp32 on the CPU. Nothing is trained. on_batch: called after
+        each pass. Raises VllmDied."""
+        found: list[Tensor] = [torch.empty(0)] * len(examples)
+        for at in self._packed(examples):
+            require_vllm(self.live)
+            some = [examples[i] for i in at]
+            values = self.forward.logprobs(self.forward.read(some)).cpu()
+            for i, own in zip(at, values.split([one.num_targets for one in some]), strict=True):
+                found[i] = own
+            on_batch()
+        return found
+
     def logprobs(self, input_ids: list[int]) -> Tensor:
         """log p of each token given those before it, (S - 1,) fp32 on the CPU."""
-        ids, labels, *_ = self._inputs(TokenisedExample(input_ids, [True] * len(input_ids)))
-        if self.head is None:
-            logits, targets = self._own_logits(ids, labels)
-            return logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0].cpu()
-        hidden, targets = gather_targets(self._hidden(ids), labels)
-        head = self.head
-        return token_logprobs(
-            hidden,
-            head.layer.weight,
-            head.layer.bias,
-            targets,
-            **head.options(self.options.logit_chunk_tokens),
-        ).cpu()
-
-    @torch.no_grad()
-    def _head_is_exact(self) -> bool:
-        """Whether hidden states through `self.head` give what the model's own forward pass gives."""
-        if self.head is None:
-            return False
-        ids = torch.arange(8, device=self.live.device)[None] % self.head.layer.weight.shape[0]
-        expected = self.live.model(input_ids=ids, use_cache=False).logits[0].float()
-        logits = self.head.layer(self._hidden(ids)[0]).float() * (self.head.logit_scale or 1.0)
-        if (cap := self.head.softcap) is not None:
-            logits = cap * torch.tanh(logits / cap)
-        # bf16 rounds at different places in the two: 2**-7 of the largest logit, a few times over.
-        return bool(
-            torch.allclose(logits, expected, rtol=0, atol=4 * 2**-7 * float(expected.abs().max() + 1))
-        )
+        return self.logprobs_of([sequence_of(input_ids, [Turn(0, len(input_ids))])])[0]
 
 
 def free_bytes(device: torch.device) -> int:
@@ -315,23 +260,3 @@ def make_optimizer(live: LiveModel, options: Train, rank: int) -> Apollo:
         grid_dtypes=live.grid_dtypes(),
         before_write=partial(require_vllm, live),
     )
-
-
-def read_head(model) -> Head | None:
-    """The head by the names that transformers' configurations use; None where the output is not linear."""
-    layer = model.get_output_embeddings()
-    if not isinstance(layer, nn.Linear):
-        return None
-    config = model.config
-    scale = getattr(config, "logit_scale", None)  # Cohere multiplies
-    if divisor := getattr(config, "logits_scaling", None):  # Granite divides
-        scale = 1.0 / divisor
-    return Head(layer, getattr(config, "final_logit_softcapping", None), scale)
-
-
-def enable_activation_checkpointing(model) -> None:
-    """Recomputes each layer's activations in backward. Dropout stays off: only the layers' flag is set."""
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = True

@@ -18,6 +18,7 @@ from apollo_worker.link.link import ModelFacts
 from apollo_worker.link.status_board import StatusBoard
 from apollo_worker.model.hf_model import vocab_size_of
 from apollo_worker.model.live_model import LiveModel, attach
+from apollo_worker.step.forward import max_tokens_of
 from apollo_worker.step.step import Trainer
 from apollo_worker.sync.optimizer_file import read_optimizer
 from apollo_worker.sync.writer import CheckpointWriter
@@ -213,10 +214,9 @@ def make_writer(live: LiveModel, config: Config) -> CheckpointWriter:
 
 def model_facts(live: LiveModel, trainer: Trainer, config: Config) -> ModelFacts:
     """Examples may be as long as both the configuration and the model's positions allow."""
-    positions = getattr(live.model.config, "max_position_embeddings", None) or config.train.max_tokens
     return ModelFacts(
         model_dir=str(live.model_dir),
         vocab_size=vocab_size_of(live.model),
-        max_tokens=min(config.train.max_tokens, positions),
+        max_tokens=max_tokens_of(live.model, config.train.max_tokens),
         smaller_dims=trainer.smaller_dims(),
     )

@@ -11,12 +11,15 @@ import os
 import sqlite3
 import time
 import traceback
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 
+from torch import Tensor
+
 from apollo_ipc.errors import ApolloError, NotReady, UserError
 from apollo_ipc.wire.messages import SyncCheckpoint
+from apollo_worker.jobs.example import TokenisedExample
 from apollo_worker.jobs.queue import Job, JobQueue
 from apollo_worker.model.device import is_device_lost
 from apollo_worker.process import use_idle_priority
@@ -25,6 +28,7 @@ from apollo_worker.step.step import Trainer, VllmDied
 from apollo_worker.trainer.attachment import Attachment
 from apollo_worker.trainer.front_end import TrainerEnd
 from apollo_worker.trainer.recovery import Recovery
+from apollo_worker.trainer.reference import reference_of
 from apollo_worker.trainer.restoring import Restoring
 from apollo_worker.trainer.step_marks import StepMarks
 from apollo_worker.trainer.sync_policy import Syncing
@@ -165,7 +169,7 @@ class MainLoop:
         assert trainer is not None
         with of_the_job():
             trainer.use_rank(todo.rank)
-            notes = trainer.prepare_accumulation(todo.accumulate_steps) if todo.num_steps else []
+            notes = trainer.prepare_accumulation(todo)
         self.queue.add_notes(job_id, notes)
         num_steps, loss = todo.num_steps, None
 
@@ -174,6 +178,14 @@ class MainLoop:
 
         show(job.info.steps_done)
         guard = self.guard_of(job, trainer)
+
+        def measured(examples: Sequence[TokenisedExample]) -> list[Tensor]:
+            self.between_steps(job_id, guard)
+            show(job.info.steps_done)
+            with of_the_job():
+                return trainer.logprobs_of(examples)
+
+        reference = reference_of(self.queue, job, measured)
         for step in range(job.info.steps_done, num_steps):
             self.between_steps(job_id, guard)
             self.marks.begin(live.boot_id, job_id, step + 1)
@@ -184,6 +196,8 @@ class MainLoop:
                     todo.weight_decay,
                     partial(show, step),
                     is_mean=todo.is_mean,
+                    objective=todo.objective,
+                    reference=[reference[i] for i in todo.rows_of(step)] if reference else None,
                 )
             loss = result.loss
             is_counted = trainer.optimizer is trainer.main_optimizer

@@ -142,7 +142,10 @@ def test_a_changed_canary_is_another_one(tmp_path):
         ("", "has no [[canary]]"),
         ("[[canary]", "is not TOML"),
         (GOOD.replace("expected", "expcted", 1), "canary[0].expcted: unknown field 'expcted'; did you mean"),
-        (GOOD.replace('"exact"', '"excat"'), "canary[0].check: Invalid enum value 'excat'"),
+        (
+            GOOD.replace('"exact"', '"excat"'),
+            "canary[0].check: 'excat' is no choice here; did you mean 'exact'",
+        ),
         (GOOD.replace('name = "polite"', 'name = "capital"'), "canary[1].name: another canary is named"),
         (GOOD.replace('expected = "thank"', ""), 'canary[1].expected: check = "contains" needs it'),
         (GOOD.replace('"\\\\b4', '"\\\\b(4'), "canary[2].expected: not a regular expression"),
