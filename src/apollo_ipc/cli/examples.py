@@ -1,4 +1,4 @@
-"""Training examples from a JSONL file: one example a line, in any of the three forms."""
+"""Training examples from a JSONL file: one example a line, in any of the forms."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def train(
     rank: Annotated[int | None, typer.Option(help="Rank of APOLLO's projection.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
     accumulate_steps: Annotated[
-        int | None, typer.Option(help="Examples of one update; above 1 all gradients are kept.")
+        int | None, typer.Option(help="Examples of one update; several passes keep all gradients.")
     ] = None,
     on_duplicate: Annotated[
         Literal["skip", "train"] | None, typer.Option(help="What to do with examples trained before.")
@@ -59,7 +59,8 @@ def train(
 ) -> None:
     """Train the served model on examples.
 
-    A line is {"messages": [...]}, {"prompt", "completion"} or {"context_ids", "continuation_ids"}.
+    A line is {"messages": [...]}, {"prompt", "completion"} or {"context_ids", "continuation_ids"}; or a
+    pair (chosen, rejected), a group (completions, rewards) or a labelled answer behind such a context.
     """
     options = _options(
         lr=lr,
