@@ -23,6 +23,7 @@ from planned import plan_of
 from apollo_ipc.config import Config, load_config
 from apollo_ipc.manifest import MANIFEST_FORMAT, Manifest, start_ticks, write_manifest
 from apollo_ipc.wire.replies import SyncResult
+from apollo_ipc.wire.requests import TrainRequest
 
 TRAIN_KEY = "train-key-of-the-tests"
 INFERENCE_KEY = "inference-key-of-the-tests"
@@ -117,11 +118,14 @@ class FakeWorker:
     """The real service and queue; training is recording a loss."""
 
     def __init__(self, config: Config):
-        self.board = StatusBoard(
-            lambda request: Admission(plan_of(request, len(request.examples)), notes=["a note"])
-        )
+        self.requests: list[TrainRequest] = []
+        self.board = StatusBoard(self._admit)
         self.queue = JobQueue(config.state_dir / "queue.sqlite", config.worker.max_queued_jobs)
         self.service = front.Server(config, self.board, self.queue)
+
+    def _admit(self, request: TrainRequest) -> Admission:
+        self.requests.append(request)
+        return Admission(plan_of(request, len(request.examples)), notes=["a note"])
 
     def __enter__(self) -> FakeWorker:
         self.service.start()

@@ -13,6 +13,15 @@ from apollo_ipc.errors import UserError
 from apollo_ipc.wire.requests import convert
 
 Auto = Literal["auto"]
+DPO_BETA = 0.1
+_PREFERENCE = '{"input": {"messages": [...]}, "preferred_output": [...], "non_preferred_output": [...]}'
+# Where a part of a preference's line stands in the worker's words -> in its sender's.
+_SENT = {
+    "messages": "input.messages",
+    "tools": "input.tools",
+    "chosen": "preferred_output",
+    "rejected": "non_preferred_output",
+}
 
 
 class Hyperparameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -27,10 +36,18 @@ class Supervised(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     hyperparameters: Hyperparameters | None = None
 
 
+class DpoHyperparameters(Hyperparameters, frozen=True):
+    beta: Annotated[float, Meta(gt=0)] | Auto = "auto"
+
+
+class Dpo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    hyperparameters: DpoHyperparameters | None = None
+
+
 class Method(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     type: Literal["supervised", "dpo", "reinforcement"]
     supervised: Supervised | None = None
-    dpo: Any = None
+    dpo: Dpo | None = None
     reinforcement: Any = None
 
 
@@ -49,8 +66,12 @@ class CreateJob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def given(self) -> Hyperparameters:
-        inside = self.method.supervised if self.method is not None else None
+        inside = self.method and (self.method.dpo if self.is_dpo else self.method.supervised)
         return (inside and inside.hyperparameters) or self.hyperparameters or Hyperparameters()
+
+    @property
+    def is_dpo(self) -> bool:
+        return self.method is not None and self.method.type == "dpo"
 
 
 def read_create(data: Any, model_names: list[str]) -> CreateJob:
@@ -63,10 +84,13 @@ def read_create(data: Any, model_names: list[str]) -> CreateJob:
             field="model",
             code="model_not_found",
         )
-    if create.method is not None and create.method.type != "supervised":
-        raise UserError(
-            f"method {create.method.type!r} is not taken here, only 'supervised'", field="method.type"
-        )
+    if (method := create.method) is not None:
+        if method.type == "reinforcement":
+            message = "method 'reinforcement' is not taken here, only 'supervised' and 'dpo'"
+            raise UserError(f"{message}: rewards go to POST /train", field="method.type")
+        for name in ("supervised", "dpo"):
+            if name != method.type and getattr(method, name) is not None:
+                raise UserError(f"the method's type is {method.type!r}", field=f"method.{name}")
     if create.validation_file is not None:
         raise UserError(
             "no validation file is taken: `apollo-ipc quality` watches the model", field="validation_file"
@@ -79,7 +103,12 @@ def read_create(data: Any, model_names: list[str]) -> CreateJob:
 def resolved(create: CreateJob, defaults: Train) -> dict[str, Any]:
     """The hyperparameters in numbers."""
     given = create.given
+    beta = {}
+    if create.is_dpo:
+        own = given.beta if isinstance(given, DpoHyperparameters) else "auto"
+        beta["beta"] = DPO_BETA if own == "auto" else own
     return {
+        **beta,
         "n_epochs": defaults.epochs if given.n_epochs == "auto" else given.n_epochs,
         "batch_size": defaults.accumulate_steps if given.batch_size == "auto" else given.batch_size,
         "learning_rate_multiplier": 1.0
@@ -92,7 +121,7 @@ def train_body(create: CreateJob, content: bytes, defaults: Train) -> bytes:
     """The body of `POST /train` for the lines of a training file. Raises UserError, naming the line."""
     lines = [line for _, line in numbered_lines(content)]
     for number, line in numbered_lines(content):
-        _check_line(number, line)
+        _check_line(number, line, is_dpo=create.is_dpo)
     if not lines:
         raise UserError("the training file is empty", field="training_file", code="invalid_training_file")
     numbers = resolved(create, defaults)
@@ -100,6 +129,7 @@ def train_body(create: CreateJob, content: bytes, defaults: Train) -> bytes:
         "epochs": numbers["n_epochs"],
         "accumulate_steps": numbers["batch_size"],
         "lr": defaults.lr * numbers["learning_rate_multiplier"],
+        **({"loss": "dpo", "beta": numbers["beta"]} if create.is_dpo else {}),
     }
     return b'{"examples":[%s],"options":%s}' % (b",".join(lines), msgspec.json.encode(options))
 
@@ -110,22 +140,33 @@ def numbered_lines(content: bytes) -> list[tuple[int, bytes]]:
     return [(n, line.strip()) for n, line in enumerate(content.split(b"\n"), 1) if line.strip()]
 
 
-def _check_line(number: int, line: bytes) -> None:
+def _check_line(number: int, line: bytes, *, is_dpo: bool) -> None:
+    names = ("input", "preferred_output", "non_preferred_output") if is_dpo else ("messages",)
     try:
-        is_chat = isinstance(data := msgspec.json.decode(line), dict) and "messages" in data
+        data = msgspec.json.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _of_line(number, f"not JSON: {error}") from None
-    if not is_chat:
-        raise _of_line(number, 'a line is an object like {"messages": [...]}')
+    if not isinstance(data, dict) or not all(name in data for name in names):
+        wanted = _PREFERENCE if is_dpo else '{"messages": [...]}'
+        raise _of_line(number, f"a line is an object like {wanted}")
 
 
 def at_its_line(error: UserError, content: bytes) -> UserError:
     """The worker's error about an example or an option, in the words of who sent a file and a job."""
     field = error.field or ""
     if found := re.match(r"examples\[(\d+)\]\.?(.*)", field):
-        number = numbered_lines(content)[int(found[1])][0]
-        return _of_line(number, f"{found[2]}: {error.message}" if found[2] else error.message)
-    names = {"epochs": "n_epochs", "accumulate_steps": "batch_size", "lr": "learning_rate_multiplier"}
+        number, line = numbered_lines(content)[int(found[1])]
+        where = found[2]
+        if "preferred_output" in msgspec.json.decode(line):
+            for own, sent in _SENT.items():
+                where = re.sub(rf"^{own}\b", sent, where)
+        return _of_line(number, f"{where}: {error.message}" if where else error.message)
+    names = {
+        "epochs": "n_epochs",
+        "accumulate_steps": "batch_size",
+        "lr": "learning_rate_multiplier",
+        "beta": "beta",
+    }
     name = names.get(field.removeprefix("options."))
     return UserError(error.message, field=name and f"hyperparameters.{name}", code=error.code)
 

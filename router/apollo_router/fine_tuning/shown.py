@@ -40,6 +40,7 @@ def status_of(stored: StoredJob, info: JobInfo | None) -> str:
 def job_object(stored: StoredJob, info: JobInfo | None, model: str, defaults: Train) -> dict[str, Any]:
     """model: the name under which the weights are served."""
     create = convert(stored.request, CreateJob)
+    method = "dpo" if create.is_dpo else "supervised"
     status, numbers = status_of(stored, info), resolved(create, defaults)
     ended_at = info.ended_at if info is not None else None
     return {
@@ -50,10 +51,10 @@ def job_object(stored: StoredJob, info: JobInfo | None, model: str, defaults: Tr
         "estimated_finish": None,
         "fine_tuned_model": model if status == "succeeded" else None,
         "finished_at": None if ended_at is None else int(ended_at),
-        "hyperparameters": numbers,
+        "hyperparameters": {name: value for name, value in numbers.items() if name != "beta"},
         "integrations": [],
         "metadata": create.metadata,
-        "method": {"type": "supervised", "supervised": {"hyperparameters": numbers}},
+        "method": {"type": method, method: {"hyperparameters": numbers}},
         "model": create.model,
         "organization_id": ORGANIZATION,
         "result_files": [],

@@ -123,6 +123,49 @@ def test_hyperparameters_become_the_options_of_train(client, worker):
     ] * 4
 
 
+PREFERENCE = {
+    "input": {"messages": [{"role": "user", "content": "2+2="}], "parallel_tool_calls": True},
+    "preferred_output": [{"role": "assistant", "content": "4"}],
+    "non_preferred_output": [{"role": "assistant", "content": "5"}],
+}
+
+
+@pytest.mark.parametrize(("beta", "is_"), [("auto", 0.1), (0.5, 0.5)])
+def test_preferences_become_pairs_of_train(client, worker, beta, is_):
+    job = client.fine_tuning.jobs.create(
+        model="m",
+        training_file=add_file(client, PREFERENCE, PREFERENCE),
+        method={"type": "dpo", "dpo": {"hyperparameters": {"beta": beta, "n_epochs": 2}}},
+    )
+    assert (job.method.type, job.method.dpo.hyperparameters.beta) == ("dpo", is_)
+    request = worker.requests[-1]
+    assert (request.options.loss, request.options.beta, request.options.epochs) == ("dpo", is_, 2)
+    pair = request.examples[0]
+    assert (pair.messages[0].content, pair.chosen.content, pair.rejected.content) == ("2+2=", "4", "5")
+    worker.train_one()
+    assert client.fine_tuning.jobs.retrieve(job.id).status == "succeeded"
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        (LINE, 'a line is an object like {"input"'),
+        ({**PREFERENCE, "input": "2+2="}, "input: a preference has an `input` like"),
+        ({**PREFERENCE, "preferred_output": []}, "preferred_output: the answer is empty"),
+        (
+            {**PREFERENCE, "preferred_output": [{"role": "user", "content": "4"}]},
+            "preferred_output.role: an answer is the assistant's",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_preference_is_said_at_its_line(client, worker, line, text):
+    with pytest.raises(openai.BadRequestError) as raised:
+        client.fine_tuning.jobs.create(
+            model="m", training_file=add_file(client, PREFERENCE, line), method={"type": "dpo"}
+        )
+    assert sentence(raised).startswith(f"line 2: {text}")
+
+
 def test_pages_and_metadata_of_the_list_of_jobs(client, worker):
     ids = [create(client, metadata={"run": str(i)}).id for i in range(3)]
     assert [job.id for job in client.fine_tuning.jobs.list(limit=1)] == ids[::-1]
@@ -313,7 +356,16 @@ def test_a_file_of_another_purpose_or_too_large_is_refused(client, worker):
         ({"model": "gpt-4o"}, "model", "the model that it serves: 'm'"),
         ({"training_file": "file-none"}, "training_file", "no file 'file-none'"),
         ({"method": {"type": "reinforcement"}}, "method.type", "'reinforcement' is not taken"),
-        ({"method": {"type": "dpo"}}, "method.type", "'dpo' is not taken"),
+        (
+            {"method": {"type": "dpo", "supervised": {"hyperparameters": {"n_epochs": 2}}}},
+            "method.supervised",
+            "the method's type is 'dpo'",
+        ),
+        (
+            {"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}},
+            "method.dpo.hyperparameters.beta",
+            "> 0.0",
+        ),
         ({"validation_file": "file-x"}, "validation_file", "no validation file"),
         ({"integrations": [{"type": "wandb"}]}, "integrations", "no integration"),
         ({"hyperparameters": {"n_epochs": 0}}, "hyperparameters.n_epochs", ">= 1"),
