@@ -85,7 +85,7 @@ def saved_for_backward(trainer: Trainer) -> int:
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden = trainer._hidden(torch.tensor([IDS]))
+        hidden = trainer.forward.hidden(torch.tensor([IDS]))
     total = sum(storage.nbytes() for storage in saved.values())
     del hidden
     return total
@@ -111,7 +111,7 @@ def test_activations_and_the_peak_of_a_step_are_forecast_within_a_tenth(model_di
 
     def forward() -> torch.Tensor:
         with torch.enable_grad():
-            return trainer._hidden(torch.tensor([IDS]))
+            return trainer.forward.hidden(torch.tensor([IDS]))
 
     kept, _ = allocated(forward)
     activations = of(made.step, "activations")

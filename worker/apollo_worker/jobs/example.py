@@ -48,7 +48,8 @@ class TokenisedExample(msgspec.Struct, frozen=True):
 
     @property
     def num_targets(self) -> int:
-        return sum(self.is_target)
+        """Nothing predicts the first token."""
+        return sum(self.is_target[1:])
 
 
 def sequence_of(
