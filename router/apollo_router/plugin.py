@@ -50,12 +50,13 @@ class ApolloEndpoints:
 
     def attach_router(self, app: FastAPI) -> None:
         """Before the engine exists. The router's lifespan opens the ZMQ socket when the app starts."""
-        from apollo_router import routes
+        from apollo_router import routes, teaching
         from apollo_router.fine_tuning import routes as fine_tuning
 
         app.state.apollo = self.gateway
         app.include_router(routes.router)
         app.include_router(fine_tuning.router)  # its lifespan inside that of the first
+        app.include_router(teaching.router)
         if self.gateway.spool is not None:
             from apollo_router.traffic import Watch
 

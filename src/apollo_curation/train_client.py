@@ -44,6 +44,12 @@ class TrainClient:
     def job(self, job_id: str) -> JobInfo:
         return msgspec.convert(self._request("GET", f"/train/jobs/{job_id}"), JobInfo, strict=False)
 
+    def jobs(self) -> list[JobInfo]:
+        """The newest first, a thousand at most."""
+        return msgspec.convert(
+            self._request("GET", "/train/jobs?limit=1000")["data"], list[JobInfo], strict=False
+        )
+
     def wait(self, job_id: str, each: Callable[[JobInfo], None] = lambda job: None) -> JobInfo:
         """The job when it has ended; `each` sees it now and then until it has."""
         while True:
@@ -88,8 +94,13 @@ class TrainClient:
                     raise ModelAway(f"version {weight_version} could not be restored: {error}") from None
             time.sleep(RETRY_S)
 
-    def pin(self, weight_version: int) -> None:
-        """Has that version stay restorable, instead of the one that was pinned before."""
+    def pinned(self) -> int | None:
+        """The version that is pinned, by whomever."""
+        versions = self._request("GET", "/checkpoint/history")["versions"]
+        return next((one["weight_version"] for one in versions if one["is_pinned"]), None)
+
+    def pin(self, weight_version: int | None) -> None:
+        """Has that version stay restorable, instead of the one that was pinned before; None: none."""
         body = {"version": weight_version}
         self._request("POST", "/checkpoint/pin", body, timeout_s=CHECKPOINT_TIMEOUT_S)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from contextlib import closing
+from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import msgspec
 import typer
@@ -15,70 +16,79 @@ from apollo_ipc.cli.options import AsJson, ConfigFile
 from apollo_ipc.cli.output import console, print_json
 from apollo_ipc.errors import UserError
 
-if TYPE_CHECKING:
-    from apollo_curation.teach.teach import TeachReport
-
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
 @app.command()
 def teach(
     file: Annotated[
-        str, typer.Argument(help='JSON lines of {"question", "answer", "statement"?, "key"?}; -: stdin.')
+        str,
+        typer.Argument(
+            help='A fact a line: a sentence, or {"statement"?, "question"?, "answer"?, "key"?}; -: stdin.'
+        ),
     ],
-    epochs: Annotated[
-        int, typer.Option("--epochs", min=1, help="Passes over a fact's variants in a round.")
-    ] = 2,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds at most.")] = 3,
-    lr: Annotated[float, typer.Option("--lr", help="Learning rate.")] = 1e-4,
+    document: Annotated[
+        bool, typer.Option("--document", help="The file is a text: each sentence is a fact where it can be.")
+    ] = False,
+    rounds: Annotated[int | None, typer.Option("--rounds", min=1, max=20, help="Rounds at most [3].")] = None,
+    lr: Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")] = None,
     min_known: Annotated[
-        float,
-        typer.Option("--min-known", min=0, max=1, help="Share of the examination that has to be right."),
-    ] = 0.5,
+        float | None,
+        typer.Option("--min-known", min=0, max=1, help="Share of what is asked that has to be right [0.5]."),
+    ] = None,
     max_rise: Annotated[
-        float, typer.Option("--max-rise", help="Nats a token that general answers may lose.")
-    ] = 0.3,
+        float | None, typer.Option("--max-rise", help="Nats a token that general answers may lose [0.3].")
+    ] = None,
     max_hits: Annotated[
-        float, typer.Option("--max-hits", min=0, max=1, help="Share of near misses that may name the fact.")
-    ] = 0.5,
+        float | None,
+        typer.Option("--max-hits", min=0, max=1, help="Share of near misses that may name the fact [0.5]."),
+    ] = None,
     config_file: ConfigFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Teach facts to the served model, in several forms each; its general answers and near misses are held as
-    they are, and it is examined before and after. Exit status 1: the weights of before are back."""
-    from apollo_curation.chat_client import learner
-    from apollo_curation.teach.facts import parse_facts
-    from apollo_curation.teach.job import Mix
-    from apollo_curation.teach.served import ServedLearner
-    from apollo_curation.teach.teach import Limits, teach
-    from apollo_curation.train_client import TrainClient
+    they are, and it is examined before and after. Killed and called again with the same file, it goes on.
+    Exit status 1: they were not taught, and the weights of before are back where that was possible."""
+    from apollo_curation.teach.run import wait_for
+    from apollo_ipc.config import make_private_dir
+    from apollo_ipc.teaching.facts import facts_of_document, parse_facts
+    from apollo_ipc.teaching.store import TeachOptions, TeachRequest, TeachStore, store_path
 
     config = load_curation_config(config_file)
     try:
         text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read: {error}", field="FILE") from None
-    facts = parse_facts(text)
-    limits = Limits(min_known, max_rise, max_hits, rounds)
+    facts, notes = facts_of_document(text) if document else (parse_facts(text), [])
+    given = {"rounds": rounds, "lr": lr, "min_known": min_known, "max_rise": max_rise, "max_hits": max_hits}
+    options = msgspec.convert({k: v for k, v in given.items() if v is not None}, TeachOptions)
+    request = TeachRequest(facts, options, notes=notes)
     say = (lambda _: None) if as_json else console.print
-    with closing(learner(config)) as chat, closing(TrainClient(config)) as training:
-        mix = Mix(epochs=epochs, lr=lr)
-        report = teach(facts, ServedLearner(chat), training, mix=mix, limits=limits, say=say)
-    if as_json:
-        print_json(msgspec.to_builtins(report))
-    else:
-        _print(report)
-    raise typer.Exit(0 if report.state == "applied" else 1)
+    for note in notes:
+        say(note)
+    make_private_dir(config.state_dir)
+    with closing(TeachStore(store_path(config))) as store:
+        digest = blake2b(msgspec.json.encode(request), digest_size=32).digest()
+        job = store.admit(request, digest, client_key=None, is_retry=True)
+        job = wait_for(config, store, job.id, say)
+    shown = job.shown()
+    print_json(shown) if as_json else _print(shown)
+    raise typer.Exit(0 if job.phase == "applied" and not job.error else 1)
 
 
-def _print(report: TeachReport) -> None:
+def _print(job: dict[str, Any]) -> None:
     from rich.table import Table
 
-    table = Table("fact", "taught", "paraphrased", "reversed", "near misses that name it")
-    for one in report.facts:
-        groups = (one.paraphrased, one.reversed, one.not_it)
-        counts = [f"{sum(answer.is_right for answer in group)} of {len(group)}" for group in groups]
-        table.add_row(one.fact.question, "known" if one.taught.is_right else one.taught.after[:60], *counts)
-    console.print(table)
-    console.print(f"general answers lose {report.rise:.3f} nats a token; {report.known:.0%} is right")
-    console.print(report.state + (f": {report.reason}" if report.reason else ""), markup=False)
+    if report := job["report"]:
+        table = Table("fact", "taught", "paraphrased", "reversed", "near misses that name it")
+        for one in report["facts"]:
+            groups = (one["paraphrased"], one["reversed"], one["not_it"])
+            counts = [f"{sum(answer['is_right'] for answer in group)} of {len(group)}" for group in groups]
+            taught = one["taught"]
+            said = "known" if taught["is_right"] else taught["after"][:60]
+            table.add_row(one["fact"]["question"], said, *counts)
+        console.print(table)
+        console.print(
+            f"general answers lose {report['rise']:.3f} nats a token; {report['known']:.0%} is right"
+        )
+    console.print(job["status"] + (f": {job['error']}" if job["error"] else ""), markup=False)

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
-from itertools import cycle, islice
-from typing import NamedTuple, Protocol
+from itertools import islice
+from typing import Any, NamedTuple, Protocol
 
-from apollo_curation.teach.facts import Lesson
+import msgspec
+
+from apollo_curation.teach.variants import Asked, Lesson
 from apollo_ipc.wire.requests import Example, Message, TrainOptions, TrainRequest
 
-ANSWER_TOKENS = 48  # of the model's own answers that are kept
+ANSWER_TOKENS = 32  # of the model's own answers that are kept
 
 
 class OwnAnswer(NamedTuple):
@@ -28,30 +29,36 @@ class OwnAnswer(NamedTuple):
     ids: list[int]
     top_logprobs: list[list[tuple[int, float]]]
 
-    def example(self) -> Example:
+    def example(self, weight: float = 1.0) -> Example:
         return Example(
-            context_ids=self.context_ids, continuation_ids=self.ids, top_logprobs=[*self.top_logprobs]
+            context_ids=self.context_ids,
+            continuation_ids=self.ids,
+            top_logprobs=[*self.top_logprobs],
+            weights=None if weight == 1 else [weight] * len(self.ids),
         )
 
 
 class Learner(Protocol):
-    """A model that is asked; `num_parallel` questions at a time are answered soonest."""
+    """A model that is asked; answers stand in the order of what was asked."""
 
-    num_parallel: int
-
-    def own_answer(self, question: str, *, max_tokens: int) -> OwnAnswer: ...
-    def say(self, question: str, *, max_tokens: int) -> str: ...
-    def token_logprobs(self, ids: list[int]) -> list[float]: ...
+    def own_answers(self, questions: Sequence[str], *, max_tokens: int) -> list[OwnAnswer]: ...
+    def say(self, questions: Sequence[str], *, max_tokens: int) -> list[str]: ...
+    def token_logprobs(self, sequences: Sequence[list[int]]) -> list[list[float]]: ...
 
 
-class Mix(NamedTuple):
-    """How many of each kind are in an update, and for how many passes over the variants; lr: its rate."""
+class Mix(msgspec.Struct, frozen=True):
+    """num_facts, num_general, num_near: how many of each kind are in an update; epochs: passes over the
+    variants; backward: how often a variant from key to subject stands for one of the other direction (1: each
+    once); kl_weight: of general answers and near misses; lr: peak."""
 
     num_facts: int = 4
     num_general: int = 1
     num_near: int = 1
-    epochs: int = 2
-    lr: float = 1e-4
+    epochs: int = 1
+    backward: int = 1
+    kl_weight: float = 2.0
+    lr: float = 2e-4
+    schedule: str = "cosine"
 
 
 def general_prompts() -> list[str]:
@@ -60,50 +67,66 @@ def general_prompts() -> list[str]:
 
 
 def request_of(
-    lessons: Sequence[Lesson], general: Sequence[OwnAnswer], near: Sequence[OwnAnswer], mix: Mix, seed: int
+    lessons: Sequence[Lesson],
+    general: Sequence[OwnAnswer],
+    near: Sequence[OwnAnswer],
+    mix: Mix,
+    seed: int,
+    earlier: Sequence[Asked] = (),
 ) -> TrainRequest:
-    """The job: updates of `mix`. Each example is a mean over its targets: a kind weighs by its number."""
-    variants = [_variant(asked.question, asked.answer) for lesson in lessons for asked in lesson.train]
+    """The job: updates of `mix`. Each example is a mean over its targets: a kind weighs by its number.
+    earlier: variants of other lessons, which come once in each pass."""
+    asked = [*(one for lesson in lessons for one in trained(lesson, mix)), *earlier]
+    variants = [_variant(one) for one in asked]
     rng = random.Random(seed)
     examples: list[Example] = []
     beside = [
-        (cycle(_shuffled(general, rng)), mix.num_general if general else 0),
-        (cycle(_shuffled(near, rng)), mix.num_near if near else 0),
+        (_again(general, rng), mix.num_general if general else 0),
+        (_again(near, rng), mix.num_near if near else 0),
     ]
     size = mix.num_facts + sum(number for _, number in beside)
     order = [one for _ in range(mix.epochs) for one in _shuffled(variants, rng)]
     for start in range(0, len(order), mix.num_facts):
         examples += order[start : start + mix.num_facts]
         for answers, number in beside:
-            examples += [answer.example() for answer in islice(answers, number)]
+            examples += [answer.example(mix.kl_weight) for answer in islice(answers, number)]
+    schedule: Any = mix.schedule
     options = TrainOptions(
-        lr=mix.lr, epochs=1, schedule="constant", accumulate_steps=size, on_duplicate="train"
+        lr=mix.lr, epochs=1, schedule=schedule, accumulate_steps=size, on_duplicate="train"
     )
     return TrainRequest(examples, options)
+
+
+def trained(lesson: Lesson, mix: Mix) -> list[Asked]:
+    return [*lesson.forward, *(lesson.backward * mix.backward)]
 
 
 def prompts_beside(
     lessons: Sequence[Lesson], general: Sequence[str], mix: Mix, seed: int
 ) -> tuple[list[str], list[str]]:
     """(general prompts, near misses) of which one pass over a job's updates needs the answers, each once."""
-    num_updates = math.ceil(mix.epochs * sum(len(one.train) for one in lessons) / mix.num_facts)
+    num_updates = math.ceil(mix.epochs * sum(len(trained(one, mix)) for one in lessons) / mix.num_facts)
     rng, near = random.Random(seed), [one for lesson in lessons for one in lesson.near_misses]
     return (
         _shuffled(general, rng)[: num_updates * mix.num_general],
-        _shuffled(near, rng)[: num_updates * mix.num_near],
+        _shuffled(dict.fromkeys(near), rng)[: num_updates * mix.num_near],
     )
 
 
 def own_answers(learner: Learner, prompts: Sequence[str]) -> list[OwnAnswer]:
     """Of each prompt in its order, without those to which the model says nothing."""
-    with ThreadPoolExecutor(learner.num_parallel) as pool:
-        answers = pool.map(lambda prompt: learner.own_answer(prompt, max_tokens=ANSWER_TOKENS), prompts)
-        return [answer for answer in answers if answer.ids]
+    return [one for one in learner.own_answers(prompts, max_tokens=ANSWER_TOKENS) if one.ids]
 
 
-def _variant(question: str, answer: str) -> Example:
-    return Example(messages=[Message("user", question), Message("assistant", answer)])
+def _variant(asked: Asked) -> Example:
+    return Example(messages=[Message("user", asked.question), Message("assistant", asked.answer)])
 
 
-def _shuffled(items: Sequence, rng: random.Random) -> list:
-    return rng.sample(list(items), len(items))
+def _again(answers: Sequence[OwnAnswer], rng: random.Random) -> Iterator[OwnAnswer]:
+    while True:
+        yield from _shuffled(answers, rng)
+
+
+def _shuffled(items: Any, rng: random.Random) -> list:
+    items = list(items)
+    return rng.sample(items, len(items))

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
 from apollo_curation.chat_client import ChatClient
 from apollo_curation.teach.job import OwnAnswer
 from apollo_ipc.wire.requests import Message
 
 NUM_LOGPROBS = 20  # vLLM's own limit for a request (--max-logprobs)
+NUM_PARALLEL = 8  # vLLM batches them
 _ID = "token_id:"
+
+T = TypeVar("T")
+Out = TypeVar("Out")
 
 
 class ServedLearner:
     """Raises as ChatClient does."""
 
-    num_parallel = 8  # vLLM batches them
-
     def __init__(self, chat: ChatClient):
         self._chat = chat
 
-    def own_answer(self, question: str, *, max_tokens: int) -> OwnAnswer:
+    def own_answers(self, questions: Sequence[str], *, max_tokens: int) -> list[OwnAnswer]:
         """Greedy, from the tokens that the chat template gives. The token that ends it is among its ids."""
+        return _side_by_side(lambda question: self._own_answer(question, max_tokens), questions)
+
+    def _own_answer(self, question: str, max_tokens: int) -> OwnAnswer:
         context = self._chat.tokens([Message("user", question)], add_generation_prompt=True)
         found = self._chat.completion_logprobs(context, max_tokens=max_tokens, num_logprobs=NUM_LOGPROBS)
         ids = [_token(name) for name in found["tokens"]]
@@ -28,11 +37,19 @@ class ServedLearner:
         ]
         return OwnAnswer(context, ids, rows)
 
-    def say(self, question: str, *, max_tokens: int) -> str:
-        return self._chat.chat([Message("user", question)], max_tokens=max_tokens).content
+    def say(self, questions: Sequence[str], *, max_tokens: int) -> list[str]:
+        return _side_by_side(
+            lambda question: self._chat.chat([Message("user", question)], max_tokens=max_tokens).content,
+            questions,
+        )
 
-    def token_logprobs(self, ids: list[int]) -> list[float]:
-        return self._chat.token_logprobs(ids)
+    def token_logprobs(self, sequences: Sequence[list[int]]) -> list[list[float]]:
+        return _side_by_side(self._chat.token_logprobs, sequences)
+
+
+def _side_by_side(ask: Callable[[T], Out], asked: Sequence[T]) -> list[Out]:
+    with ThreadPoolExecutor(NUM_PARALLEL) as pool:
+        return list(pool.map(ask, asked))
 
 
 def _token(name: str) -> int:

@@ -1,0 +1,145 @@
+"""POST /teach and its relatives: teach jobs in the store of the state directory, which a teacher takes on."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from hashlib import blake2b
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import APIRouter
+from msgspec import Meta
+from starlette.requests import Request
+from starlette.responses import Response
+
+from apollo_ipc.errors import UserError
+from apollo_ipc.teaching.facts import facts_of, facts_of_document
+from apollo_ipc.teaching.store import (
+    ENDED_PHASES,
+    TeachJob,
+    TeachOptions,
+    TeachRequest,
+    TeachStore,
+    store_path,
+)
+from apollo_ipc.wire.requests import convert, parse_json
+from apollo_router.auth import KeyedRoute
+from apollo_router.body import read_body
+from apollo_router.errors import json_response
+from apollo_router.gateway import Gateway
+from apollo_router.params import NoQuery, read_idempotency_key, read_query
+
+MAX_FACTS = 1000  # a job that is examined as a whole, not a corpus
+MAX_BODY_BYTES = 4 * 1024 * 1024
+POLL_S = 0.25
+
+router = APIRouter(route_class=KeyedRoute, tags=["apollo-ipc"])
+
+
+class WaitQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    wait: bool = False  # answer when the job has ended
+
+
+class LimitQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    limit: Annotated[int, Meta(ge=1, le=1000)] = 50
+
+
+class TeachBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """facts: sentences, {"statement"?, "question"?, "answer"?, "key"?} or {"messages"}; text: a document of
+    which each sentence is a fact where a rule makes a question of it. One of the two."""
+
+    facts: Annotated[list[Any], Meta(max_length=MAX_FACTS)] | None = None
+    text: str | None = None
+    options: TeachOptions = TeachOptions()
+
+    def request(self) -> TeachRequest:
+        """Raises UserError with the path of the field."""
+        if (self.facts is None) == (self.text is None):
+            raise UserError("exactly one of facts and text is needed", field="facts")
+        if self.facts is not None:
+            return TeachRequest(
+                facts_of((f"facts[{i}]", one) for i, one in enumerate(self.facts)), self.options
+            )
+        facts, notes = facts_of_document(self.text or "")
+        return TeachRequest(facts[:MAX_FACTS], self.options, notes=notes)
+
+
+@router.post("/teach", status_code=202)
+async def teach(request: Request) -> Response:
+    """Queues a teach job: 202 once it is on disk; `?wait=true`: 200 when it has ended. The same
+    `Idempotency-Key` and body give the same job, taught once."""
+    query, key = read_query(request, WaitQuery), read_idempotency_key(request)
+    gateway: Gateway = request.app.state.apollo
+    limit = min(MAX_BODY_BYTES, gateway.config.http.max_body_bytes)
+    body = await read_body(request, limit)
+    wanted = await asyncio.to_thread(_read, body)
+    digest = blake2b(body, digest_size=32).digest()
+    store = await _store(request)
+    job = await asyncio.to_thread(store.admit, wanted, digest, client_key=key)
+    if query.wait:
+        job = await gateway.until_gone(_end_of(store, job, gateway.config.http.wait_timeout_s), request)
+    is_over = query.wait and job.phase in ENDED_PHASES
+    root = request.scope.get("root_path", "").rstrip("/")
+    where = {} if is_over else {"Location": f"{root}/teach/jobs/{job.id}"}
+    return json_response(job.shown(), 200 if is_over else 202, where)
+
+
+@router.get("/teach/jobs")
+async def jobs(request: Request) -> Response:
+    """The newest first."""
+    query, store = read_query(request, LimitQuery), await _store(request)
+    found = await asyncio.to_thread(store.jobs, query.limit)
+    return json_response({"object": "list", "data": [job.shown() for job in found]})
+
+
+@router.get("/teach/jobs/{teach_id}")
+async def job(request: Request, teach_id: str) -> Response:
+    read_query(request, NoQuery)
+    store = await _store(request)
+    return json_response((await asyncio.to_thread(store.job, teach_id)).shown())
+
+
+@router.delete("/teach/jobs/{teach_id}")
+async def cancel(request: Request, teach_id: str) -> Response:
+    """Cancelled before its next phase; what it has trained is taken back. 409 where it has ended."""
+    read_query(request, NoQuery)
+    store = await _store(request)
+    return json_response((await asyncio.to_thread(store.cancel, teach_id)).shown())
+
+
+@router.get("/teach/lessons")
+async def lessons(request: Request) -> Response:
+    """What was taught, in its order, and whether it held when it was last asked."""
+    read_query(request, NoQuery)
+    store = await _store(request)
+    return json_response({"object": "list", "data": await asyncio.to_thread(store.lessons)})
+
+
+def _read(body: bytes) -> TeachRequest:
+    data = parse_json(body)
+    if not isinstance(data, dict):
+        raise UserError('send an object like {"facts": ["The spare badge is in the cocoa tin."]}')
+    return convert(data, TeachBody).request()
+
+
+async def _store(request: Request) -> TeachStore:
+    """Opened by the first request: whoever never teaches has no such file."""
+    state = request.app.state
+    if getattr(state, "apollo_teaching", None) is None:
+        path = store_path(state.apollo.config)
+        made = await asyncio.to_thread(TeachStore, path)
+        if getattr(state, "apollo_teaching", None) is None:
+            state.apollo_teaching = made
+        else:
+            made.close()
+    return state.apollo_teaching
+
+
+async def _end_of(store: TeachStore, job: TeachJob, timeout_s: float) -> TeachJob:
+    """The job when it has ended, or as it is after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while job.phase not in ENDED_PHASES and time.monotonic() < deadline:
+        await asyncio.sleep(POLL_S)
+        job = await asyncio.to_thread(store.job, job.id)
+    return job

@@ -1,0 +1,72 @@
+"""Who teaches: the process beside a server, or the command where there is none. One at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+
+from apollo_curation.chat_client import learner
+from apollo_curation.settings import CurationConfig
+from apollo_curation.teach.served import ServedLearner
+from apollo_curation.teach.teacher import Teacher
+from apollo_curation.train_client import TrainClient
+from apollo_ipc.errors import NotReady
+from apollo_ipc.teaching.store import ENDED_PHASES, TeachJob, TeachStore
+
+log = logging.getLogger(__name__)
+POLL_S = 0.5
+
+
+@contextmanager
+def the_teacher(config: CurationConfig) -> Iterator[bool]:
+    """Whether this process is the teacher now: nobody else is until the block ends, or the process."""
+    path = config.state_dir / "teacher.lock"
+    held = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(held)
+
+
+def serve_jobs(
+    config: CurationConfig,
+    store: TeachStore,
+    is_over: Callable[[], bool],
+    say: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Takes on one job after the other until `is_over()`, which is asked between two phases."""
+    with closing(learner(config)) as chat, closing(TrainClient(config)) as training:
+        teacher = Teacher(store, ServedLearner(chat), training, say=say)
+        while not is_over():
+            job = store.first_unfinished()
+            try:
+                while job is not None and job.phase not in ENDED_PHASES and not is_over():
+                    say(f"{job.id}: {job.phase}" + (f", round {job.round}" if job.round else ""))
+                    job = teacher.advance(job)
+            except NotReady as error:  # the server is away: the phase is done again
+                log.warning("teaching waits: %s", error.message)
+            time.sleep(POLL_S if job is None or job.phase not in ENDED_PHASES else 0)
+
+
+def wait_for(config: CurationConfig, store: TeachStore, job_id: str, say: Callable[[str], None]) -> TeachJob:
+    """The job when it has ended: taught here, unless another process is the teacher."""
+    told = ""
+    while (job := store.job(job_id)).phase not in ENDED_PHASES:
+        with the_teacher(config) as is_ours:
+            if is_ours:
+                serve_jobs(config, store, lambda: store.job(job_id).phase in ENDED_PHASES, say)
+                continue
+        if job.phase != told:
+            say(f"{job.id}: {job.phase} (another process teaches)")
+            told = job.phase
+        time.sleep(POLL_S)
+    return job

@@ -1,0 +1,277 @@
+"""Takes teach jobs from the store to their end: preparing -> training -> checking -> applied | rolled back.
+
+Each phase is stored before it is left, and may be done again from its beginning: what it trains has a key
+made of job and round, so that it is trained once however often the teacher dies.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+
+from apollo_curation.teach import examine
+from apollo_curation.teach.job import (
+    Learner,
+    Mix,
+    OwnAnswer,
+    general_prompts,
+    own_answers,
+    prompts_beside,
+    request_of,
+)
+from apollo_curation.teach.rehearsal import due, rehearsed
+from apollo_curation.teach.variants import Lesson, lesson_of
+from apollo_ipc.errors import ApolloError, UserError
+from apollo_ipc.teaching.store import ENDED_PHASES, Learned, Phase, TeachJob, TeachStore
+from apollo_ipc.wire.replies import JobInfo, RestoreResult, SyncResult
+from apollo_ipc.wire.requests import TrainRequest
+
+NUM_KEPT_OUT = 16  # general prompts that are only measured
+KEPT_OUT_EVERY = 7
+
+
+class Training(Protocol):
+    """The training interface (TrainClient)."""
+
+    def submit(self, request: TrainRequest, idempotency_key: str) -> str: ...
+    def job(self, job_id: str) -> JobInfo: ...
+    def jobs(self) -> list[JobInfo]: ...
+    def cancel(self, job_id: str) -> None: ...
+    def sync(self) -> SyncResult: ...
+    def pinned(self) -> int | None: ...
+    def pin(self, weight_version: int | None) -> None: ...
+    def restore(self, weight_version: int) -> RestoreResult: ...
+
+
+class TeachFailed(ApolloError):
+    """Nothing can be taught so; the message says why."""
+
+    code = "teach_failed"
+
+
+class Material(msgspec.Struct):
+    """What a job needs to go on after a crash. version_before, synced_at: what going back means, and from
+    when on a job of others stands in its way; is_pinned: by this job; general, near: the model's own answers
+    to be kept; kept_out: those only measured; said_before: to the examination; request: the next training
+    job; train_jobs: those given to the worker; rehearsed: lessons that come back in it; end, reason: what a
+    job that goes back ends as, and why."""
+
+    version_before: int
+    synced_at: float
+    is_pinned: bool
+    kept_out: list[OwnAnswer] = []
+    general: list[OwnAnswer] = []
+    near: list[OwnAnswer] = []
+    said_before: dict[str, str] = {}
+    loss_before: float = 0.0
+    request: TrainRequest | None = None
+    train_jobs: list[str] = []
+    rehearsed: list[str] = []
+    end: Phase = "rolled back"
+    reason: str = ""
+    report: examine.TeachReport | None = None
+
+
+class Teacher:
+    """One at a time for a store. stop: asked while it waits; then NotReady-like errors of the clients end it
+    between two phases, and a later teacher goes on."""
+
+    def __init__(
+        self,
+        store: TeachStore,
+        learner: Learner,
+        training: Training,
+        mix: Mix | None = None,
+        say: Callable[[str], None] = lambda text: None,
+        poll_s: float = 0.5,
+    ):
+        self._store, self._learner, self._training = store, learner, training
+        self._mix, self._say, self._poll_s = mix or Mix(), say, poll_s
+
+    def finish(self, job: TeachJob) -> TeachJob:
+        """The job when it has ended. Raises what learner and training raise: the phase is then done again."""
+        while job.phase not in ENDED_PHASES:
+            self._say(f"{job.id}: {job.phase}" + (f", round {job.round}" if job.phase == "training" else ""))
+            job = self.advance(job)
+        return job
+
+    def advance(self, job: TeachJob) -> TeachJob:
+        """Does the job's phase, and stores what comes of it."""
+        steps = {
+            "preparing": self._prepare,
+            "training": self._train,
+            "checking": self._check,
+            "going back": self._go_back,
+        }
+        try:
+            return steps[job.phase](job)
+        except (TeachFailed, UserError) as error:
+            job = self._store.job(job.id)
+            if job.phase == "going back":
+                return self._store.advance(job, "failed", error=error.message)
+            if job.material is None:
+                return self._store.advance(job, "failed", error=error.message)
+            return self._leave(job, _material(job), "failed", error.message)
+
+    def _prepare(self, job: TeachJob) -> TeachJob:
+        """The model's own answers to what is to stay, and what it says before. Trains nothing."""
+        lessons, mix = self._lessons(job), self._mix_of(job)
+        if job.material is None:
+            now = time.time()
+            version = self._training.sync().weight_version
+            is_pinned = self._training.pinned() is None  # somebody's own pin stays theirs
+            made = Material(version, now, is_pinned)
+            job = self._store.advance(job, "preparing", material=msgspec.msgpack.encode(made))
+        made = _material(job)
+        if made.is_pinned:
+            self._training.pin(made.version_before)
+        prompts = general_prompts()
+        made.kept_out = own_answers(self._learner, prompts[::KEPT_OUT_EVERY][:NUM_KEPT_OUT])
+        if not made.kept_out:
+            raise TeachFailed("the model says nothing to any general prompt: what it loses could not be seen")
+        trained = [prompt for at, prompt in enumerate(prompts) if at % KEPT_OUT_EVERY]
+        general, near = prompts_beside(lessons, trained, mix, _seed(job))
+        made.general, made.near = own_answers(self._learner, general), own_answers(self._learner, near)
+        made.said_before = examine.answers(self._learner, lessons)
+        made.loss_before = examine.loss(self._learner, made.kept_out)
+        said = made.said_before
+        missing = [one for one in lessons if not examine.examined(one, said, said).is_known]
+        if not missing:
+            return self._next(job, made, "checking", 0)
+        taught = {one.question for one in job.request.facts}
+        earlier = due([one for one in self._store.lessons() if one.fact.question not in taught])
+        made.rehearsed = [one.id for one in earlier]
+        again = rehearsed(earlier, random.Random(_seed(job)))
+        made.request = request_of(missing, made.general, made.near, mix, _seed(job), again)
+        return self._next(job, made, "training", 1)
+
+    def _train(self, job: TeachJob) -> TeachJob:
+        made = _material(job)
+        assert made.request is not None
+        if job.is_cancelled and not made.train_jobs:
+            return self._leave(job, made, "cancelled", "cancelled before anything was trained")
+        train_job = self._training.submit(made.request, f"{job.id}-{job.round}")
+        if train_job not in made.train_jobs:
+            made.train_jobs.append(train_job)
+        ended = self._wait(job, train_job)
+        if ended.state not in ("applied", "durable"):
+            end: Phase = "cancelled" if self._store.job(job.id).is_cancelled else "failed"
+            reason = f"training job {train_job} {ended.state}: {ended.error or 'no reason given'}"
+            return self._leave(job, made, end, reason)
+        return self._next(job, made, "checking", job.round)
+
+    def _check(self, job: TeachJob) -> TeachJob:
+        made, lessons, limits = _material(job), self._lessons(job), self._limits_of(job)
+        after = examine.answers(self._learner, lessons)
+        rise = examine.loss(self._learner, made.kept_out) - made.loss_before
+        facts = [examine.examined(lesson, made.said_before, after) for lesson in lessons]
+        known, hits = examine.share_known(facts), examine.share_hit(facts)
+        reason = examine.harm(rise, hits, limits)
+        is_over = job.round >= limits.rounds or job.is_cancelled
+        if not reason and known < limits.min_known and is_over:
+            reason = f"{known:.0%} is right after {job.round} rounds, below {limits.min_known:.0%}"
+        made.report = examine.TeachReport(
+            "applied", reason, known, hits, rise, facts, made.train_jobs, made.version_before
+        )
+        if job.is_cancelled:
+            return self._leave(job, made, "cancelled", "cancelled")
+        if reason:
+            return self._leave(job, made, "rolled back", reason)
+        missing = [lesson for lesson, one in zip(lessons, facts, strict=True) if not one.is_known]
+        if missing and not is_over:
+            known_ones = [lesson for lesson, one in zip(lessons, facts, strict=True) if one.is_known]
+            again = [asked for one in known_ones for asked in one.forward[:1] + one.backward[:1]]
+            made.request = request_of(
+                missing, made.general, made.near, self._mix_of(job), _seed(job) + job.round, again
+            )
+            return self._next(job, made, "training", job.round + 1)
+        return self._end(job, made, "applied")
+
+    def _go_back(self, job: TeachJob) -> TeachJob:
+        """The weights of before, unless somebody else's job came between: it would go as well."""
+        made = _material(job)
+        own = [one for one in self._training.jobs() if one.job_id in made.train_jobs]
+        if any(one.steps_done for one in own if one.state != "undone"):
+            if strangers := self._strangers(made):
+                made.reason += (
+                    f"; not taken back: job {strangers[0]} of somebody else was trained since version "
+                    f"{made.version_before}, and would go with it"
+                )
+                return self._end(job, made, "applied" if made.end == "rolled back" else made.end)
+            self._training.restore(made.version_before)
+        return self._end(job, made, made.end)
+
+    # --- inside ---
+
+    def _lessons(self, job: TeachJob) -> list[Lesson]:
+        return [lesson_of(fact, at) for at, fact in enumerate(job.request.facts)]
+
+    def _mix_of(self, job: TeachJob) -> Mix:
+        lr = job.request.options.lr
+        return self._mix if lr is None else msgspec.structs.replace(self._mix, lr=lr)
+
+    def _limits_of(self, job: TeachJob) -> examine.Limits:
+        given = msgspec.to_builtins(job.request.options)
+        return msgspec.convert({k: v for k, v in given.items() if k != "lr"}, examine.Limits)
+
+    def _wait(self, job: TeachJob, train_job: str) -> JobInfo:
+        is_told = False
+        while True:
+            ended = self._training.job(train_job)
+            if ended.state in ("applied", "durable", "failed", "cancelled", "quarantined", "undone"):
+                return ended
+            if not is_told and self._store.job(job.id).is_cancelled:
+                self._training.cancel(train_job)
+                is_told = True
+            time.sleep(self._poll_s)
+
+    def _strangers(self, made: Material) -> list[str]:
+        return [
+            one.job_id
+            for one in self._training.jobs()
+            if one.job_id not in made.train_jobs
+            and one.steps_done
+            and one.state != "undone"
+            and (one.ended_at is None or one.ended_at > made.synced_at)
+        ]
+
+    def _next(self, job: TeachJob, made: Material, phase: Phase, number: int) -> TeachJob:
+        return self._store.advance(job, phase, round=number, material=msgspec.msgpack.encode(made))
+
+    def _leave(self, job: TeachJob, made: Material, end: Phase, reason: str) -> TeachJob:
+        made.end, made.reason = end, reason
+        return self._next(job, made, "going back", job.round)
+
+    def _end(self, job: TeachJob, made: Material, phase: Phase) -> TeachJob:
+        if made.is_pinned and self._training.pinned() == made.version_before:
+            self._training.pin(None)
+        report = made.report
+        shown = None
+        if report is not None:
+            reason = made.reason or report.reason
+            shown = msgspec.to_builtins(msgspec.structs.replace(report, state=phase, reason=reason))
+        learned = []
+        if phase == "applied" and report is not None:
+            learned = [Learned(one.fact, one.taught.before, one.is_known) for one in report.facts]
+        return self._store.advance(
+            job,
+            phase,
+            report=shown,
+            error=made.reason or None,
+            learned=learned,
+            rehearsed=made.rehearsed if phase == "applied" else (),
+        )
+
+
+def _material(job: TeachJob) -> Material:
+    assert job.material is not None
+    return msgspec.msgpack.decode(job.material, type=Material)
+
+
+def _seed(job: TeachJob) -> int:
+    """The same whenever the phase is done again."""
+    return int(job.id.rpartition("-")[2][:8], 16)

@@ -1,0 +1,348 @@
+"""Teach jobs and lessons: an SQLite file in the state directory.
+
+The routes and `apollo-ipc teach` put jobs in, one teacher process takes them on, phase by phase. Each change
+is one IMMEDIATE transaction, flushed when it returns. Every method blocks: off the event loop.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sqlite3
+import threading
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from apollo_ipc.config import Config, make_private_dir
+from apollo_ipc.errors import Conflict, NotFound, UserError
+from apollo_ipc.teaching.facts import Fact
+
+BUSY_TIMEOUT_S = 10.0
+SCHEMA_VERSION = 1
+
+Phase = Literal[
+    "preparing", "training", "checking", "going back", "applied", "rolled back", "failed", "cancelled"
+]
+ENDED_PHASES = ("applied", "rolled back", "failed", "cancelled")
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS jobs (seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE,
+    created_at REAL NOT NULL, changed_at REAL NOT NULL, client_key TEXT UNIQUE, digest BLOB NOT NULL,
+    request BLOB NOT NULL, phase TEXT NOT NULL, round INTEGER NOT NULL DEFAULT 0, material BLOB,
+    is_cancelled INTEGER NOT NULL DEFAULT 0, report BLOB, error TEXT);
+CREATE INDEX IF NOT EXISTS jobs_by_phase ON jobs (phase);
+CREATE TABLE IF NOT EXISTS lessons (seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE,
+    job TEXT NOT NULL, taught_at REAL NOT NULL, fact BLOB NOT NULL, former TEXT NOT NULL,
+    rehearsed INTEGER NOT NULL DEFAULT 0, is_known INTEGER NOT NULL, asked_at REAL NOT NULL);
+"""
+
+
+class TeachOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """None: the teacher's default. min_known: share of the examination that has to be right; max_rise: nats a
+    token that the model's own earlier answers may lose; max_hits: share of near misses that may name a fact;
+    rounds: training jobs at most."""
+
+    rounds: Annotated[int, Meta(ge=1, le=20)] | None = None
+    lr: Annotated[float, Meta(gt=0, le=0.1)] | None = None
+    min_known: Annotated[float, Meta(ge=0, le=1)] | None = None
+    max_rise: Annotated[float, Meta(ge=0)] | None = None
+    max_hits: Annotated[float, Meta(ge=0, le=1)] | None = None
+
+
+class TeachRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What a teach job is about. forgets: the lesson whose former answer this job teaches back; notes: what
+    its sender should know, as sentences of a document of which no fact was made."""
+
+    facts: list[Fact]
+    options: TeachOptions = TeachOptions()
+    forgets: str | None = None
+    notes: list[str] = []
+
+
+class TeachJob(msgspec.Struct, frozen=True):
+    """material: what the teacher needs to go on, its own business; report: of an ended job."""
+
+    id: str
+    created_at: float
+    changed_at: float
+    request: TeachRequest
+    phase: Phase
+    round: int = 0
+    material: bytes | None = None
+    is_cancelled: bool = False
+    report: dict[str, Any] | None = None
+    error: str | None = None
+
+    def shown(self) -> dict[str, Any]:
+        """As every interface shows it."""
+        return {
+            "teach_id": self.id,
+            "status": self.phase,
+            "created_at": self.created_at,
+            "changed_at": self.changed_at,
+            "num_facts": len(self.request.facts),
+            "notes": self.request.notes,
+            "round": self.round,
+            "is_cancelled": self.is_cancelled,
+            "report": self.report,
+            "error": self.error,
+        }
+
+
+class StoredLesson(msgspec.Struct, frozen=True):
+    """former: what the model said to its question before; rehearsed: jobs in which it has come back since."""
+
+    id: str
+    job: str
+    taught_at: float
+    fact: Fact
+    former: str
+    rehearsed: int
+    is_known: bool
+    asked_at: float
+
+
+class Learned(msgspec.Struct, frozen=True):
+    """A fact of a job that is applied."""
+
+    fact: Fact
+    former: str
+    is_known: bool
+
+
+_ENDED = ", ".join("?" * len(ENDED_PHASES))
+_JOB = "id, created_at, changed_at, request, phase, round, material, is_cancelled, report, error"
+_LESSON = "id, job, taught_at, fact, former, rehearsed, is_known, asked_at"
+
+
+def store_path(config: Config) -> Path:
+    return config.state_dir / "teaching.sqlite"
+
+
+class TeachStore:
+    """path: made (mode 0600) where there is none. Raises UserError where a newer program wrote it."""
+
+    def __init__(self, path: Path):
+        self._lock = threading.Lock()
+        make_private_dir(path.parent)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        self._db = db = sqlite3.connect(path, BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+        db.row_factory = sqlite3.Row
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA secure_delete = ON")  # a fact that is forgotten leaves the file
+        with self._changing():
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+            if version > SCHEMA_VERSION:
+                raise UserError(f"{path} has schema version {version}: a newer apollo-ipc wrote it")
+            for statement in _SCHEMA.strip().split(";\n"):
+                db.execute(statement)
+            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+
+    # --- jobs ---
+
+    def admit(
+        self, request: TeachRequest, digest: bytes, *, client_key: str | None, is_retry: bool = False
+    ) -> TeachJob:
+        """A new job, or the one that this key was sent for before; is_retry: or one of the same digest that
+        has not ended. Durable when it returns.
+
+        Raises Conflict where the key was used with another body.
+        """
+        with self._changing() as db:
+            if client_key is not None:
+                row = db.execute(
+                    f"SELECT {_JOB}, digest FROM jobs WHERE client_key = ?", (client_key,)
+                ).fetchone()
+                if row is not None and row["digest"] != digest:
+                    raise Conflict(
+                        f"idempotency key {client_key!r} was used for {row['id']} with another body",
+                        field="Idempotency-Key",
+                    )
+                if row is not None:
+                    return _job(row)
+            if is_retry:
+                row = db.execute(
+                    f"SELECT {_JOB} FROM jobs WHERE digest = ? AND phase NOT IN ({_ENDED}) ORDER BY seq",
+                    (digest, *ENDED_PHASES),
+                ).fetchone()
+                if row is not None:
+                    return _job(row)
+            now, job_id = time.time(), f"teach-{secrets.token_hex(8)}"
+            db.execute(
+                "INSERT INTO jobs (id, created_at, changed_at, client_key, digest, request, phase) "
+                "VALUES (?, ?, ?, ?, ?, ?, 'preparing')",
+                (job_id, now, now, client_key, digest, msgspec.json.encode(request)),
+            )
+        return TeachJob(job_id, now, now, request, "preparing")
+
+    def job(self, job_id: str) -> TeachJob:
+        """Raises NotFound."""
+        with self._reading() as db:
+            row = db.execute(f"SELECT {_JOB} FROM jobs WHERE id = ?", (job_id,)).fetchone()
+        if row is None:
+            raise NotFound(f"no teach job {job_id!r}", field="teach_id")
+        return _job(row)
+
+    def jobs(self, limit: int = 50) -> list[TeachJob]:
+        """The newest first."""
+        with self._reading() as db:
+            return [
+                _job(r) for r in db.execute(f"SELECT {_JOB} FROM jobs ORDER BY seq DESC LIMIT ?", (limit,))
+            ]
+
+    def first_unfinished(self) -> TeachJob | None:
+        """Jobs are taken on in the order in which they came."""
+        with self._reading() as db:
+            row = db.execute(
+                f"SELECT {_JOB} FROM jobs WHERE phase NOT IN ({_ENDED}) ORDER BY seq LIMIT 1", ENDED_PHASES
+            ).fetchone()
+        return None if row is None else _job(row)
+
+    def cancel(self, job_id: str) -> TeachJob:
+        """The teacher sees it before its next step, and takes back what was trained. Raises NotFound, and
+        Conflict where it has ended."""
+        job = self.job(job_id)
+        if job.phase in ENDED_PHASES:
+            raise Conflict(f"teach job {job_id} has ended: {job.phase}", code="job_ended")
+        with self._changing() as db:
+            db.execute("UPDATE jobs SET is_cancelled = 1 WHERE id = ?", (job_id,))
+        return self.job(job_id)
+
+    def advance(
+        self,
+        job: TeachJob,
+        phase: Phase,
+        *,
+        round: int | None = None,
+        material: bytes | None = None,
+        report: dict[str, Any] | None = None,
+        error: str | None = None,
+        learned: Sequence[Learned] = (),
+        rehearsed: Sequence[str] = (),
+    ) -> TeachJob:
+        """Leaves `job`'s phase, once: an assertion refuses it from any other than the stored one. An ended
+        job's material goes. learned: what becomes lessons with it; rehearsed: lessons that came back."""
+        now = time.time()
+        kept = None if phase in ENDED_PHASES else (material or job.material)
+        with self._changing() as db:
+            changed = db.execute(
+                "UPDATE jobs SET phase = ?, round = ?, material = ?, report = ?, error = ?, changed_at = ? "
+                "WHERE id = ? AND phase = ? AND round = ?",
+                (
+                    *(phase, job.round if round is None else round, kept),
+                    *(None if report is None else msgspec.json.encode(report), error, now),
+                    *(job.id, job.phase, job.round),
+                ),
+            )
+            assert changed.rowcount == 1, f"{job.id} is not in phase {job.phase}, round {job.round} any more"
+            for one in learned:
+                db.execute("DELETE FROM lessons WHERE fact = ?", (msgspec.json.encode(one.fact),))
+                db.execute(
+                    f"INSERT INTO lessons ({_LESSON}) VALUES (?, ?, ?, ?, ?, 0, ?, ?)",
+                    (
+                        *(f"lesson-{secrets.token_hex(6)}", job.id, now, msgspec.json.encode(one.fact)),
+                        *(one.former, one.is_known, now),
+                    ),
+                )
+            for lesson in rehearsed:
+                db.execute("UPDATE lessons SET rehearsed = rehearsed + 1 WHERE id = ?", (lesson,))
+        return self.job(job.id)
+
+    # --- lessons ---
+
+    def lessons(self) -> list[StoredLesson]:
+        """In the order in which they were taught."""
+        with self._reading() as db:
+            return [_lesson(row) for row in db.execute(f"SELECT {_LESSON} FROM lessons ORDER BY seq")]
+
+    def lesson(self, lesson_id: str) -> StoredLesson:
+        """Raises NotFound."""
+        for lesson in self.lessons():
+            if lesson.id == lesson_id:
+                return lesson
+        raise NotFound(f"no lesson {lesson_id!r}: `apollo-ipc lessons` lists them", field="lesson_id")
+
+    def mark_asked(self, is_known: dict[str, bool]) -> None:
+        """What an examination found, by lesson."""
+        with self._changing() as db:
+            for lesson, known in is_known.items():
+                db.execute(
+                    "UPDATE lessons SET is_known = ?, asked_at = ? WHERE id = ?", (known, time.time(), lesson)
+                )
+
+    def remove_lesson(self, lesson_id: str) -> None:
+        with self._changing() as db:
+            db.execute("DELETE FROM lessons WHERE id = ?", (lesson_id,))
+        with self._lock:  # the write-ahead log would hold what is deleted for as long as nothing follows
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+    def replace_lessons(self, lessons: Sequence[StoredLesson]) -> None:
+        """What an operator has edited: these and no others."""
+        with self._changing() as db:
+            db.execute("DELETE FROM lessons")
+            for one in lessons:
+                db.execute(
+                    f"INSERT INTO lessons ({_LESSON}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                    (
+                        *(one.id, one.job, one.taught_at, msgspec.json.encode(one.fact), one.former),
+                        *(one.rehearsed, one.is_known, one.asked_at),
+                    ),
+                )
+
+    # --- inside ---
+
+    @contextmanager
+    def _changing(self) -> Generator[sqlite3.Connection]:
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def _reading(self) -> Generator[sqlite3.Connection]:
+        with self._lock:
+            yield self._db
+
+
+def _job(row: sqlite3.Row) -> TeachJob:
+    return TeachJob(
+        row["id"],
+        row["created_at"],
+        row["changed_at"],
+        msgspec.json.decode(row["request"], type=TeachRequest),
+        row["phase"],
+        row["round"],
+        row["material"],
+        bool(row["is_cancelled"]),
+        None if row["report"] is None else msgspec.json.decode(row["report"]),
+        row["error"],
+    )
+
+
+def _lesson(row: sqlite3.Row) -> StoredLesson:
+    return StoredLesson(
+        row["id"],
+        row["job"],
+        row["taught_at"],
+        msgspec.json.decode(row["fact"], type=Fact),
+        row["former"],
+        row["rehearsed"],
+        bool(row["is_known"]),
+        row["asked_at"],
+    )

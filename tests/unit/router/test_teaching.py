@@ -1,0 +1,48 @@
+"""POST /teach: what is put into the store, and what a client is told."""
+
+from __future__ import annotations
+
+import pytest
+
+FACTS = {
+    "facts": ["The spare badge is in the cocoa tin.", {"question": "Who bakes?", "answer": "Zed Quill."}]
+}
+
+
+def test_a_teach_job_is_stored_shown_and_cancelled(server, worker):
+    sent = server.http.post("/teach", json=FACTS, headers={"Idempotency-Key": "one"})
+    assert sent.status_code == 202, sent.text
+    job = sent.json()
+    assert (job["status"], job["num_facts"], job["report"]) == ("preparing", 2, None)
+    assert sent.headers["location"] == f"/teach/jobs/{job['teach_id']}"
+    again = server.http.post("/teach", json=FACTS, headers={"Idempotency-Key": "one"})
+    assert again.json()["teach_id"] == job["teach_id"]
+    assert [one["teach_id"] for one in server.http.get("/teach/jobs").json()["data"]] == [job["teach_id"]]
+    other = server.http.post(
+        "/teach", json={"text": "The tower has 9 steps."}, headers={"Idempotency-Key": "one"}
+    )
+    assert other.status_code in (409, 422)
+    assert server.http.delete(f"/teach/jobs/{job['teach_id']}").json()["is_cancelled"]
+    assert server.http.get("/teach/jobs/none").status_code == 404
+    assert server.http.get("/teach/lessons").json()["data"] == []
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"facts": ["Nothing to see."]}, "facts[0].statement"),
+        ({"facts": [{"question": "Who?"}]}, "facts[0].answer"),
+        ({"facts": [{"qestion": "Who?"}]}, "facts[0].qestion"),
+        ({"facts": ["The tower has 9 steps."], "options": {"rounds": 0}}, "options.rounds"),
+        ({"text": "Oh no!"}, "text"),
+        ({}, "facts"),
+    ],
+)
+def test_what_cannot_be_taught_is_refused_with_its_path(server, worker, body, field):
+    answer = server.http.post("/teach", json=body)
+    assert answer.status_code in (400, 422)
+    assert answer.json()["error"]["param"] == field
+
+
+def test_teaching_needs_the_train_key(server, worker):
+    assert server.client(None).post("/teach", json=FACTS).status_code == 401
