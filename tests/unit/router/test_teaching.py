@@ -30,7 +30,7 @@ def test_a_teach_job_is_stored_shown_and_cancelled(server, worker):
 @pytest.mark.parametrize(
     ("body", "field"),
     [
-        ({"facts": ["Nothing to see."]}, "facts[0].statement"),
+        ({"facts": ["We change the passwords every Monday."]}, "facts[0].statement"),
         ({"facts": [{"question": "Who?"}]}, "facts[0].answer"),
         ({"facts": [{"qestion": "Who?"}]}, "facts[0].qestion"),
         ({"facts": ["The tower has 9 steps."], "options": {"rounds": 0}}, "options.rounds"),
