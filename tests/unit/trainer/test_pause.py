@@ -44,6 +44,7 @@ def test_a_job_is_paused_between_two_steps_and_ends_as_if_it_had_not_been(
         trainer.queue.resume(job_id)
         assert trainer.train() == [job_id]
         assert trainer.queue.get(job_id, True).loss_history == losses
+        assert any("the loss of example 0 is still" in note for note in trainer.queue.get(job_id).notes)
         assert_same(trainer.live(), expected)
 
 

@@ -99,7 +99,7 @@ def plan(request: Request) -> MemoryPlan:
         projected = [p for name, p in step.model.named_parameters() if name not in adams]
         num_bytes = kept_bytes(projected, options.projection, options.rank)
         trainer.append(Item("projections", num_bytes, f"{options.projection}, kept by the compiled update"))
-    gradient_note = f"the head's: fp32 sum and {dtype_name(dtype)} copy" if head else "the largest single one"
+    gradient_note = "the head's, and its fp32 sum for many targets" if head else "the largest single one"
     parts = [
         Item("activations", needs[chosen].activation_bytes, f"{num_tokens} tokens, {_word(chosen)}"),
         Item("activations otherwise", needs[other].activation_bytes, f"{_word(other)}: not counted"),

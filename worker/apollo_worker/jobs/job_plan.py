@@ -65,7 +65,7 @@ class JobPlan(msgspec.Struct, frozen=True, omit_defaults=True):
     def rows_of(self, step: int) -> range:
         """Which of `examples` step number `step` (from 0) trains: in the order sent, epoch after epoch. No
         step goes over the end of an epoch, so its last one may have fewer."""
-        unit = step % steps_of_epoch(self.num_units, self.accumulate_steps) * self.accumulate_steps
+        unit = step % self.steps_of_epoch * self.accumulate_steps
         return range(self._start(unit), self._start(unit + self.accumulate_steps))
 
     def examples_of(self, step: int) -> list[TokenisedExample]:
@@ -74,8 +74,11 @@ class JobPlan(msgspec.Struct, frozen=True, omit_defaults=True):
 
     def updates(self) -> Iterator[list[TokenisedExample]]:
         """What each step of the first epoch trains."""
-        num = min(self.num_steps, steps_of_epoch(self.num_units, self.accumulate_steps))
-        return map(self.examples_of, range(num))
+        return map(self.examples_of, range(min(self.num_steps, self.steps_of_epoch)))
+
+    @property
+    def steps_of_epoch(self) -> int:
+        return steps_of_epoch(self.num_units, self.accumulate_steps)
 
     def hashes_of(self, num_steps: int) -> list[bytes]:
         """Hashes of the examples that the first `num_steps` steps have trained, each once."""

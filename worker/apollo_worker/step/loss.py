@@ -11,8 +11,8 @@ time, and are gone before the next chunk. Legend: T = target tokens, H = hidden 
 many of a teacher's log-probabilities are kept for a target, C = targets of a chunk.
 
 Memory beside inputs: about 2 * chunk_tokens * V * 4 bytes, T * H * 4 for the hidden gradient, and, where
-the head is trained, V * H * 4 for its gradient: summed over chunks in fp32, since a bf16 sum drops what
-later chunks add. It becomes the head's dtype at the end of the forward pass.
+the head is trained, its gradient and at most as much again for the slopes of a block of targets. Sums over
+several blocks are fp32, since a bf16 sum drops what later ones add: V * H * 4 bytes more.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from apollo_worker.step.objectives import Policy
 
 IGNORED = -100  # label of a position that is not trained on, as in transformers and torch
+BLOCK_TOKENS = 512  # targets of one matmul for the head's gradient
 
 
 def gather_targets(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,6 +227,32 @@ class _Terms(NamedTuple):
         return terms.sum(), dlogits
 
 
+class _HeadGradient:
+    """dlogits^T h, the gradient of the head's weight (V, H), of a block of targets in one matmul.
+
+    dlogits wait in the weight's dtype, as autograd hands them to that matmul, which sums in fp32 and rounds
+    once. Sums over blocks are fp32. A block is no larger than the weight, and so never the largest tensor.
+    """
+
+    def __init__(self, weight: Tensor, num_targets: int, chunk_tokens: int):
+        num_rows = min(BLOCK_TOKENS, weight.shape[1]) // chunk_tokens * chunk_tokens
+        self._waiting = weight.new_empty(min(num_targets, max(chunk_tokens, num_rows)), weight.shape[0])
+        self._num_waiting, self._num_left = 0, num_targets
+        self.total: Tensor | None = None  # (V, H): the weight's dtype after one block, fp32 after several
+
+    def add(self, dlogits: Tensor, hidden: Tensor) -> None:
+        """dlogits: (C, V) fp32 of the next chunk; hidden: (all targets up to its last, H)."""
+        self._waiting[self._num_waiting : self._num_waiting + len(dlogits)] = dlogits
+        self._num_waiting += len(dlogits)
+        self._num_left -= len(dlogits)
+        if self._num_waiting < len(self._waiting) and self._num_left:
+            return
+        rows = self._waiting[: self._num_waiting]
+        part = rows.T @ hidden[-self._num_waiting :].to(rows.dtype)
+        self.total = part if self.total is None else self.total.float().add_(part)
+        self._num_waiting = 0
+
+
 class _TargetLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -241,7 +268,7 @@ class _TargetLoss(torch.autograd.Function):
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         new = {"dtype": torch.float32, "device": hidden.device}
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros(weight.shape, **new) if needs_weight else None
+        grad_weight = _HeadGradient(weight, len(terms.targets), chunk_tokens) if needs_weight else None
         grad_bias = torch.zeros(weight.shape[0], **new) if needs_bias else None
         total = torch.zeros((), **new)
         for start in range(0, len(terms.targets), chunk_tokens):
@@ -255,12 +282,13 @@ class _TargetLoss(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[rows] = dlogits.to(weight.dtype) @ weight
             if grad_weight is not None:
-                grad_weight.addmm_(dlogits.T, hidden[rows].float())
+                grad_weight.add(dlogits, hidden[: rows.stop])
             if grad_bias is not None:
                 grad_bias += dlogits.sum(dim=0)
+        grads = (grad_hidden, grad_weight and grad_weight.total, grad_bias)
         ctx.grads = [
             None if grad is None or like is None else grad.to(like.dtype)
-            for grad, like in zip((grad_hidden, grad_weight, grad_bias), (hidden, weight, bias), strict=True)
+            for grad, like in zip(grads, (hidden, weight, bias), strict=True)
         ]
         return total
 

@@ -23,6 +23,7 @@ from apollo_worker.jobs.example import TokenisedExample
 from apollo_worker.jobs.queue import Job, JobQueue
 from apollo_worker.model.device import is_device_lost
 from apollo_worker.process import use_idle_priority
+from apollo_worker.step.high_loss import high_loss_notes
 from apollo_worker.step.loss_guard import LossGuard, guard_of
 from apollo_worker.step.step import Trainer, VllmDied
 from apollo_worker.trainer.attachment import Attachment
@@ -186,6 +187,7 @@ class MainLoop:
                 return trainer.logprobs_of(examples)
 
         reference = reference_of(self.queue, job, measured)
+        last_losses: dict[int, float] = {}  # by the update's place in its epoch
         for step in range(job.info.steps_done, num_steps):
             self.between_steps(job_id, guard)
             self.marks.begin(live.boot_id, job_id, step + 1)
@@ -207,7 +209,11 @@ class MainLoop:
             show(step + 1)
             with of_the_job():
                 guard.look(step + 1, loss, is_written=not result.is_bad)
+            last_losses[step % todo.steps_of_epoch] = loss
         check(guard)
+        with of_the_job():
+            notes = high_loss_notes(trainer, todo, last_losses)
+        self.queue.add_notes(job_id, notes)
 
     def guard_of(self, job: Job, trainer: Trainer) -> LossGuard:
         """Its references are noted before the job's first step, and are there again when it is resumed."""
