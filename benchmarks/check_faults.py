@@ -104,6 +104,14 @@ def _part(trainer: Trainer, shared: Mapping[str, Tensor]) -> None:
     live = trainer.live
     for name, checkpoint_name in live.names.items():
         live.model.get_parameter(name).data = shared[checkpoint_name].detach().clone()
+    for name, parts in live.parts.items():
+        parameter = live.model.get_parameter(name)
+        copy, start = parameter.detach().clone(), parameter.storage_offset()
+        for part in parts:
+            was = live.tensors[part]
+            place = copy.as_strided(was.shape, was.stride(), was.storage_offset() - start)
+            place.copy_(shared[part])
+        parameter.data = copy
 
 
 def stale_or_wrong(

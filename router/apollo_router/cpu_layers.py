@@ -38,7 +38,17 @@ def compute_from_live_weights(model: nn.Module) -> None:
             method.__class__ = LiveLinearMethod
         elif type(method) is UnquantizedEmbeddingMethod:
             method.__class__ = LiveEmbeddingMethod
+        elif type(method).__name__ == "UnquantizedFusedMoEMethod":
+            _use_live_experts(method)
     _unpack_causal_conv()
+
+
+def _use_live_experts(method: object) -> None:
+    try:  # only where a model has experts: a vLLM without these layers serves all the others
+        experts = importlib.import_module("apollo_router.cpu_experts")
+    except ImportError:  # what that vLLM packs is then named in the manifest (derived.py)
+        return
+    experts.use_live_experts(method)
 
 
 def _unpack_causal_conv() -> None:

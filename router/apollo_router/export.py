@@ -1,5 +1,5 @@
 """Export: shares the weights of the model that vLLM has loaded. All that we run inside vLLM's engine is here,
-in `views.py`, `derived.py`, `memory.py` and `cpu_layers.py`.
+in `views.py`, `derived.py`, `memory.py`, `cpu_layers.py` and `cpu_experts.py`.
 
 A model loader registered as `apollo` (`--load-format apollo`) that delegates to vLLM's own and then, before
 profiling, compilation and graph capture, publishes where every parameter lies. Leans on

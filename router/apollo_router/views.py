@@ -94,10 +94,23 @@ class _Recorder(TorchDispatchMode):
             if func is aten.fill_.Scalar and self._scalar_from and target.numel() == 1:
                 self._note_scalar(target)
             return target  # padding filled with zeros and the like: not ours to write
+        if func is aten.clone.default and self._name_of(args[0]) and not args[0].is_contiguous():
+            # A turned tensor that is made contiguous (gpt-oss's experts): with the strides that it had it
+            # says where each element comes from, and every view of it does.
+            return aten.alias.default(args[0])
+        if func is aten._unsafe_view.default and self._name_of(args[0]) and not args[0].is_contiguous():
+            # `reshape` of such a copy: elements in an order for which there are no strides.
+            return self._in_another_order(args[0], args[1])
         if func is aten._to_copy.default and self._name_of(args[0]):
             kwargs = {**kwargs, "device": torch.device("meta")}
         out = func(*args, **kwargs)
         self._follow(func, args, out)
+        return out
+
+    def _in_another_order(self, tensor: torch.Tensor, shape: Any) -> torch.Tensor:
+        out = torch.empty(shape, dtype=tensor.dtype, device="meta")
+        self._kept.append(out)
+        self._changed[storage_of(out)] = self._origin[storage_of(tensor)][0], "aten::reshape"
         return out
 
     def _is_live(self, tensor: Any) -> bool:

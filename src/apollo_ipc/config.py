@@ -57,6 +57,7 @@ class Train(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     limiter_floor: Annotated[float, Meta(ge=0)] = 1.0  # RMS of an update, in units of lr, that it lets pass
     rounding: Literal["stochastic", "nearest", "kahan"] = "stochastic"
     seed: Annotated[int, Meta(ge=0, le=2**62)] = 0
+    router: Literal["train", "freeze"] = "train"  # of a mixture of experts: what chooses among them
     max_tokens: Annotated[int, Meta(ge=2)] = 2048  # longest example
     logit_chunk_tokens: Annotated[int, Meta(ge=1)] = 64
     activation_checkpointing: bool = False

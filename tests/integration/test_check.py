@@ -15,10 +15,11 @@ from places import BENCHMARKS
 
 from apollo_ipc.demo.real_model import copy_real_model
 
+MIXTURES = ["qwen3_moe", "qwen3.5_moe", "mixtral", "gpt_oss", "olmoe", "glm4_moe", "granite_moe"]
 OTHERS = ["qwen3", "qwen2", "llama", "mistral", "gemma", "phi3"]  # than the one that we train
 
 
-def assert_trainable(result: dict) -> None:
+def assert_trainable(result: dict, most: float = 1.6) -> None:
     assert result["refused"] == []
     assert result["mapped"] == result["parameters"] > 0
     assert result["equal_to_checkpoint"] is True
@@ -26,7 +27,7 @@ def assert_trainable(result: dict) -> None:
         assert found["num_tokens"] == 12 * 63  # six texts, six times random ids
         if result["dtype"] == "bfloat16":
             # Two forward passes with roundings of one kind: neither is far nearer to fp32 than the other.
-            assert 0.6 < found["served"]["mean"] / found["floor"]["mean"] < 1.6
+            assert 0.6 < found["served"]["mean"] / found["floor"]["mean"] < most
 
 
 @pytest.mark.vllm
@@ -51,9 +52,9 @@ def check_here(model_dir: Path, *flags: str, log_file: Path | None = None) -> di
 
 @pytest.mark.vllm
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", OTHERS)
+@pytest.mark.parametrize("arch", [*OTHERS, *MIXTURES])
 def test_so_is_every_parameter_of_the_other_architectures(models: Callable[..., Path], arch: str) -> None:
-    assert_trainable(check_here(models(arch)))
+    assert_trainable(check_here(models(arch)), most=2.5 if arch in MIXTURES else 1.6)
 
 
 @pytest.mark.vllm

@@ -77,8 +77,8 @@ def check(
 
 def demo(
     arch: Annotated[
-        Literal["qwen3.5", "qwen3"] | None,
-        typer.Option(help="A tiny random model, hybrid or dense, instead of the real one."),
+        Literal["qwen3.5", "qwen3", "qwen3_moe"] | None,
+        typer.Option(help="A tiny random model, hybrid, dense or of experts, instead of the real one."),
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the table there as JSON.")] = None,
     keep: Annotated[Path | None, typer.Option(help="Keep the model and the logs in this directory.")] = None,

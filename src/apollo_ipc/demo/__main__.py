@@ -29,8 +29,8 @@ ROUNDS_AT_LEAST = 3  # they make enough latencies to compare
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="apollo-ipc demo", description=(__doc__ or "").split("\n")[0])
-    tiny = "a tiny random model, hybrid or dense, instead of the real one"
-    parser.add_argument("--arch", choices=("qwen3.5", "qwen3"), help=tiny)
+    tiny = "a tiny random model, hybrid, dense or of experts, instead of the real one"
+    parser.add_argument("--arch", choices=("qwen3.5", "qwen3", "qwen3_moe"), help=tiny)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table to FILE as JSON")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the model and the logs there")
     options = parser.parse_args(arguments)

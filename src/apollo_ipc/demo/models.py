@@ -46,18 +46,28 @@ _COMMON = {
     "torch_dtype": "bfloat16",
 }
 
+_DELTA_NET = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+    "linear_conv_kernel_dim": 4,
+}
+_EXPERTS = {  # of a mixture of experts; each class has a name of its own for their number
+    "num_hidden_layers": 3,
+    "moe_intermediate_size": 128,
+    "num_experts_per_tok": 2,
+    "tie_word_embeddings": False,
+}
+
 # architecture -> (configuration class in transformers, what differs from _COMMON)
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3.5": (
         "Qwen3_5TextConfig",
         {
+            **_DELTA_NET,
             "head_dim": 64,
             "num_hidden_layers": 4,  # three gated delta net layers, then one of full attention
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "linear_key_head_dim": 64,
-            "linear_value_head_dim": 64,
-            "linear_conv_kernel_dim": 4,
             "tie_word_embeddings": False,
         },
     ),
@@ -101,6 +111,61 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": (
         "OPTConfig",
         {"ffn_dim": 512, "word_embed_proj_dim": 256, "num_key_value_heads": None},
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {**_EXPERTS, "head_dim": 64, "num_experts": 8, "mlp_only_layers": [1], "norm_topk_prob": True},
+    ),
+    "qwen3.5_moe": (
+        "Qwen3_5MoeTextConfig",
+        {
+            **_EXPERTS,
+            **_DELTA_NET,
+            "head_dim": 64,
+            "num_experts": 8,
+            "num_hidden_layers": 4,
+            "shared_expert_intermediate_size": 128,
+        },
+    ),
+    "mixtral": ("MixtralConfig", {**_EXPERTS, "num_local_experts": 4, "sliding_window": None}),
+    "gpt_oss": (
+        "GptOssConfig",
+        {**_EXPERTS, "head_dim": 64, "num_local_experts": 4, "intermediate_size": 128, "sliding_window": 128},
+    ),
+    "olmoe": ("OlmoeConfig", {**_EXPERTS, "num_experts": 8, "intermediate_size": 128}),
+    "glm4_moe": (
+        "Glm4MoeConfig",
+        {
+            **_EXPERTS,
+            "head_dim": 64,
+            "n_routed_experts": 8,
+            "n_shared_experts": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+        },
+    ),
+    "granite_moe": (
+        "GraniteMoeConfig",
+        {**_EXPERTS, "num_local_experts": 8, "intermediate_size": 128, "logits_scaling": 4.0},
+    ),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {
+            **_EXPERTS,
+            "n_routed_experts": 8,
+            "n_shared_experts": 1,
+            "n_group": 2,
+            "topk_group": 1,
+            "topk_method": "noaux_tc",
+            "first_k_dense_replace": 1,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 96,
+            "kv_lora_rank": 64,
+            "qk_nope_head_dim": 64,
+            "qk_rope_head_dim": 32,
+            "v_head_dim": 64,
+        },
     ),
 }
 

@@ -38,7 +38,7 @@ SHAPES: dict[str, Any] = {
     "intermediate_size": 512,
     "num_hidden_layers": 4,
 }
-ARCHES = ["qwen3", "qwen3.5"]  # tied and dense; untied with two kinds of layers
+ARCHES = ["qwen3", "qwen3.5", "qwen3_moe"]  # tied and dense; untied with two kinds of layers; with experts
 
 
 @pytest.fixture(scope="module")

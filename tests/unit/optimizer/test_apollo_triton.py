@@ -140,7 +140,7 @@ def check_that_the_sample_of_cases_has_every_choice():
 @pytest.mark.parametrize("shape", [(24, 48), (70, 33)])
 def check_what_is_written_is_the_references_bit_for_bit(shape, dtype, rounding):
     """With a given scale and without weight decay no sum is involved. fp32 weights here have bf16's grid."""
-    from apollo_worker.optimizer.gpu import _write_weight
+    from apollo_worker.optimizer.gpu import _Verdict, _write_weight
 
     weight = randn(*shape, scale=0.02).bfloat16().to(dtype)
     grad, scale_c = randn(*shape, seed=1).to(dtype), randn(max(shape), seed=2).abs() + 0.5
@@ -161,7 +161,7 @@ def check_what_is_written_is_the_references_bit_for_bit(shape, dtype, rounding):
         else:
             state["step"] += 1
             ok, factor = torch.tensor(1, dtype=torch.int8), torch.tensor(1.0)
-            _write_weight(param.data, grad, scale_c, factor, ok, state, hyper)
+            _write_weight(param.data, grad, _Verdict(ok, ok, scale_c, factor), state, hyper)
         assert param.isfinite().all()
         results.append((to_bytes(param), to_bytes(state.get("compensation", param))))
     assert results[0] == results[1]
@@ -263,6 +263,36 @@ def check_adam_by_several_programs_is_the_references(rounding):
     assert_same_step(reference, ours, weight)
 
 
+STACKS = {"tall": (3, 48, 24), "wide": (5, 33, 70), "thin": (4, 64, 7), "bias": (4, 37), "long": (3, 9000)}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", STACKS)
+@pytest.mark.parametrize(("rank", "rounding"), zip([1, 8, 8], ROUNDINGS, strict=True))
+def check_a_step_of_a_stack_is_the_references(shape, dtype, rank, rounding, turned):
+    """One of its experts is asked for nothing, then one has a gradient that is not finite."""
+    weight = randn(*STACKS[shape], scale=0.02).to(dtype)
+    if turned and weight.dim() == 3:
+        weight = weight.mT.contiguous().mT
+    options = {"lr": 1e-3, "rank": rank, "rounding": rounding, "weight_decay": 0.1, "stacks": ["w"]}
+    reference, ours = (make(weight, b, **options) for b in (SameProjection(dtype), triton_backend()))
+    for i in range(3):
+        before = reference[0].detach().clone()
+        grad = randn(*weight.shape, seed=i + 1).to(dtype)
+        grad[i] = [0.0, math.nan, 0.0][i]
+        steps = reference[1].state_tensors()["w.step"].clone()
+        is_asked = torch.arange(len(grad)) != i
+        for made in (reference, ours):
+            step(*made, grad.clone())
+            assert made[1].take_bad_updates() == (i == 1)
+            assert torch.equal(made[0][i], before[i])
+        assert_same_step(reference, ours, before)
+        assert torch.equal(reference[1].state_tensors()["w.step"] - steps, is_asked.long())
+        ours[0].data.copy_(reference[0].data)
+        ours[1].load_state(reference[1].state_tensors(), reference[1].state_meta())
+
+
 def check_fp16_is_left_to_the_reference():
     weight, grad = randn(24, 48, scale=0.02).half(), randn(24, 48, seed=1).half()
     reference, ours = (
@@ -302,7 +332,7 @@ def compile_every_launch_of_a_step(monkeypatch):
     def launched(shape, *, dtype=torch.bfloat16, turned=False, **options):
         launches.clear()
         weight = torch.zeros(shape, dtype=dtype)
-        made = make(weight.T.contiguous().T if turned else weight, triton_backend(), lr=1e-3, **options)
+        made = make(weight.mT.contiguous().mT if turned else weight, triton_backend(), lr=1e-3, **options)
         step(*made, torch.zeros(shape, dtype=dtype))
         ptx = dict(launches)
         assert not any("atom." in text or "red.global" in text for text in ptx.values())
@@ -320,6 +350,10 @@ def compile_every_launch_of_a_step(monkeypatch):
     launched((512, 1024), rank=64, turned=True)
     launched((70, 33), rank=5, dtype=torch.float32, projection="block_sign")
     launched((1, 40), rank=1, rounding="nearest", betas=(0, 0.99), alpha=1, limiter_ratio=0, weight_decay=1)
+    assert launched((4, 512, 1024), rank=64, stacks=["w"]) == ["normals", *moments]
+    launched((4, 512, 1024), rank=64, stacks=["w"], turned=True, rounding="kahan")
+    assert launched((4, 1024), rank=64, stacks=["w"]) == ["adam"]
+    assert launched((4, 48, 512), rank=64, stacks=["w"]) == ["adam", "adam"]
     assert launched((5120,)) == ["adam"]
     assert launched((48, 512), rank=64) == ["adam", "adam"]
     launched(())

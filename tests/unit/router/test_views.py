@@ -191,7 +191,39 @@ def test_a_tied_tensor_is_a_view_and_one_that_is_not_loaded_is_neither_view_nor_
     assert not refused
 
 
+@pytest.mark.parametrize("part", [slice(None), slice(1, 3)])
+def test_experts_that_are_turned_through_a_contiguous_copy_are_a_turned_view(part):
+    def load(model, name, loaded):
+        model.w13.data[part].copy_(loaded[part].permute(0, 2, 1).contiguous())  # models/gpt_oss.py
+
+    model = Loading(load, w13=torch.zeros(4, 6, 5, dtype=torch.bfloat16))
+    checkpoint = {"gate_up_proj": random(4, 5, 6)}
+    if part == slice(None):
+        assert_views_hold_what_is_loaded(model, checkpoint)
+    else:
+        assert "only a part" in refusal(model, checkpoint, "gate_up_proj")
+
+
+def test_experts_that_are_copied_one_by_one_into_halves_are_a_view_each():
+    def load(model, name, loaded):
+        expert, half = int(name[-1]), name[:-1]
+        model.w13.data[expert].narrow(0, {"gate": 0, "up": 3}[half], 3).copy_(loaded)
+
+    checkpoint = {f"{half}{expert}": random(3, 5) for half in ("gate", "up") for expert in range(4)}
+    assert_views_hold_what_is_loaded(
+        Loading(load, w13=torch.zeros(4, 6, 5, dtype=torch.bfloat16)), checkpoint
+    )
+
+
 # --- ways that do not ---
+
+
+def test_an_order_that_a_turned_copy_is_given_afterwards_is_refused():
+    def load(model, name, loaded):
+        model.w13.data.copy_(loaded.permute(0, 2, 1).contiguous().reshape(4, 5, 6))
+
+    model = Loading(load, w13=torch.zeros(4, 5, 6, dtype=torch.bfloat16))
+    assert refusal(model, {"w": random(4, 5, 6)}, "w")
 
 
 def test_a_value_that_is_computed_on_the_way_is_refused():

@@ -25,9 +25,10 @@ from apollo_ipc.config import Train
 from apollo_ipc.errors import ApolloError, AttachError
 from apollo_ipc.manifest import read_manifest
 from apollo_ipc.process.serving import VllmServer, prompt_logprobs
-from apollo_worker.commands.agreement import MOST, MOST_SCRAMBLED, Agreement, agreement, judge
+from apollo_worker.commands.agreement import MOST, MOST_ROUTED, MOST_SCRAMBLED, Agreement, agreement, judge
 from apollo_worker.commands.check_prompts import random_prompts, text_prompts
 from apollo_worker.model.compare import compare
+from apollo_worker.model.experts import routers
 from apollo_worker.model.hf_model import build_model, checkpoint_names, parameter_names, vocab_size_of
 from apollo_worker.model.host_buffer import DTYPES
 from apollo_worker.model.live_model import LiveModel, attach
@@ -98,6 +99,7 @@ def _check(model_dir: Path, server: VllmServer) -> CheckResult:
     except AttachError as error:
         result.refused = error.refused or [error.message]
         return result
+    result.mapped = live.num_parameters
     try:
         _compare(result, live, server)
     finally:
@@ -113,7 +115,7 @@ def _why_no_manifest(server: VllmServer) -> str:
 
 
 def _count(model_dir: Path, views: set[str]) -> tuple[int, int]:
-    """(parameters of the model, those of them that have a view)."""
+    """(parameters of the model, those of them that are a view each)."""
     model = build_model(model_dir, torch.bfloat16)
     names, _ = checkpoint_names(model, views)
     return len(parameter_names(model)), len(names)
@@ -131,7 +133,8 @@ def _compare(result: CheckResult, live: LiveModel, server: VllmServer) -> None:
     ids = random_prompts(vocab_size_of(live.model), seed=1)
     result.agreement = found = _measure(trainer, server, torch.cat([texts, ids]))
     result.max_logprob_difference = found.difference
-    reasons = [f"forward pass: {reason}" for reason in judge(found, dtype, MOST)]
+    most = MOST_ROUTED if routers(live.model) else MOST
+    reasons = [f"forward pass: {reason}" for reason in judge(found, dtype, most)]
     scramble(live.trained_tensors())
     ids = random_prompts(vocab_size_of(live.model), seed=2)
     result.agreement_after_change = found = _measure(trainer, server, torch.cat([texts, ids]))

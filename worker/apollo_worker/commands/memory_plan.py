@@ -23,6 +23,7 @@ from apollo_ipc.config import Train
 from apollo_ipc.errors import ApolloError, AttachError, UserError
 from apollo_ipc.memory_plan import Item, MemoryPlan
 from apollo_worker.commands.step_memory import StepSimulator
+from apollo_worker.model.experts import expert_stacks
 from apollo_worker.model.hf_model import read_model_config, vocab_size_of
 from apollo_worker.optimizer.apollo import Apollo
 from apollo_worker.optimizer.update import CPU_HELD_ELEMENTS, blocks
@@ -162,7 +163,8 @@ def make_meta_optimizer(model: PreTrainedModel, options: Train) -> Apollo:
     named = [
         (name, torch.empty(p.shape, dtype=p.dtype, device="meta")) for name, p in model.named_parameters()
     ]
-    return Apollo(named, lr=options.lr, rank=options.rank, rounding=options.rounding)
+    stacks = expert_stacks(model)
+    return Apollo(named, lr=options.lr, rank=options.rank, rounding=options.rounding, stacks=stacks)
 
 
 def has_compiled_update(is_gpu: bool) -> bool:
@@ -172,8 +174,12 @@ def has_compiled_update(is_gpu: bool) -> bool:
 def temporary_bytes(parameter: Tensor, rank: int | None, is_gpu: bool) -> int:
     """What the update of one parameter allocates for a moment. rank: None for Adam, never compiled."""
     if rank is not None and has_compiled_update(is_gpu):
-        # R (c, r), and P (k, r) where it is not kept
-        return 4 * rank * (sum(parameter.shape) if is_gpu else max(parameter.shape))
+        # R (c, r), on a GPU of all experts at once, on a CPU of one a thread; P (k, r) where it is not kept
+        *experts, rows, cols = parameter.shape
+        num_R = math.prod(experts) if is_gpu else min(math.prod(experts), torch.get_num_threads())
+        return 4 * rank * (max(rows, cols) * num_R + (min(rows, cols) if is_gpu else 0))
+    if rank is not None and parameter.dim() == 3:
+        parameter = parameter[0]  # the plain update takes one expert after the other
     on_device = torch.empty(parameter.shape, device="meta") if is_gpu else parameter
     rows = next(blocks(torch.atleast_1d(on_device)))
     in_block = (rows.stop - rows.start) * parameter[0].numel() if parameter.dim() else 1

@@ -36,12 +36,19 @@ def build_model(model_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
     """
     config = read_model_config(model_dir)
     try:
-        with _parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        try:
+            model = _declare(config, dtype, "sdpa")
+        except ValueError:  # attention with sinks has no sdpa
+            model = _declare(config, dtype, "eager")
     except ValueError as error:
         raise AttachError(f"transformers has no causal language model for {model_dir}: {error}") from None
     model.tie_weights()
     return model
+
+
+def _declare(config: PreTrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    with _parameters_on_meta():
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
 
 
 @contextmanager
@@ -93,17 +100,32 @@ def checkpoint_names(model: PreTrainedModel, available: set[str]) -> tuple[dict[
 
 
 def _names_by_parameter(model: PreTrainedModel, available: set[str]) -> dict[str, str]:
-    """Model's name -> checkpoint's name. Tensors that transformers merges or splits in loading have none."""
-    rules = get_model_conversion_mapping(model)
-    renamings: list[Any] = [rule for rule in rules if not isinstance(rule, WeightConverter)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    declared = model.state_dict()
-    found = {name: name for name in available if name in declared}
+    """Model's name -> checkpoint's name. Tensors that transformers merges or splits in loading have none:
+    merged.py."""
+    rules = NameRules(model)
+    found = {name: name for name in available if name in rules.declared}
     for name in available:
-        own, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, declared)
-        if converter is None:
+        own, pattern = rules.own_name(name)
+        if pattern is None:
             found.setdefault(own, name)
     return found
+
+
+class NameRules:
+    """transformers' own rules from a checkpoint's names to those of `model`."""
+
+    def __init__(self, model: PreTrainedModel):
+        rules = get_model_conversion_mapping(model)
+        self._renamings: list[Any] = [rule for rule in rules if not isinstance(rule, WeightConverter)]
+        self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        self._prefix, self.declared = model.base_model_prefix, model.state_dict()
+
+    def own_name(self, name: str) -> tuple[str, str | None]:
+        """(the model's name for it, the pattern of the converter that takes it: None where there is none)."""
+        return rename_source_key(name, self._renamings, self._converters, self._prefix, self.declared)
+
+    def converter(self, pattern: str) -> WeightConverter:
+        return next(rule for rule in self._converters if pattern in rule.source_patterns)
 
 
 def fill_parameters(
@@ -111,7 +133,7 @@ def fill_parameters(
 ) -> None:
     """Replaces every parameter by the tensor of the same name, tied ones by the same object.
 
-    tensors: checkpoint name -> live tensor; names: parameter -> checkpoint name (of `checkpoint_names`).
+    tensors: name -> live tensor; names: parameter -> name among them (of `checkpoint_names`).
     Raises AttachError naming each parameter whose shape contradicts the model's configuration.
     """
     wrong = []

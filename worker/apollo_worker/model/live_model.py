@@ -28,6 +28,7 @@ from apollo_worker.model.hf_model import (
 )
 from apollo_worker.model.host_buffer import DTYPES
 from apollo_worker.model.mapping import Exporter, Transport, map_views, open_transport
+from apollo_worker.model.merged import Merged, groups_of, merge_in_own_memory, merged_parameters
 
 log = logging.getLogger(__name__)
 _SHARD_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -37,7 +38,8 @@ _SHARD_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloa
 class LiveModel:
     """A model to train in place.
 
-    tensors: checkpoint name -> live tensor; names: parameter -> checkpoint name.
+    tensors: checkpoint name -> live tensor; names: parameter -> checkpoint name; parts: parameter that
+    transformers merges in loading -> the checkpoint tensors in it.
     exporter and transport are None offline, where the memory is our own. copies: checkpoint tensor that
     repeats a tied one (a redundant lm_head) -> the one that it repeats.
     """
@@ -50,10 +52,11 @@ class LiveModel:
     exporter: Exporter | None = None
     transport: Transport | None = None
     copies: dict[str, str] = dataclasses.field(default_factory=dict)
+    parts: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
     @property
     def num_parameters(self) -> int:
-        return len(self.names)
+        return len(self.names) + len(self.parts)
 
     @property
     def device(self) -> torch.device:
@@ -74,12 +77,14 @@ class LiveModel:
         values there, and transformers and vLLM untie two tensors that differ.
         """
         own = {name: self.tensors[name] for name in self.names.values()}
+        own |= {name: self.tensors[name] for names in self.parts.values() for name in names}
         return own | {copy: self.tensors[name] for copy, name in self.copies.items()}
 
     def grid_dtypes(self) -> dict[str, torch.dtype]:
         """Parameter -> dtype of its checkpoint tensor: what is written is exact there."""
         index = shard_index(self.model_dir)
-        found = {n: _SHARD_DTYPES.get(index[c].dtype) for n, c in self.names.items() if c in index}
+        first = self.names | {name: parts[0] for name, parts in self.parts.items()}
+        found = {n: _SHARD_DTYPES.get(index[c].dtype) for n, c in first.items() if c in index}
         return {name: dtype for name, dtype in found.items() if dtype is not None}
 
     def close(self) -> None:
@@ -143,24 +148,39 @@ def _build(manifest: Manifest, transport: Transport, exporter: Exporter) -> Live
     tensors = map_views(manifest, transport)
     model = build_model(model_dir, getattr(torch, manifest.dtype))
     names, missing = checkpoint_names(model, set(tensors))
-    if missing:
+    merged = merged_parameters(model, tensors, missing)
+    if missing := [name for name in missing if name not in merged]:
         reasons = {r.name: r.reason for r in manifest.refused}
         of_tensor = {name: reasons[v.tensor] for name, v in manifest.views.items() if v.tensor in reasons}
-        reasons = of_tensor | reasons
+        apart = {own: _why_apart(group.names) for own, group in groups_of(model, set(tensors)).items()}
+        reasons = apart | of_tensor | reasons
         refused = [f"{name}: {_why(name, reasons)}" for name in missing]
+        num_found = len(names) + len(merged)
         raise AttachError(
-            f"{len(missing)} of {len(names) + len(missing)} parameters cannot be mapped: "
+            f"{len(missing)} of {num_found + len(missing)} parameters cannot be mapped: "
             + "; ".join(refused[:5]),
             refused=refused,
         )
-    fill_parameters(model, tensors, names)
+    _fill(model, tensors, names, merged)
     fill_buffers(model, model_dir, transport.device)
     model.eval()
     copies = tied_copies(model, set(shard_index(model_dir)), names)
     for copy, name in copies.items():
         if copy in tensors and tensors[copy].data_ptr() != tensors[name].data_ptr():
             raise _untied(copy, name)
-    return LiveModel(model, model_dir, tensors, names, manifest.boot_id, exporter, transport, copies)
+    parts = {name: one.sources for name, one in merged.items()}
+    return LiveModel(model, model_dir, tensors, names, manifest.boot_id, exporter, transport, copies, parts)
+
+
+def _fill(
+    model: PreTrainedModel,
+    tensors: dict[str, torch.Tensor],
+    names: dict[str, str],
+    merged: dict[str, Merged],
+) -> None:
+    """fill_parameters with the merged ones under names of their own."""
+    own = {f"merged {name}": one.tensor for name, one in merged.items()}
+    fill_parameters(model, tensors | own, names | {name: f"merged {name}" for name in merged})
 
 
 def tied_copies(model: PreTrainedModel, stored: set[str], names: dict[str, str]) -> dict[str, str]:
@@ -183,8 +203,17 @@ def _why(name: str, reasons: dict[str, str]) -> str:
     if name in reasons:
         return reasons[name]
     tail = name.partition(".")[2]
+    owner = tail.rpartition(".")[0] + "."  # of what vLLM has merged: its own tensor of the same layer
     hits = [reason for other, reason in reasons.items() if tail and other.endswith(tail)]
+    hits += [reason for other, reason in reasons.items() if len(owner) > 1 and owner in other]
     return hits[0] if hits else "vLLM has loaded no tensor of this name"
+
+
+def _why_apart(names: list[str]) -> str:
+    return (
+        f"its {len(names)} checkpoint tensors ({names[0]}, ...) do not lie in vLLM's memory as transformers "
+        "merges them"
+    )
 
 
 def check_equal(live: LiveModel, on_progress: Callable[[], None] = lambda: None) -> None:
@@ -224,16 +253,19 @@ def load_offline(model_dir: Path, device: torch.device | None = None) -> LiveMod
         raise AttachError(f"{model_dir} holds no floating point tensors")
     model = build_model(model_dir, max(set(dtypes), key=dtypes.count))
     names, missing = checkpoint_names(model, set(floating))
-    if missing:
+    merge_in_own_memory(model, floating, missing)
+    merged = merged_parameters(model, floating, missing)
+    if missing := [name for name in missing if name not in merged]:
         raise AttachError(
             f"{model_dir} lacks {len(missing)} parameters, e.g. {', '.join(missing[:5])}", refused=missing
         )
-    fill_parameters(model, floating, names)
+    _fill(model, floating, names, merged)
     fill_buffers(model, model_dir, device)
     model.eval()
-    assert set(parameter_names(model)) == set(names)
+    assert set(parameter_names(model)) == names.keys() | merged.keys()
     copies = tied_copies(model, set(floating), names)
     for copy, name in copies.items():
         if not torch.equal(floating.pop(copy), floating[name]):
             raise _untied(copy, name)
-    return LiveModel(model, model_dir, floating, names, boot_id="offline", copies=copies)
+    parts = {name: one.sources for name, one in merged.items()}
+    return LiveModel(model, model_dir, floating, names, boot_id="offline", copies=copies, parts=parts)

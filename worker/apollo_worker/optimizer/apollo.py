@@ -8,7 +8,7 @@ into bf16 in rounding.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -35,6 +35,8 @@ class Apollo(torch.optim.Optimizer):
 
     named_parameters: leaf tensors under their HF names; their storage is never replaced, strides are free.
     rank: parameters that are not 2-D, or whose smaller dim is below it, use Adam (see `fallbacks`).
+    stacks: names of those that hold experts along their first dimension: each expert is updated for itself,
+    and one without any gradient not at all.
     alpha: None for sqrt(k / rank); the paper's choice at rank 1 is sqrt(128).
     projection: "gaussian", the paper's, or "block_sign", which costs no dense product.
     limiter_ratio: 0 switches the norm-growth limiter off; it never applies to Adam's parameters.
@@ -66,6 +68,7 @@ class Apollo(torch.optim.Optimizer):
         grid_dtypes: Mapping[str, torch.dtype] | None = None,
         backend: str | None = None,
         before_write: Callable[[], None] | None = None,
+        stacks: Collection[str] = (),
     ):
         named = list(named_parameters)
         _check_hyperparameters(
@@ -88,6 +91,7 @@ class Apollo(torch.optim.Optimizer):
         self._bad_updates = torch.zeros((), dtype=torch.int64, device=named[0][1].device)
         self._backends: dict[str, Backend[Any]] = {}  # by kind of device
         self._backend_name, self._before_write = backend, before_write
+        self._stacks = set(stacks)
         for name, param in named:
             self.state[param] = self._new_state(name, param)
 
@@ -109,8 +113,13 @@ class Apollo(torch.optim.Optimizer):
         _check_hyperparameters(weight_decay=weight_decay)
         self.param_groups[0]["weight_decay"] = weight_decay
 
+    def _matrix_shape(self, param: Tensor) -> torch.Size:
+        """Of each expert where it is a stack of them."""
+        return param.shape[1:] if self._names[param] in self._stacks else param.shape
+
     def _is_projected(self, param: Tensor) -> bool:
-        return param.dim() == 2 and min(param.shape) >= self.rank
+        shape = self._matrix_shape(param)
+        return len(shape) == 2 and min(shape) >= self.rank
 
     def fallbacks(self) -> list[str]:
         """Names of the parameters that plain Adam updates."""
@@ -121,6 +130,7 @@ class Apollo(torch.optim.Optimizer):
             param.shape, param.device,
             rank=self.rank if self._is_projected(param) else None,
             compensation=self._grids[name] if self.rounding == "kahan" else None,
+            is_stack=name in self._stacks,
         )  # fmt: skip
 
     def warm_up(self) -> None:
@@ -208,13 +218,16 @@ class Apollo(torch.optim.Optimizer):
         return self._backends[kind]
 
     def _draw(self, name: str, param: Tensor) -> Draw:
+        step = self.state[param]["step"]
+        if step.dim():  # one P is for all experts: the one that was asked most often counts
+            step = step.amax()
         return Draw(
-            self.projection, self.seed, name, refresh_index=self.state[param]["step"] // self.refresh_steps,
-            min_dim=min(param.shape), rank=self.rank, device=param.device,
+            self.projection, self.seed, name, refresh_index=step // self.refresh_steps,
+            min_dim=min(self._matrix_shape(param)), rank=self.rank, device=param.device,
         )  # fmt: skip
 
     def _hyper(self, name: str, param: Tensor) -> Hyper:
-        alpha = math.sqrt(min(param.shape) / self.rank) if self._is_projected(param) else 1.0
+        alpha = math.sqrt(min(self._matrix_shape(param)) / self.rank) if self._is_projected(param) else 1.0
         return Hyper(
             lr=self.lr, weight_decay=self.weight_decay,
             beta1=self.betas[0], beta2=self.betas[1], eps=self.eps,

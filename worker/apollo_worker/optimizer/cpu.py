@@ -32,14 +32,17 @@ from apollo_worker.optimizer.rounding import hash_keys
 from apollo_worker.optimizer.update import (
     CPU_HELD_ELEMENTS,
     CPU_PRODUCT_ELEMENTS,
+    Expert,
     Hyper,
     State,
     TorchBackend,
     Work,
     Written,
     channels_first,
+    experts_of,
     new_state,
     project,
+    states_of,
 )
 
 _SEGMENT = 1024  # of a weight's row: its scales and random bits, 6 KiB, stay in the first-level cache
@@ -56,6 +59,7 @@ class NumbaBackend:
         self._has_bf16_units = has_bf16_units()
         self._held: list[tuple[int, Work]] = []  # (number of elements, update)
         self._arrays: dict[int, _Arrays] = {}  # by the state's id
+        self._experts: dict[int, tuple[State, list[State]]] = {}  # by the id of their stack's state
         self._kept: dict[tuple, tuple[int, Sketch]] = {}  # by parameter: (refresh index, sketch)
 
     def take(self, num_elements: int, update: Work) -> list[Written]:
@@ -89,6 +93,9 @@ class NumbaBackend:
                 self._apollo(weight, torch.zeros_like(weight), state, sketch, hyper, is_shared=is_shared)
 
     def apollo(self, weight: Tensor, grad: Tensor, state: State, sketch: Drawn, hyper: Hyper) -> Written:
+        if state["step"].dim():
+            sketch(grad.dtype if _is_fast(weight, grad, hyper) else torch.float32)  # once, not in each thread
+            return self._stack(partial(self.apollo, sketch=sketch), weight, grad, state, hyper)
         if not _is_fast(weight, grad, hyper):
             return self._plain.apollo(weight, grad, state, sketch(torch.float32), hyper)
         is_shared = self._threads.num_parts(max(grad.shape), grad.numel()) > 1
@@ -118,6 +125,22 @@ class NumbaBackend:
         arrays.update_norm[0] = norm
         arrays.step[0] += 1
         return True
+
+    def _stack(
+        self, update: Callable[..., Written], weight: Tensor, grad: Tensor, state: State, hyper: Hyper
+    ) -> bool:
+        """Experts without any gradient are read, and that is all."""
+        kept = self._experts.get(id(state))
+        if kept is None or kept[0] is not state:
+            kept = self._experts[id(state)] = state, states_of(state)
+
+        def update_one(one: Expert) -> Written:
+            return not one.grad.any() or update(one.weight, one.grad, state=one.state, hyper=one.hyper)
+
+        work = [partial(update_one, one) for one in experts_of(weight, grad, kept[1], hyper)]
+        is_small = weight.numel() <= CPU_HELD_ELEMENTS
+        written = [one() for one in work] if is_small else self._threads.each(work)
+        return all(written)
 
     def _scales(
         self, R: np.ndarray, m: np.ndarray, v: np.ndarray, constants: tuple, limits: tuple, scale: np.ndarray
@@ -168,6 +191,8 @@ class NumbaBackend:
         return Gaussian(P_kr.bfloat16() if dtype == torch.bfloat16 and self._has_bf16_units else P_kr)
 
     def adam(self, weight: Tensor, grad: Tensor, state: State, hyper: Hyper) -> Written:
+        if state["step"].dim():
+            return self._stack(self.adam, weight, grad, state, hyper)
         if not _is_fast(weight, grad, hyper):
             return self._plain.adam(weight, grad, state, hyper)
         arrays, G = self._arrays_of(weight, state), _rows(grad.reshape(1, -1))
@@ -268,7 +293,8 @@ def kept_bytes(parameters: Iterable[Tensor], kind: str, rank: int) -> int:
             is_converted = is_bf16 and not has_bf16_units()
             num_bytes += k * rank * (2 if is_bf16 and not is_converted else 4)
         if is_converted:
-            num_converted = max(num_converted, min(CPU_PRODUCT_ELEMENTS, parameter.numel()))
+            matrix = parameter.shape[-2] * parameter.shape[-1]
+            num_converted = max(num_converted, min(CPU_PRODUCT_ELEMENTS, matrix))
     return num_bytes + 4 * num_converted * (torch.get_num_threads() + 1)
 
 

@@ -46,7 +46,7 @@ class Threads:
         Not in the calling thread, whose products of matrices would be shared out among torch's threads: these
         threads' are not. One that is slow to wake up is not waited for. Raises what one of them raised.
         """
-        if len(work) <= 1 or torch.get_num_threads() == 1:
+        if len(work) <= 1 or self._is_busy or torch.get_num_threads() == 1:
             return [one() for one in work]
         left, done = deque(work), []
 

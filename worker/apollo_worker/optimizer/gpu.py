@@ -10,6 +10,8 @@ makes six launches; those that touch only c r or k r elements are short:
     store_moments   reads R, m, v; writes m, v
     write           reads G, W and the scales; writes W (with Kahan summation its leftovers, too)
 
+A stack of experts makes as many: the expert is a dimension of each launch, and the product a batched one.
+
 "block_sign" has hash_counters and signs in the place of normals. Its P of 0 and +-1 is exact in bf16, and on
 tensor cores the product takes as long as reading G does. Adam is one launch, above _ADAM_ALONE elements 3.
 
@@ -24,7 +26,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -66,24 +68,29 @@ class TritonBackend(AtOnce):
             if not _is_fast(weight, grad, hyper):
                 return self._plain.apollo(weight, grad, state, Gaussian(sketch(torch.float32)), hyper)
             R_cr = self._project(grad, sketch(grad.dtype))
-            ok, scale_c, factor = _scale(R_cr, grad.numel(), state, hyper)
-            _write_weight(weight, grad, scale_c, factor, ok, state, hyper)
-            return ok.view(torch.bool)
+            verdict = _scale(R_cr, grad.shape[-2] * grad.shape[-1], state, hyper)
+            _write_weight(weight, grad, verdict, state, hyper)
+            return _all_fine(verdict.fine)
 
     def adam(self, weight: Tensor, grad: Tensor, state: State, hyper: Hyper) -> Tensor:
         with torch.cuda.device_of(weight):
-            is_simple = weight.dim() <= 2 or weight.is_contiguous()
+            is_simple = weight.dim() - state["step"].dim() <= 2 or weight.is_contiguous()
             if not (_is_fast(weight, grad, hyper) and is_simple and weight.numel() < 2**31):
                 return self._plain.adam(weight, grad, state, hyper)
             return _adam_step(weight, grad, state, hyper)
 
     def _project(self, grad: Tensor, P_kr: Tensor) -> Tensor:
-        G_ck = channels_first(grad)
+        """(c, r) fp32, or (E, c, r)."""
+        G, product = channels_first(grad), torch.mm
+        if grad.dim() == 3:
+            P_kr, product = P_kr.expand(len(grad), *P_kr.shape), torch.bmm
         if grad.dtype == torch.float32:
-            return torch.mm(G_ck, P_kr)
+            return product(G, P_kr)
         if self._has_fp32_product and grad.is_cuda:
-            return torch.mm(G_ck, P_kr, out_dtype=torch.float32)
-        return project(grad, Gaussian(P_kr.float()))
+            return product(G, P_kr, out_dtype=torch.float32)
+        if grad.dim() == 2:
+            return project(grad, Gaussian(P_kr.float()))
+        return torch.stack([project(*one) for one in zip(grad, map(Gaussian, P_kr.float()), strict=True)])
 
 
 def _is_fast(weight: Tensor, grad: Tensor, hyper: Hyper) -> bool:
@@ -116,84 +123,110 @@ def _block_sign(draw: Draw, dtype: torch.dtype) -> Tensor:
     return P_kr
 
 
-def _scale(R_cr: Tensor, num_elements: int, state: State, hyper: Hyper) -> tuple[Tensor, Tensor, Tensor]:
-    """(ok (0-dim int8), scale (c,), factor (0-dim)): channel j of G is multiplied by scale[j] * factor.
+class _Verdict(NamedTuple):
+    """Channel j of G is multiplied by scale_c[j] * factor where `ok`. Of each expert, where it is a stack."""
 
-    Leaves in `state` what comes after the step, where ok.
-    """
-    num_channels, rank = R_cr.shape
+    ok: Tensor  # int8, as is the next
+    fine: Tensor
+    scale_c: Tensor
+    factor: Tensor
+
+
+def _all_fine(fine: Tensor) -> Tensor:
+    return fine.view(torch.bool).all() if fine.dim() else fine.view(torch.bool)
+
+
+def _flags(state: State) -> tuple[Tensor, Tensor]:
+    """ok and fine, which are one where it is no stack."""
+    ok = torch.empty(state["step"].shape, dtype=torch.int8, device=state["step"].device)
+    return ok, torch.empty_like(ok) if ok.dim() else ok
+
+
+def _scale(R_cr: Tensor, num_elements: int, state: State, hyper: Hyper) -> _Verdict:
+    """num_elements: of one expert. Leaves in `state` what comes after the step, where ok."""
+    *experts, num_channels, rank = R_cr.shape
+    num_experts = math.prod(experts)
     block_r = triton.next_power_of_2(rank)
     block_c = max(1, _TILE // block_r)
     num_parts = triton.cdiv(num_channels, block_c)
     new = functools.partial(torch.empty, dtype=torch.float32, device=R_cr.device)
-    scale_c, sums, factor = new(num_channels), new(4, num_parts), new(())
-    ok = torch.empty((), dtype=torch.int8, device=R_cr.device)
+    scale_c, sums, factor = new(*experts, num_channels), new(*experts, 5, num_parts), new(experts)
+    ok, fine = _flags(state)
     m, v, step, betas = state["exp_avg"], state["exp_avg_sq"], state["step"], _betas(hyper)
     rule = float(hyper.eps), float(hyper.alpha)
-    kernels.channel_stats[(num_parts,)](
+    kernels.channel_stats[(num_parts, num_experts)](
         R_cr, m, v, step, scale_c, sums, num_channels, *betas, *rule, **_logarithms(hyper),
         RANK=rank, BLOCK_C=block_c, BLOCK_R=block_r, num_warps=8, **_EXACT,
     )  # fmt: skip
     floor = hyper.limiter_floor * math.sqrt(num_elements)
-    kernels.verdict[(1,)](
-        sums, num_parts, step, state["update_norm"], ok, factor, *rule, float(hyper.limiter_ratio), floor,
-        IS_TENSOR_WISE=rank == 1, IS_LIMITED=hyper.limiter_ratio > 0, BLOCK=1024, **_EXACT,
+    kernels.verdict[(1, num_experts)](
+        sums, num_parts, step, state["update_norm"], ok, fine, factor, *rule, float(hyper.limiter_ratio),
+        floor, IS_TENSOR_WISE=rank == 1, IS_LIMITED=hyper.limiter_ratio > 0, IS_STACK=bool(experts),
+        BLOCK=1024, **_EXACT,
     )  # fmt: skip
-    grid = (triton.cdiv(R_cr.numel(), 1024),)
-    kernels.store_moments[grid](R_cr, m, v, ok, R_cr.numel(), *betas, BLOCK=1024, **_EXACT)
-    return ok, scale_c, factor
+    size = num_channels * rank
+    grid = (triton.cdiv(size, 1024), num_experts)
+    kernels.store_moments[grid](R_cr, m, v, ok, size, *betas, BLOCK=1024, **_EXACT)
+    return _Verdict(ok, fine, scale_c, factor)
 
 
-def _write_weight(
-    weight: Tensor, grad: Tensor, scale_c: Tensor, factor: Tensor, ok: Tensor, state: State, hyper: Hyper
-) -> None:
+def _write_weight(weight: Tensor, grad: Tensor, verdict: _Verdict, state: State, hyper: Hyper) -> None:
     """Counts on the step in `state` to be the one after the update, as verdict leaves it."""
-    rows, cols = weight.shape
+    *experts, rows, cols = weight.shape
     tensors = (weight, grad, state.get("compensation", weight))
     indices, is_row_scale = (cols, 1), rows >= cols
     # "Inner" is the dim along which the weight lies in memory: the columns, or in a transposed view the rows.
-    is_turned = weight.stride(0) < weight.stride(1)
+    is_turned = weight.stride(-2) < weight.stride(-1)
     if is_turned:
         rows, cols = cols, rows
-        tensors = tuple(tensor.T for tensor in tensors)
+        tensors = tuple(tensor.mT for tensor in tensors)
         indices, is_row_scale = (1, indices[0]), not is_row_scale
     block_inner = min(_ROW_TILE, triton.next_power_of_2(cols))
     block_outer = _TILE // block_inner
-    grid = (triton.cdiv(rows, block_outer) * triton.cdiv(cols, block_inner),)
+    grid = (triton.cdiv(rows, block_outer) * triton.cdiv(cols, block_inner), math.prod(experts))
+    strides = (stride for tensor in tensors for stride in _strides(tensor, 2))
     kernels.write[grid](
-        *tensors, scale_c, factor, ok, state["step"], *_halves(hyper.rounding_seed), rows, cols,
-        *(stride for tensor in tensors for stride in tensor.stride()), *indices,
-        -float(hyper.lr), float(hyper.weight_decay), **_rounding(hyper), IS_OUTER_SCALE=is_row_scale,
-        IS_PAIRED=cols % 2 == 0 and not is_turned, BLOCK_OUTER=block_outer, BLOCK_INNER=block_inner,
-        num_warps=8, **_EXACT,
+        *tensors, verdict.scale_c, verdict.factor, verdict.ok, state["step"], *_halves(hyper.rounding_seed),
+        rows, cols, *strides, *indices, -float(hyper.lr), float(hyper.weight_decay), **_rounding(hyper),
+        IS_OUTER_SCALE=is_row_scale, IS_PAIRED=cols % 2 == 0 and not is_turned, BLOCK_OUTER=block_outer,
+        BLOCK_INNER=block_inner, num_warps=8, **_EXACT,
     )  # fmt: skip
 
 
 def _adam_step(weight: Tensor, grad: Tensor, state: State, hyper: Hyper) -> Tensor:
-    size = weight.numel()
-    if weight.dim() == 2:
-        cols, strides = weight.shape[1], (*weight.stride(), *grad.stride())
-    else:
-        grad = grad if weight.dim() < 2 else grad.contiguous()
-        cols = size
-        strides = (0, weight.stride(0), 0, grad.stride(0)) if weight.dim() == 1 else (0, 1, 0, 1)
+    num_dims = weight.dim() - state["step"].dim()
+    shape, num_experts = weight.shape[weight.dim() - num_dims :], state["step"].numel()
+    size = math.prod(shape)
+    if num_dims > 2:
+        grad = grad.contiguous()
+    cols = shape[1] if num_dims == 2 else size
     block = min(_ADAM_ALONE, max(16, triton.next_power_of_2(size)))
     num_parts = triton.cdiv(size, block)
     if num_parts > 1:
         block, num_parts = _TILE, triton.cdiv(size, _TILE)
-    ok = torch.empty((), dtype=torch.int8, device=weight.device)
-    bad = torch.empty(num_parts, dtype=torch.int32, device=weight.device)
+    ok, fine = _flags(state)
+    bad = torch.empty(2, num_experts, num_parts, dtype=torch.int32, device=weight.device)
     m, v, owed = state["exp_avg"], state["exp_avg_sq"], state.get("compensation", weight)
     for phase in ("alone",) if num_parts == 1 else ("check", "write"):
-        kernels.adam[(num_parts,)](
-            weight, grad, m, v, owed, state["step"], bad, ok, *_halves(hyper.rounding_seed), size, num_parts,
-            cols, *strides, *_betas(hyper), float(hyper.eps), -float(hyper.lr), float(hyper.weight_decay),
-            **_logarithms(hyper), PHASE=phase, **_rounding(hyper), BLOCK=block,
+        kernels.adam[(num_parts, num_experts)](
+            weight, grad, m, v, owed, state["step"], bad, ok, fine, *_halves(hyper.rounding_seed), size,
+            num_parts, cols, *_strides(weight, num_dims), *_strides(grad, num_dims), *_betas(hyper),
+            float(hyper.eps), -float(hyper.lr), float(hyper.weight_decay), **_logarithms(hyper), PHASE=phase,
+            **_rounding(hyper), IS_STACK=bool(ok.dim()), BLOCK=block,
             num_warps=max(1, min(16, block // 512)), **_EXACT,
         )  # fmt: skip
     if num_parts > 1:  # not in the kernel: its other programs may not have read the step yet
         state["step"] += ok
-    return ok.view(torch.bool)
+    return _all_fine(fine)
+
+
+def _strides(tensor: Tensor, num_dims: int) -> tuple[int, int, int]:
+    """From expert to expert, from row to row, along a row: of a vector and what lies contiguous, one row.
+    num_dims: without the experts'."""
+    expert = tensor.stride(0) if tensor.dim() > num_dims else 0
+    own = tensor.stride()[tensor.dim() - num_dims :]
+    row, col = own if num_dims == 2 else (0, own[0] if num_dims == 1 else 1)
+    return expert, row, col
 
 
 def _betas(hyper: Hyper) -> tuple[float, ...]:

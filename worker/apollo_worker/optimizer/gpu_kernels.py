@@ -3,42 +3,31 @@
 Legend as in update.py: k = smaller dim, c = larger dim ("channels"), r = rank; pointers that end in a
 shape are to contiguous memory, weights and gradients have any strides. Offsets are int64 where they may pass
 2^31. step, ok and the like come as pointers, so that the host need not know them.
+
+The second dimension of every launch that updates is the expert of a stack, 0 of other parameters: experts lie
+one behind the other in what belongs to the optimizer, and weights, gradients and leftovers have a stride for
+them. `fine` says that all was finite, `ok` that something was written: no expert without any gradient is.
 """
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 
+from apollo_worker.optimizer.gpu_rounding import (
+    _hash,
+    _is_finite,
+    _nearest,
+    _random_16,
+    _stochastic,
+    _uniform,
+)
+
 jit: Any = triton.jit  # whose types know no launch options and no int in the place of a constexpr
-_BF16_MAX: tl.constexpr = tl.constexpr(torch.finfo(torch.bfloat16).max)
 _SEEDS = ["seed_low", "seed_high"]  # Triton would compile anew for seeds that are 1 or a multiple of 16
 
 
-# --- random bits: rounding.hash_bits. On uint32 products wrap and shifts are logical ---
-
-
-@jit
-def _mix(h):
-    h ^= h >> 16
-    h *= 0x85EBCA6B
-    h ^= h >> 13
-    h *= 0xC2B2AE35
-    return h ^ (h >> 16)
-
-
-@jit
-def _hash(counter, seed_low, seed_high, step):
-    """uint32 of uint32 counters; the keys are scalars, once a program."""
-    key = _mix(step.to(tl.uint32) + 0x5BD1E995)
-    key = _mix(_mix(key ^ seed_low.to(tl.uint32)) ^ seed_high.to(tl.uint32))
-    return _mix(_mix(counter ^ key) ^ _mix(key + 0x5BD1E995))
-
-
-@jit
-def _uniform(bits):
-    return ((bits >> 8).to(tl.float32) + 0.5) * (2.0**-24)
+# --- projections ---
 
 
 @jit(do_not_specialize=_SEEDS)
@@ -107,8 +96,16 @@ def channel_stats(
     LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr, RANK: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """sums (4, programs): of channels that are not finite, |D|^2 (at rank 1 unscaled), |U|^2, |R|^2."""
+    """sums (E, 5, programs): of channels that are not finite, |D|^2 (at rank 1 unscaled), |U|^2, |R|^2, of
+    channels with a gradient."""
     part, num_parts = tl.program_id(0), tl.num_programs(0)
+    expert = tl.program_id(1).to(tl.int64)
+    R_cr += expert * num_channels * RANK
+    m_cr += expert * num_channels * RANK
+    v_cr += expert * num_channels * RANK
+    step += expert
+    scale_c += expert * num_channels
+    sums += expert * 5 * num_parts
     channel = part * BLOCK_C + tl.arange(0, BLOCK_C)
     here, column = channel < num_channels, tl.arange(0, BLOCK_R)
     inside = here[:, None] & (column < RANK)[None, :]
@@ -129,6 +126,7 @@ def channel_stats(
     tl.store(sums + num_parts + part, tl.sum(D * D, 0))
     tl.store(sums + 2 * num_parts + part, tl.sum(U2, 0))
     tl.store(sums + 3 * num_parts + part, tl.sum(R2, 0))
+    tl.store(sums + 4 * num_parts + part, tl.sum(tl.where(R2 == 0, 0.0, 1.0), 0))
 
 
 @jit
@@ -142,10 +140,17 @@ def _total(sums, num_parts, BLOCK: tl.constexpr):
 
 @jit
 def verdict(
-    sums, num_parts, step, update_norm, ok, factor, eps, alpha, ratio, floor,
-    IS_TENSOR_WISE: tl.constexpr, IS_LIMITED: tl.constexpr, BLOCK: tl.constexpr,
+    sums, num_parts, step, update_norm, ok, fine, factor, eps, alpha, ratio, floor,
+    IS_TENSOR_WISE: tl.constexpr, IS_LIMITED: tl.constexpr, IS_STACK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """update.limit_growth, whether anything is written, and the scalars of the state."""
+    expert = tl.program_id(1)
+    sums += expert * 5 * num_parts
+    step += expert
+    update_norm += expert
+    ok += expert
+    fine += expert
+    factor += expert
     previous, t = tl.load(update_norm), tl.load(step)  # by all warps, before one writes them
     num_bad = _total(sums, num_parts, BLOCK)
     norm = tl.sqrt_rn(_total(sums + num_parts, num_parts, BLOCK))
@@ -161,6 +166,9 @@ def verdict(
         by *= shrink
         norm *= shrink
     is_good = (num_bad == 0) & _is_finite(norm)
+    if IS_STACK:
+        tl.store(fine, is_good.to(tl.int8))
+        is_good = is_good & (_total(sums + 4 * num_parts, num_parts, BLOCK) > 0)
     tl.store(ok, is_good.to(tl.int8))
     tl.store(factor, by)
     tl.store(update_norm, tl.where(is_good, norm, previous))
@@ -169,8 +177,13 @@ def verdict(
 
 @jit
 def store_moments(R_cr, m_cr, v_cr, ok, size, beta1, rest1, beta2, rest2, BLOCK: tl.constexpr):
+    """size: of an expert."""
+    expert = tl.program_id(1).to(tl.int64)
+    R_cr += expert * size
+    m_cr += expert * size
+    v_cr += expert * size
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < size * tl.load(ok)
+    inside = i < size * tl.load(ok + expert)
     R = tl.load(R_cr + i, mask=inside, other=0.0)
     m, v = tl.load(m_cr + i, mask=inside, other=0.0), tl.load(v_cr + i, mask=inside, other=0.0)
     m, v = _moments(R, m, v, beta1, rest1, beta2, rest2)
@@ -178,31 +191,7 @@ def store_moments(R_cr, m_cr, v_cr, ok, size, beta1, rest1, beta2, rest2, BLOCK:
     tl.store(v_cr + i, v, mask=inside)
 
 
-@jit
-def _is_finite(x):
-    return tl.abs(x) < float("inf")  # of NaN no comparison is true
-
-
 # --- writing: update.write ---
-
-
-@jit
-def _saturate(bits, x):
-    """The upper half of `bits` as fp32, held inside bf16's finite range; where x is not finite, x."""
-    rounded = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
-    rounded = tl.minimum(tl.maximum(rounded, -_BF16_MAX), _BF16_MAX)
-    return tl.where(_is_finite(x), rounded, x)
-
-
-@jit
-def _nearest(x):
-    bits = x.to(tl.uint32, bitcast=True)
-    return _saturate(bits + 0x7FFF + ((bits >> 16) & 1), x)
-
-
-@jit
-def _stochastic(x, random):
-    return _saturate(x.to(tl.uint32, bitcast=True) + random, x)
 
 
 @jit
@@ -224,17 +213,11 @@ def _store_rounded(
     tl.store(at, x.to(at.dtype.element_ty), mask=inside)
 
 
-@jit
-def _random_16(index, seed_low, seed_high, step):
-    """A 32-bit hash serves two neighbours, the even one by its low half."""
-    h = _hash((index >> 1).to(tl.uint32), seed_low, seed_high, step)
-    return (h >> ((index & 1) * 16).to(tl.uint32)) & 0xFFFF
-
-
 @jit(do_not_specialize=_SEEDS)
 def write(
     weight, grad, owed, scale_c, factor, ok, step, seed_low, seed_high, num_outer, num_inner,
-    weight_outer, weight_inner, grad_outer, grad_inner, owed_outer, owed_inner, index_outer, index_inner,
+    weight_expert, weight_outer, weight_inner, grad_expert, grad_outer, grad_inner, owed_expert, owed_outer,
+    owed_inner, index_outer, index_inner,
     neg_lr, weight_decay, ROUNDING: tl.constexpr, IS_BF16_GRID: tl.constexpr, IS_OUTER_SCALE: tl.constexpr,
     IS_PAIRED: tl.constexpr, BLOCK_OUTER: tl.constexpr, BLOCK_INNER: tl.constexpr,
 ):  # fmt: skip
@@ -242,6 +225,14 @@ def write(
 
     index: of an element in logical row-major order, which its random bits are drawn by.
     """
+    expert = tl.program_id(1).to(tl.int64)
+    weight += expert * weight_expert
+    grad += expert * grad_expert
+    owed += expert * owed_expert
+    factor += expert
+    ok += expert
+    step += expert
+    seed_low = seed_low ^ tl.program_id(1)
     num_tiles = tl.cdiv(num_inner, BLOCK_INNER)
     outer = (tl.program_id(0) // num_tiles) * BLOCK_OUTER + tl.arange(0, BLOCK_OUTER)
     first_inner = (tl.program_id(0) % num_tiles) * BLOCK_INNER
@@ -252,8 +243,10 @@ def write(
     W = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     G = tl.load(grad + row * grad_outer + col * grad_inner, mask=inside, other=0.0).to(tl.float32)
     if IS_OUTER_SCALE:
+        scale_c += expert * num_outer
         scale = tl.load(scale_c + outer, mask=outer < num_outer, other=0.0)[:, None]
     else:
+        scale_c += expert * num_inner
         scale = tl.load(scale_c + inner, mask=inner < num_inner, other=0.0)[None, :]
     change = (G * (scale * tl.load(factor)) + W * weight_decay) * neg_lr
     random = 0
@@ -271,14 +264,27 @@ def write(
 
 @jit(do_not_specialize=_SEEDS)
 def adam(
-    weight, grad, m, v, owed, step, bad, ok, seed_low, seed_high, size, num_parts, cols,
-    weight_row, weight_col, grad_row, grad_col, beta1, rest1, beta2, rest2, eps, neg_lr, weight_decay,
-    LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr, PHASE: tl.constexpr, ROUNDING: tl.constexpr,
-    IS_BF16_GRID: tl.constexpr, BLOCK: tl.constexpr,
+    weight, grad, m, v, owed, step, bad, ok, fine, seed_low, seed_high, size, num_parts, cols,
+    weight_expert, weight_row, weight_col, grad_expert, grad_row, grad_col, beta1, rest1, beta2, rest2, eps,
+    neg_lr, weight_decay, LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr, PHASE: tl.constexpr,
+    ROUNDING: tl.constexpr, IS_BF16_GRID: tl.constexpr, IS_STACK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """PHASE "check" counts in `bad` what is not finite, "write" updates if that is nothing; "alone", with one
-    program, does both and counts the step."""
+    """PHASE "check" counts in `bad` (2, E, programs) what is not finite and what gradient is not 0, "write"
+    updates if the first is nothing; "alone", with one program, does both and counts the step. size: of an
+    expert."""
     part = tl.program_id(0)
+    expert = tl.program_id(1).to(tl.int64)
+    weight += expert * weight_expert
+    grad += expert * grad_expert
+    owed += expert * size
+    m += expert * size
+    v += expert * size
+    step += expert
+    bad += expert * num_parts
+    asked = bad + tl.num_programs(1) * num_parts
+    ok += expert
+    fine += expert
+    seed_low = seed_low ^ tl.program_id(1)
     i = part * BLOCK + tl.arange(0, BLOCK)
     inside = i < size
     row, col = (i // cols).to(tl.int64), (i % cols).to(tl.int64)
@@ -288,15 +294,25 @@ def adam(
     m_new, v_new = _moments(G, m_new, v_new, beta1, rest1, beta2, rest2)
     before = tl.load(step)
     U = _direction(m_new, v_new, before, eps, LOG_BETA1, LOG_BETA2)
+    num_asked = 1
     if PHASE == "write":
         num_bad = _total(bad, num_parts, 512)
+        if IS_STACK:
+            num_asked = _total(asked, num_parts, 512)
     else:
         is_finite = _is_finite(v_new) & _is_finite(U)
         num_bad = tl.sum((is_finite == 0).to(tl.int32), 0)
+        if IS_STACK:
+            num_asked = tl.sum((G != 0).to(tl.int32), 0)
     if PHASE == "check":
         tl.store(bad + part, num_bad)
+        if IS_STACK:
+            tl.store(asked + part, num_asked)
     else:
         is_good = tl.where(num_bad == 0, 1, 0)
+        if IS_STACK:
+            tl.store(fine, is_good)
+            is_good = tl.where(num_asked != 0, is_good, 0)
         inside = i < size * is_good
         at = weight + row * weight_row + col * weight_col
         W = tl.load(at, mask=inside, other=0.0).to(tl.float32)

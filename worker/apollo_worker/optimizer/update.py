@@ -7,6 +7,9 @@ Legend: k = smaller dim of a parameter, c = larger dim ("channels"), r = rank.
     D = s * G,  |D| <= limiter_ratio * |D of the step before|
     W <- round(W - lr * (D + weight_decay * W))
 
+A stack of E experts, G_eck, is E such parameters of one shape and one P, each with a step count, moments,
+limiter and random bits of its own. An expert without any gradient was not asked: nothing of it changes.
+
 `TorchBackend` runs on any device, dtype and stride: what the fast ones (cpu.py, gpu.py) are
 held to by tests, and what they leave to it.
 """
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
@@ -53,14 +57,16 @@ class Hyper(NamedTuple):
 
 Drawn = TypeVar("Drawn")
 Written = Tensor | bool
+Asked = Tensor | bool  # whether an expert has any gradient
 Work = Callable[[], Written]
 
 
 class Backend(Protocol[Drawn]):
     """Updates one parameter in place, its state too. What is not finite changes nothing.
 
-    `apollo` and `adam` say whether it was written: a 0-dim bool tensor on the weight's device, which nothing
-    has waited for, or a bool. What `sketch` makes of a draw is for the same backend's `apollo` alone.
+    `apollo` and `adam` say whether all was finite: a 0-dim bool tensor on the weight's device, which nothing
+    has waited for, or a bool. What `sketch` makes of a draw is for the same backend's `apollo` alone. A
+    parameter whose state's `step` is (E,) is a stack of experts.
     """
 
     def sketch(self, draw: Draw) -> Drawn: ...
@@ -102,20 +108,49 @@ class AtOnce:
 
 
 def new_state(
-    shape: torch.Size, device: torch.device, *, rank: int | None, compensation: torch.dtype | None
+    shape: torch.Size,
+    device: torch.device,
+    *,
+    rank: int | None,
+    compensation: torch.dtype | None,
+    is_stack: bool = False,
 ) -> State:
-    """Of a parameter before its first step. rank: None for Adam; compensation: None where none is kept."""
-    moments = shape if rank is None else (max(shape), rank)
+    """Of a parameter before its first step. rank: None for Adam; compensation: None where none is kept;
+    is_stack: of experts, along the first dimension."""
+    experts, each = (shape[:1], shape[1:]) if is_stack else (shape[:0], shape)
+    moments = shape if rank is None else (*experts, max(each), rank)
     state = {
-        "step": torch.zeros((), dtype=torch.int64, device=device),
+        "step": torch.zeros(experts, dtype=torch.int64, device=device),
         "exp_avg": torch.zeros(moments, dtype=torch.float32, device=device),
         "exp_avg_sq": torch.zeros(moments, dtype=torch.float32, device=device),
     }
     if rank is not None:
-        state["update_norm"] = torch.zeros((), dtype=torch.float32, device=device)
+        state["update_norm"] = torch.zeros(experts, dtype=torch.float32, device=device)
     if compensation is not None:
         state["compensation"] = torch.zeros(shape, dtype=compensation, device=device)
     return state
+
+
+class Expert(NamedTuple):
+    """One of a stack. weight, grad, state: its parts of the stack's, views."""
+
+    weight: Tensor
+    grad: Tensor
+    state: State
+    hyper: Hyper
+
+
+def experts_of(weight: Tensor, grad: Tensor, states: list[State], hyper: Hyper) -> list[Expert]:
+    """The random bits of each are those of another parameter."""
+    return [
+        Expert(weight[e], grad[e], own, hyper._replace(rounding_seed=hyper.rounding_seed ^ e))
+        for e, own in enumerate(states)
+    ]
+
+
+def states_of(state: State) -> list[State]:
+    """Of a stack's experts: views of its own."""
+    return [{key: value[e] for key, value in state.items()} for e in range(len(state["step"]))]
 
 
 class TorchBackend(AtOnce):
@@ -126,6 +161,24 @@ class TorchBackend(AtOnce):
         return make_sketch(draw)
 
     def apollo(self, weight: Tensor, grad: Tensor, state: State, sketch: Sketch, hyper: Hyper) -> Tensor:
+        if state["step"].dim():
+            return self._stack(partial(self._apollo, sketch), weight, grad, state, hyper)
+        return self._apollo(sketch, weight, grad, state, hyper)
+
+    def adam(self, weight: Tensor, grad: Tensor, state: State, hyper: Hyper) -> Tensor:
+        if state["step"].dim():
+            return self._stack(self._adam, weight, grad, state, hyper)
+        return self._adam(weight, grad, state, hyper)
+
+    def _stack(
+        self, update: Callable[..., Tensor], weight: Tensor, grad: Tensor, state: State, hyper: Hyper
+    ) -> Tensor:
+        one_by_one = experts_of(weight, grad, states_of(state), hyper)
+        return torch.stack([update(*one, (one.grad != 0).any()) for one in one_by_one]).all()
+
+    def _apollo(
+        self, sketch: Sketch, weight: Tensor, grad: Tensor, state: State, hyper: Hyper, is_asked: Asked = True
+    ) -> Tensor:
         R_cr = project(grad, sketch)
         m_cr, v_cr, U_cr = adam_update(R_cr, state["exp_avg"], state["exp_avg_sq"], state["step"], hyper)
         scale_c = channel_scales(R_cr, U_cr, hyper)
@@ -137,15 +190,17 @@ class TorchBackend(AtOnce):
         )
         scale = scale_c if grad.shape[0] >= grad.shape[1] else scale_c.T
         scale = scale.expand(grad.shape)  # strides of 0: takes no memory
-        write(weight, lambda rows: grad[rows].float() * scale[rows], ok, state, hyper)
-        commit(state, {"exp_avg": m_cr, "exp_avg_sq": v_cr, "update_norm": norm}, ok)
+        write(weight, lambda rows: grad[rows].float() * scale[rows], ok & is_asked, state, hyper)
+        commit(state, {"exp_avg": m_cr, "exp_avg_sq": v_cr, "update_norm": norm}, ok & is_asked)
         return ok
 
-    def adam(self, weight: Tensor, grad: Tensor, state: State, hyper: Hyper) -> Tensor:
+    def _adam(
+        self, weight: Tensor, grad: Tensor, state: State, hyper: Hyper, is_asked: Asked = True
+    ) -> Tensor:
         m, v, U = adam_update(grad.float(), state["exp_avg"], state["exp_avg_sq"], state["step"], hyper)
         ok, direction = torch.isfinite(v).all() & torch.isfinite(U).all(), torch.atleast_1d(U)
-        write(weight, lambda rows: direction[rows], ok, state, hyper)
-        commit(state, {"exp_avg": m, "exp_avg_sq": v}, ok)
+        write(weight, lambda rows: direction[rows], ok & is_asked, state, hyper)
+        commit(state, {"exp_avg": m, "exp_avg_sq": v}, ok & is_asked)
         return ok
 
 
@@ -169,8 +224,8 @@ def project(grad: Tensor, sketch: Sketch, scratch: Tensor | None = None) -> Tens
 
 
 def channels_first(grad: Tensor) -> Tensor:
-    """G_ck: a view."""
-    return grad if grad.shape[0] >= grad.shape[1] else grad.T
+    """G_ck, or G_eck: a view."""
+    return grad if grad.shape[-2] >= grad.shape[-1] else grad.mT
 
 
 def adam_update(

@@ -17,6 +17,7 @@ from apollo_ipc.errors import NotReady, UserError
 from apollo_worker.jobs.example import TokenisedExample, Turn, sequence_of
 from apollo_worker.jobs.job_plan import JobPlan
 from apollo_worker.jobs.objective import Objective
+from apollo_worker.model.experts import expert_stacks, set_routers, trained_parameters
 from apollo_worker.model.hf_model import vocab_size_of
 from apollo_worker.model.live_model import LiveModel
 from apollo_worker.optimizer.apollo import Apollo
@@ -49,6 +50,7 @@ class Trainer:
     def __init__(self, live: LiveModel, options: Train):
         self.live = live
         self.options = options
+        set_routers(live.model, is_trained=options.router == "train")
         # The configured rank's moments, which outlive jobs; a job with a rank of its own borrows the weights.
         self.main_optimizer = self.optimizer = make_optimizer(live, options, options.rank)
         self._sum, self._is_last = GradientSum(), True  # of the step's passes: is this one its last?
@@ -57,7 +59,7 @@ class Trainer:
         # after a tied parameter's last use.
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._take_gradient)
-            for parameter in live.model.parameters()
+            for _, parameter in trained_parameters(live.model)
         ]
         if options.activation_checkpointing:
             enable_activation_checkpointing(live.model)
@@ -157,7 +159,7 @@ class Trainer:
 
     def accumulation_bytes(self) -> int:
         """What accumulation keeps more than a step on one example: every parameter's gradient, in fp32."""
-        return 4 * sum(parameter.numel() for parameter in self.live.model.parameters())
+        return 4 * sum(parameter.numel() for _, parameter in trained_parameters(self.live.model))
 
     def prepare_accumulation(self, plan: JobPlan) -> list[str]:
         """Notes on what the job's updates cost. Raises UserError where the GPU has no room for it."""
@@ -190,8 +192,11 @@ class Trainer:
             hook.remove()
 
     def smaller_dims(self) -> dict[str, int]:
-        """Name of each matrix -> its smaller dimension: at a rank above it, Adam updates the matrix."""
-        return {name: min(p.shape) for name, p in self.live.model.named_parameters() if p.dim() == 2}
+        """Name of each matrix, or stack of them, -> the smaller dimension: at a rank above it, Adam updates
+        it."""
+        named, stacks = trained_parameters(self.live.model), expert_stacks(self.live.model)
+        shapes = {name: p.shape[name in stacks :] for name, p in named}
+        return {name: min(shape) for name, shape in shapes.items() if len(shape) == 2}
 
     @property
     def vocab_size(self) -> int:
@@ -245,7 +250,7 @@ def require_vllm(live: LiveModel) -> None:
 
 def make_optimizer(live: LiveModel, options: Train, rank: int) -> Apollo:
     return Apollo(
-        live.model.named_parameters(),
+        trained_parameters(live.model),
         lr=options.lr,
         betas=(options.beta1, options.beta2),
         eps=options.eps,
@@ -259,4 +264,5 @@ def make_optimizer(live: LiveModel, options: Train, rank: int) -> Apollo:
         seed=options.seed,
         grid_dtypes=live.grid_dtypes(),
         before_write=partial(require_vllm, live),
+        stacks=expert_stacks(live.model),
     )
