@@ -22,6 +22,7 @@ from apollo_worker.jobs.job_plan import JobPlan
 from apollo_worker.jobs.queue import JobQueue
 from apollo_worker.model import live_model
 from apollo_worker.model.mapping import map_views, open_transport
+from apollo_worker.step.forward import Forward
 from apollo_worker.step.loss_guard import Before
 from apollo_worker.step.step import StepResult, Trainer
 from apollo_worker.trainer import loop
@@ -111,7 +112,7 @@ class World:
 
         monkeypatch.setattr(Trainer, "step_on", step_on)
         # No forward pass is done; and nothing is large.
-        monkeypatch.setattr(Trainer, "_head_is_exact", lambda trainer: True)
+        monkeypatch.setattr(Forward, "_head_is_exact", lambda forward: True)
         monkeypatch.setattr(live_model, "gc", SimpleNamespace(collect=lambda: None))
         monkeypatch.setattr(loop, "guard_of", lambda *args, **kwargs: Guard())
         self.faults.install(monkeypatch)
