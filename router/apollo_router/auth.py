@@ -1,4 +1,5 @@
-"""The train key: every route but /train/health wants `Authorization: Bearer <train key>`.
+"""The train key: every route but /train/health wants `Authorization: Bearer <train key>`, or the session of
+a browser that has shown it (session.py).
 
 vLLM's --api-key middleware guards its own prefixes only (GUARDED_PREFIX in
 vllm/entrypoints/serve/middleware/authenticate.py), so these routes check for themselves. The check is part of
@@ -16,6 +17,7 @@ from starlette.requests import Request
 from apollo_ipc.errors import ConfigError
 from apollo_ipc.keys import keys_equal
 from apollo_router.errors import ErrorRoute, HttpError
+from apollo_router.session import COOKIE, check_session
 
 
 def check_key(headers: Headers, train_key: str) -> None:
@@ -50,4 +52,8 @@ def refuse_shared_key(train_key: str, args: Namespace, environ_key: str | None) 
 
 class KeyedRoute(ErrorRoute):
     def check(self, request: Request) -> None:
-        check_key(request.headers, request.app.state.apollo.train_key)
+        train_key = request.app.state.apollo.train_key
+        if "authorization" not in request.headers and COOKIE in request.cookies:
+            check_session(request, train_key)
+        else:
+            check_key(request.headers, train_key)

@@ -12,16 +12,19 @@ from fastapi import FastAPI
 from starlette.requests import ClientDisconnect, Request
 
 from apollo_ipc.config import Config
-from apollo_ipc.errors import NotReady
+from apollo_ipc.errors import ApolloError, NotReady
 from apollo_ipc.keys import train_key
 from apollo_ipc.wire.client import WorkerClient
+from apollo_ipc.wire.messages import GetStatus
 from apollo_router import metrics
 from apollo_router.cache import CacheDropper
 from apollo_router.log import logger
 from apollo_router.served import ServedModel
 from apollo_router.spool import Spool
+from apollo_router.worker_metrics import WorkerMetrics
 
 TICK_S = 1.0
+STATUS_EVERY_S = 2.0
 
 T = TypeVar("T")
 
@@ -37,6 +40,7 @@ class Gateway:
         self.train_key = train_key(config)
         self.cache = CacheDropper()
         self.served = ServedModel(config.runtime_dir)
+        self.worker_metrics = WorkerMetrics(config.runtime_dir)
         traffic = config.traffic
         self.spool = Spool(Path(traffic.directory), traffic.max_bytes) if traffic.directory else None
         self.model_names: list[str] = []  # as clients of vLLM call the model, from init_state on
@@ -58,13 +62,15 @@ class Gateway:
             self._client = client
             if self.spool is not None:
                 self.spool.open()
-            tasks = [asyncio.create_task(self._tick(app)), asyncio.create_task(self.cache.run(client.tell))]
+            works = (self._tick(app), self._look_at_worker(), self.cache.run(client.tell))
+            tasks = [asyncio.create_task(work) for work in works]
             try:
                 yield
             finally:
                 self._client = None
                 self._stopping.set()
                 await _end(*tasks)
+                self.worker_metrics.close()
                 if self.spool is not None:
                     await asyncio.to_thread(self.spool.close)
 
@@ -100,6 +106,20 @@ class Gateway:
                 # One bad look (say, /proc under memory pressure) must not end all later ones.
                 logger.exception("looking after the training worker failed; trying again")
             await asyncio.sleep(TICK_S)
+
+    async def _look_at_worker(self) -> None:
+        """What only its status says, for metrics."""
+        while True:
+            await asyncio.sleep(STATUS_EVERY_S)
+            try:
+                if self.client.is_alive:
+                    reply = await self.client.request(GetStatus(""))
+                    assert reply.status is not None
+                    self.worker_metrics.show(reply.status)
+            except ApolloError as error:
+                logger.debug("the worker's status is not known: %s", error)
+            except Exception:
+                logger.exception("the worker's metrics failed; trying again")
 
     def _measure(self) -> None:
         client = self.client

@@ -52,9 +52,12 @@ class ApolloEndpoints:
         """Before the engine exists. The router's lifespan opens the ZMQ socket when the app starts."""
         from apollo_router import routes, teaching
         from apollo_router.fine_tuning import routes as fine_tuning
+        from apollo_router.ui import routes as ui
 
         app.state.apollo = self.gateway
         app.include_router(routes.router)
+        app.include_router(ui.router)
+        app.include_router(ui.open_router)
         app.include_router(fine_tuning.router)  # its lifespan inside that of the first
         app.include_router(teaching.router)
         if self.gateway.spool is not None:

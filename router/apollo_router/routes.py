@@ -158,9 +158,10 @@ async def status(request: Request) -> Response:
 
 @router.get("/train/jobs")
 async def jobs(request: Request) -> Response:
-    """The newest jobs: `?limit=` (1 to 1000, 50 by default), `?state=`."""
+    """The newest jobs: `?limit=` (1 to 1000, 50 by default), `?state=`, `?before=` (a job's `seq`)."""
     query = read_query(request, JobsQuery)
-    reply = await gateway_of(request).client.request(messages.ListJobs("", query.limit, query.state))
+    asked = messages.ListJobs("", query.limit, query.state, query.before)
+    reply = await gateway_of(request).client.request(asked)
     return json_response({"object": "list", "data": reply.jobs})
 
 

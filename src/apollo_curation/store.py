@@ -18,6 +18,7 @@ from apollo_curation.settings import CurationConfig
 from apollo_ipc.config import make_private_dir
 from apollo_ipc.errors import ApolloError
 
+FILE_NAME = "curation.sqlite"  # in the state directory
 SCHEMA_VERSION = 1
 BUSY_TIMEOUT_S = 30.0
 
@@ -28,7 +29,7 @@ class StoreDamaged(ApolloError):
 
 
 def store_path(config: CurationConfig) -> Path:
-    return config.state_dir / "curation.sqlite"
+    return config.state_dir / FILE_NAME
 
 
 class Store:

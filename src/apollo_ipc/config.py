@@ -12,6 +12,7 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta
@@ -116,6 +117,13 @@ class Traffic(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     unrecorded_key: str = ""  # requests with this API key are never recorded
 
 
+class Webhooks(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Who is told what happens: each event is a signed POST to each URL (Standard Webhooks)."""
+
+    urls: list[str] = []
+    secret: str = ""  # whsec_...; empty: generated into state_dir/webhook.secret
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     paths: Paths = Paths()
     train: Train = Train()
@@ -123,11 +131,15 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     checkpoint: Checkpoint = Checkpoint()
     http: Http = Http()
     traffic: Traffic = Traffic()
+    webhooks: Webhooks = Webhooks()
 
     def check(self) -> None:
         """What the types of the fields cannot say. Raises UserError."""
         if 0 < self.train.limiter_ratio < 1:
             raise UserError("0 (off) or at least 1 is needed", field="train.limiter_ratio")
+        for at, url in enumerate(self.webhooks.urls):
+            if problem := _problem_of(url, self.webhooks.urls[:at]):
+                raise UserError(f"{url!r}: {problem}", field=f"webhooks.urls[{at}]")
 
     @property
     def runtime_dir(self) -> Path:
@@ -140,6 +152,20 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def socket_path(self) -> Path:
         return self.runtime_dir / "worker.sock"
+
+
+def _problem_of(url: str, others: list[str]) -> str | None:
+    """What keeps it from being a webhook's URL."""
+    try:
+        parts = urlsplit(url)
+        is_right = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        is_right = False
+    if not is_right or not url.isascii() or not url.isprintable() or " " in url:
+        return "not a URL of the form https://host/path"
+    if parts.username is not None or parts.fragment:
+        return "a webhook's URL has no user name and no fragment"
+    return "it is given twice" if url in others else None
 
 
 def _default_runtime_dir() -> Path:

@@ -1,10 +1,12 @@
-"""The train key: who may train. An inference key (vLLM's --api-key) never does."""
+"""The train key: who may train; an inference key (vLLM's --api-key) never does. The secret of webhooks."""
 
 from __future__ import annotations
 
+import base64
 import hmac
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 
 from apollo_ipc.config import Config, make_private_dir
@@ -17,14 +19,24 @@ def key_path(config: Config) -> Path:
 
 def train_key(config: Config) -> str:
     """The configured key, else the one in the state directory, made (mode 0600) where there is none yet."""
-    if config.http.train_key:
-        return config.http.train_key
-    path = key_path(config)
+    return config.http.train_key or _kept(key_path(config), lambda: f"apollo-{secrets.token_urlsafe(32)}")
+
+
+def webhook_secret(config: Config) -> str:
+    """Likewise, of what signs webhooks."""
+    return config.webhooks.secret or _kept(
+        config.state_dir / "webhook.secret",
+        lambda: "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode(),
+    )
+
+
+def _kept(path: Path, make: Callable[[], str]) -> str:
+    """What the file says; made (mode 0600) where there is none yet."""
     make_private_dir(path.parent)
     if path.exists():
         return _read(path)
-    key = f"apollo-{secrets.token_urlsafe(32)}"
-    temporary = path.with_name(f".train.key.{os.getpid()}")
+    key = make()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.unlink(missing_ok=True)
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     with os.fdopen(fd, "w") as file:

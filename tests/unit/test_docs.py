@@ -13,6 +13,7 @@ import typer
 from apollo_router.fine_tuning.store import Store as FineTuningStore
 from apollo_router.fine_tuning.store import store_path as fine_tuning_path
 from apollo_router.routes import router
+from apollo_router.worker_metrics import WorkerMetrics
 from apollo_worker.front.endpoint import Endpoint
 from apollo_worker.front.front import Front
 from apollo_worker.jobs.queue import JobQueue
@@ -28,8 +29,9 @@ from apollo_ipc.checkpoint import STATE_DIR
 from apollo_ipc.checkpoint.record import pending_dir
 from apollo_ipc.cli.main import PASS_ON, app
 from apollo_ipc.config import Config, Paths, load_config
-from apollo_ipc.keys import key_path, train_key
+from apollo_ipc.keys import key_path, train_key, webhook_secret
 from apollo_ipc.manifest import manifest_path
+from apollo_ipc.webhooks.outbox import Outbox, outbox_path
 from apollo_ipc.wire.replies import ENDED_STATES, JobInfo, Status, SyncResult
 from apollo_ipc.wire.requests import Example, Message, TrainOptions
 
@@ -209,7 +211,11 @@ def test_every_configuration_key_that_is_named_exists(file):
     for span in code_of(file.read_text()):
         for name, key in re.findall(rf"(?<![\w./-])({'|'.join(SECTIONS)})\.([a-z][a-z0-9_]*)", span):
             files = ("train.key", "worker.sock", "worker.lock", "curation.train", "curation.dream")
-            is_file = f"{name}.{key}" in (*files, "curation.night") or key in ("py", "md", "sqlite")
+            is_file = f"{name}.{key}" in (*files, "curation.night", "quality.breach") or key in (
+                "py",
+                "md",
+                "sqlite",
+            )
             assert is_file or key in SECTIONS[name], f"{file.name}: {name}.{key}"
     for name, key in re.findall(r"APOLLO_([A-Z]+)__([A-Z0-9_]+)", file.read_text()):
         assert key.lower() in SECTIONS[name.lower()], f"{file.name}: APOLLO_{name}__{key}"
@@ -273,6 +279,10 @@ def test_every_file_of_the_state_page_is_one_that_the_code_makes(tmp_path):
     (config.state_dir / "reports").mkdir()
     store = Store(store_path(config))
     uploads = FineTuningStore(fine_tuning_path(config))
+    outbox = Outbox(outbox_path(config), [])
+    webhook_secret(config)
+    metrics = WorkerMetrics(config.runtime_dir)
+    metrics.may_count()
     for module, lock in (("training/batches", "train"), ("dreams/dream", "dream"), ("night", "night")):
         assert f"curation.{lock}.lock" in strings(f"src/apollo_curation/{module}.py")
         with alone(config.state_dir / f"curation.{lock}.lock"):
@@ -280,6 +290,8 @@ def test_every_file_of_the_state_page_is_one_that_the_code_makes(tmp_path):
     made = {file.name for file in [*config.runtime_dir.iterdir(), *config.state_dir.iterdir()]}
     store.close()
     uploads.close()
+    outbox.close()
+    metrics.close()
     queue.close()
     tables = rows(section("docs/state.md", "Runtime directory") + section("docs/state.md", "State directory"))
     named = {name for row in tables for name in spans(row[0])}

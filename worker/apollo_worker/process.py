@@ -19,6 +19,7 @@ def log_as(role: Literal["front", "trainer"]) -> None:
         format=f"%(asctime)s %(levelname)s {role} %(name)s: %(message)s",
         stream=sys.stderr,
     )
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request
 
 
 def use_idle_priority(config: Config) -> None:

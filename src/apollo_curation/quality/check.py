@@ -10,6 +10,7 @@ import msgspec
 
 from apollo_curation.chat_client import ChatClient, ModelAway
 from apollo_curation.moments.moments import Moment, Moments
+from apollo_curation.quality.announce import announce_breaches
 from apollo_curation.quality.canaries import ask_all, load_canaries
 from apollo_curation.quality.heldout import load_heldout
 from apollo_curation.quality.history import Breach, History, Label, Measurement
@@ -63,7 +64,7 @@ class Checker:
         judge: ChatClient | None,
         training: TrainClient,
     ):
-        self.quality = config.quality
+        self._config, self.quality = config, config.quality
         self.held_out = load_heldout(config.quality.heldout)
         self.canaries = load_canaries(config.quality.canaries)
         self.history = History(store)
@@ -107,6 +108,7 @@ class Checker:
         measurement = self.history.add(
             msgspec.structs.replace(measurement, breaches=breaches, duration_s=time.monotonic() - started)
         )
+        announce_breaches(self._config, self.history)
         trained = self._moments.list("approved", "training", "trained")
         overlap = [moment.moment_id for moment in self.find_overlap(trained)]
         report = QualityReport(measurement, against, breaches, find_drift(measurement, earlier), overlap)

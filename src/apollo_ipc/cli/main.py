@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from apollo_ipc.cli import checkpoint, jobs, plan, preview, processes, serve, train, versions
+from apollo_ipc.cli import checkpoint, jobs, plan, preview, processes, serve, train, versions, webhooks
 from apollo_ipc.cli.output import print_error
 from apollo_ipc.errors import ApolloError
 
@@ -79,6 +79,7 @@ app.command()(plan.plan)
 app.command()(preview.preview)
 app.command()(processes.key)
 app.command()(processes.demo)
+app.add_typer(webhooks.app, name="webhooks")
 
 
 def _print_version(wanted: bool) -> None:

@@ -87,6 +87,7 @@ class ListJobs(msgspec.Struct, frozen=True, tag=True):
     request_id: str
     limit: int = 50
     state: JobState | None = None
+    before_seq: int | None = None  # only older ones
 
 
 class GetJob(msgspec.Struct, frozen=True, tag=True):

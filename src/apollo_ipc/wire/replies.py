@@ -124,6 +124,21 @@ class PostSync(msgspec.Struct, frozen=True):
     error: str | None = None
 
 
+class Tally(msgspec.Struct, frozen=True):
+    """What the worker has done since its start: every one only grows. A new trainer goes on with it."""
+
+    num_steps: int = 0
+    num_bad_steps: int = 0  # not finite: not everything was written
+    num_tokens: int = 0  # read by forward passes of training
+    step_s: dict[str, float] = {}  # phase -> seconds: forward, backward (updates in it), record, publish
+    num_syncs: int = 0
+    num_sync_failures: int = 0
+    sync_s: float = 0.0
+    sync_waited_s: float = 0.0  # of sync_s: training stood still
+    sync_bytes: int = 0  # written
+    num_torn_steps: int = 0  # cut off, and mended or accepted
+
+
 class TrainerState(msgspec.Struct):
     """What the trainer says of itself: carried whole to the front, and from there into Status."""
 
@@ -142,6 +157,8 @@ class TrainerState(msgspec.Struct):
     last_sync: SyncResult | None = None
     is_syncing: bool = False  # a sync is being written, beside training
     sync_error: str | None = None
+    tally: Tally = Tally()
+    device_bytes: int = 0  # on a GPU, the most that training has reserved; what vLLM shares is not in it
 
 
 class Status(TrainerState, kw_only=True):
@@ -154,6 +171,11 @@ class Status(TrainerState, kw_only=True):
     num_routers: int = 0
     post_sync: PostSync | None = None
     trainer_error: str | None = None  # how the trainer before this one ended, until this one is steady
+    num_jobs: dict[str, int] = {}  # by state; states that no job has are left out
+    oldest_queued_at: float | None = None
+    num_trainer_deaths: int = 0  # since the worker's start, like those below
+    num_watchdog_kills: int = 0  # trainers that hung
+    memory_bytes: dict[str, int] = {}  # process -> resident and its own: not the weights that it maps
 
 
 class FieldError(msgspec.Struct, frozen=True):

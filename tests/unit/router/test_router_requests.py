@@ -217,3 +217,14 @@ def test_the_location_of_a_job_leads_through_the_root_path(server, worker):
     finally:
         server.app.root_path = ""
     assert location.startswith("/models/mine/train/jobs/job-")
+
+
+def test_a_long_list_of_jobs_is_paged_by_seq(server, worker):
+    for _ in range(5):
+        server.http.post("/train", json=ONE)
+    seen, before = [], {}
+    while page := server.http.get("/train/jobs", params={"limit": 2, **before}).json()["data"]:
+        seen += [job["seq"] for job in page]
+        before = {"before": page[-1]["seq"]}
+    assert seen == [5, 4, 3, 2, 1]
+    assert error_of(server.http.get("/train/jobs?before=0"))["param"] == "before"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 
+import pytest
 from safetensors.torch import load_file
 from trainer_by_hand import Trainer, assert_same, make_versions, restore
 
 from apollo_ipc.checkpoint import read_commit, recover, verify
+from apollo_ipc.errors import CheckpointError
 from apollo_ipc.wire.messages import SyncCheckpoint
 
 
@@ -67,3 +69,26 @@ def test_a_clock_that_jumps_back_changes_nothing(served, config, model_dir, monk
         assert again.train() == []
         assert again.board.state.weight_version == again.board.state.durable_version == 4
     assert verify(model_dir) == []
+
+
+def test_a_failed_sync_and_a_good_one_are_counted_and_the_failure_is_told(served, config, monkeypatch):
+    told = []
+    with Trainer(config) as trainer:
+        trainer.board.tell = lambda *what: told.append(what)
+        trainer.submit("one", epochs=2)
+        trainer.train()
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer.worker.attachment.writer, "start", refuse)
+            with pytest.raises(CheckpointError):
+                trainer.sync()
+        trainer.sync()
+        tally = trainer.board.state.tally
+    assert (tally.num_syncs, tally.num_sync_failures, tally.num_steps) == (1, 1, 2)
+    assert tally.num_tokens > 2
+    assert tally.sync_bytes > 0
+    assert min(tally.step_s[phase] for phase in ("forward", "backward", "record", "publish")) > 0
+    assert [(kind, data["error"]) for kind, _, data in told] == [("sync.failed", "the disk is full")]
+
+
+def refuse(*_, **__):
+    raise CheckpointError("the disk is full")

@@ -37,7 +37,9 @@ from apollo_ipc.wire.messages import (
 )
 from apollo_ipc.wire.replies import History, JobInfo, PinResult, Previewed, RestoreResult, Status
 from apollo_ipc.wire.requests import parse_train_body
+from apollo_worker.front.memory import own_memory
 from apollo_worker.jobs.example import request_digest
+from apollo_worker.jobs.overview import num_jobs, oldest_queued_at
 from apollo_worker.jobs.queue import JobQueue
 from apollo_worker.link.status_board import StatusBoard
 
@@ -91,7 +93,9 @@ class Answers:
             case GetStatus():
                 return Reply(request_id, status=await _in(self._answering, self._status))
             case ListJobs():
-                jobs = await _in(self._answering, self._queue.list, message.limit, message.state)
+                jobs = await _in(
+                    self._answering, self._queue.list, message.limit, message.state, message.before_seq
+                )
                 return Reply(request_id, jobs=jobs)
             case GetJob():
                 return Reply(request_id, job=await self.job(message.job_id, with_history=True))
@@ -142,10 +146,12 @@ class Answers:
     def _status(self) -> Status:
         num_bad_messages, num_routers = self._count_peers()
         return self._board.status(
-            num_queued=self._queue.count("queued"),
+            num_jobs=num_jobs(self._queue),
+            oldest_queued_at=oldest_queued_at(self._queue),
             num_bad_messages=num_bad_messages,
             num_routers=num_routers,
             worker_pid=os.getpid(),
+            memory_bytes=own_memory({"front": os.getpid(), "trainer": self._board.trainer.pid}),
         )
 
     def _history(self) -> History:

@@ -22,6 +22,7 @@ from apollo_ipc.process.notify import notify
 from apollo_ipc.wire.remote import error_from
 from apollo_ipc.wire.replies import RestoreResult, SyncResult
 from apollo_worker.front.admission import Admitter
+from apollo_worker.front.announce import Announcer
 from apollo_worker.front.post_sync import PostSyncRunner
 from apollo_worker.front.server import Server
 from apollo_worker.front.trainer_process import COMMAND, TrainerChild
@@ -74,12 +75,14 @@ class Front:
         self._post_sync = PostSyncRunner(
             config.checkpoint, lambda state: setattr(self.board, "post_sync", state)
         )
+        self._announcer = Announcer(config, self.queue)
         self._is_ready = False
         self._told_at = 0.0
 
     def run(self) -> None:
         """Until `board.stopping` is set. Raises AlreadyRunning or ConfigError before anything is touched."""
         self.service.start()
+        self._announcer.start()
         try:
             while not self.board.stopping.is_set():
                 self.keep_trainer_running()
@@ -101,6 +104,7 @@ class Front:
             self.trainer.start(self.board.state)
         self.trainer.look()
         self.board.trainer_error = self.trainer.error
+        self.board.trainer = self.trainer.seen()
 
     def pass_on(self) -> None:
         """What the service wants of the trainer."""
@@ -141,6 +145,7 @@ class Front:
         self._refuse_asked("the worker is stopping; send the request again", code="stopping")
         self.service.stop()
         self.admitter.stop()
+        self._announcer.stop()
         self.queue.close()
         self._hold.release()
         log.info("worker %d stopped", os.getpid())

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from apollo_ipc.config import Config
 from apollo_ipc.wire.replies import Progress, TrainerState
 from apollo_worker.link.link import ENDED, FromTrainer, Link, Start, Stop, make_pair
+from apollo_worker.link.status_board import SeenTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ class TrainerChild:
         self.num_deaths = 0  # in a row
         self.error: str | None = None  # how the trainer before this one ended, until this one is steady
         self._last_words: str | None = None
+        self._num_bad_ends = self._num_kills = 0
+        self._is_killed = False
         self._config = config
         self._read = read
         self._command = command
@@ -71,6 +74,7 @@ class TrainerChild:
         self.link.send(Start(self._config, state))
         self._started_at = self._moved_at = time.monotonic()
         self._progress = self._closed_at = self._last_words = None
+        self._is_killed = False
         self._reader = threading.Thread(
             target=self._read, args=(self.link,), name="apollo-trainer", daemon=True
         )
@@ -110,7 +114,13 @@ class TrainerChild:
     def kill(self) -> None:
         """What it has done of a step is a torn step: the next trainer restores the weights."""
         if self._process is not None and self._process.poll() is None:
+            self._num_kills += not self._is_killed
+            self._is_killed = True
             os.kill(self._process.pid, signal.SIGKILL)
+
+    def seen(self) -> SeenTrainer:
+        pid = self._process.pid if self._process is not None else None
+        return SeenTrainer(pid, self._num_bad_ends, self._num_kills)
 
     def reap(self) -> str:
         """After its end: how it ended, and when it starts again."""
@@ -121,6 +131,7 @@ class TrainerChild:
         is_steady = now - self._started_at > STEADY_AFTER_S or status == 0  # 0: it made way for a new one
         self.num_deaths = 1 if is_steady else self.num_deaths + 1
         wait_s = RESTART_AFTER_S[min(self.num_deaths, len(RESTART_AFTER_S)) - 1]
+        self._num_bad_ends += status != 0
         self._start_again_at = now + wait_s
         self._process = None
         how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"

@@ -202,12 +202,13 @@ class QueueFile:
         with self.reading() as db:
             return count_of(db, state)
 
-    def list(self, limit: int = 50, state: JobState | None = None) -> Jobs:
-        """The newest `limit` jobs (of one state, if given), newest first."""
+    def list(self, limit: int = 50, state: JobState | None = None, before_seq: int | None = None) -> Jobs:
+        """The newest `limit` jobs (of one state, older than `before_seq`, where given), newest first."""
         with self.reading() as db:
             rows = db.execute(
-                f"SELECT {JOB_COLUMNS} FROM jobs WHERE ?1 IS NULL OR state = ?1 ORDER BY seq DESC LIMIT ?2",
-                (state, max(0, limit)),
+                f"SELECT {JOB_COLUMNS} FROM jobs WHERE (?1 IS NULL OR state = ?1) AND "
+                "(?3 IS NULL OR seq < ?3) ORDER BY seq DESC LIMIT ?2",
+                (state, max(0, limit), before_seq),
             )
             return [job_info(row) for row in rows]
 

@@ -11,11 +11,13 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
+from typing import Any
 
 import msgspec
 
 from apollo_ipc.errors import NotReady
 from apollo_ipc.process.flag import Flag
+from apollo_ipc.webhooks.outbox import EventType
 from apollo_ipc.wire.messages import RestoreVersion, SyncCheckpoint
 from apollo_ipc.wire.replies import (
     PostSync,
@@ -42,6 +44,15 @@ class Asked(msgspec.Struct, frozen=True):
 
     request: SyncCheckpoint | RestoreVersion
     done: Future[SyncResult | RestoreResult]
+
+
+class SeenTrainer(msgspec.Struct, frozen=True):
+    """The trainer as its parent sees it. num_deaths: ends with another status than 0, num_kills: of those
+    that hung; both since the worker's start."""
+
+    pid: int | None = None
+    num_deaths: int = 0
+    num_kills: int = 0
 
 
 def admit_nothing(request: TrainRequest) -> Admission:
@@ -71,6 +82,9 @@ class StatusBoard:
         self.state = TrainerState(Progress("starting", 0))
         self.post_sync: PostSync | None = None
         self.trainer_error: str | None = None
+        self.trainer = SeenTrainer()
+        # Trainer: tells webhooks of what only it sees (type, subject, data); it never raises.
+        self.tell: Callable[[EventType, str, dict[str, Any]], None] = lambda *what: None
         self.stopping = Flag()  # set by signal handlers
         # Wakes the main loop: a job was queued, something was asked for, the process shall stop.
         self.wake = threading.Event()
@@ -88,14 +102,28 @@ class StatusBoard:
         self.wake.set()
         return asked.done
 
-    def status(self, *, num_queued: int, num_bad_messages: int, num_routers: int, worker_pid: int) -> Status:
+    def status(
+        self,
+        *,
+        num_jobs: dict[str, int],
+        oldest_queued_at: float | None,
+        num_bad_messages: int,
+        num_routers: int,
+        worker_pid: int,
+        memory_bytes: dict[str, int],
+    ) -> Status:
         return Status(
             **msgspec.structs.asdict(self.state),
             worker_boot_id=self.worker_boot_id,
             worker_pid=worker_pid,
-            num_queued=num_queued,
+            num_queued=num_jobs.get("queued", 0),
             num_bad_messages=num_bad_messages,
             num_routers=num_routers,
             post_sync=self.post_sync,
             trainer_error=self.trainer_error,
+            num_jobs=num_jobs,
+            oldest_queued_at=oldest_queued_at,
+            num_trainer_deaths=self.trainer.num_deaths,
+            num_watchdog_kills=self.trainer.num_kills,
+            memory_bytes=memory_bytes,
         )

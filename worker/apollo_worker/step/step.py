@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -38,10 +39,12 @@ class VllmDied(NotReady):
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """loss: of the update, as `step_on` says, in nats. is_bad: not everything was written."""
+    """loss: of the update, as `step_on` says, in nats. is_bad: not everything was written; forward_s: seconds
+    until its losses were known."""
 
     loss: float
     is_bad: bool
+    forward_s: float = 0.0
 
 
 class Trainer:
@@ -54,6 +57,7 @@ class Trainer:
         # The configured rank's moments, which outlive jobs; a job with a rank of its own borrows the weights.
         self.main_optimizer = self.optimizer = make_optimizer(live, options, options.rank)
         self._sum, self._is_last = GradientSum(), True  # of the step's passes: is this one its last?
+        self._forward_s = 0.0  # of this step
         self._measured: tuple[Sequence[TokenisedExample], float] | None = None  # since the last step
         # The optimizer in backward: a gradient lives until its parameter is updated. Once a backward pass,
         # after a tied parameter's last use.
@@ -94,7 +98,7 @@ class Trainer:
         on_batch: called after each pass but the last; reference: (T,) log p of each example's targets, by the
         weights before the job, where the objective needs it.
         """
-        self._measured = None
+        self._measured, self._forward_s = None, 0.0
         self.optimizer.lr = lr
         self.optimizer.weight_decay = self.options.weight_decay if weight_decay is None else weight_decay
         told = on_batch or (lambda: None)
@@ -114,7 +118,7 @@ class Trainer:
                 loss += value if update.loss is None or not math.isfinite(value) else 0.0
                 if not math.isfinite(loss):
                     self._drop_gradients()
-                    return StepResult(loss, is_bad=True)
+                    return StepResult(loss, is_bad=True, forward_s=self._forward_s)
                 if not self._is_last:
                     told()
             for parameter in self._sum.parameters():  # what the last pass did not reach: an expert, say
@@ -127,16 +131,17 @@ class Trainer:
             self._drop_gradients()
             raise
         # Waits for the device, so that the step's last write is done when this returns.
-        return StepResult(loss, is_bad=self.optimizer.take_bad_updates() > 0)
+        return StepResult(loss, self.optimizer.take_bad_updates() > 0, self._forward_s)
 
     def _backward(self, rows: Sequence[Row]) -> float:
         """What the rows add to the loss; their gradients are in the parameters or used up by the optimizer.
         No backward pass where it is not finite."""
         require_vllm(self.live)
-        batch = self.forward.batch_of(rows)
+        started, batch = time.perf_counter(), self.forward.batch_of(rows)
         with torch.enable_grad():
             loss = self.forward.loss(batch)
-            value = float(loss.detach())
+            value = float(loss.detach())  # waits for the device
+            self._forward_s += time.perf_counter() - started
             if math.isfinite(value):
                 loss.backward()
         return value

@@ -18,6 +18,7 @@ from functools import partial
 from torch import Tensor
 
 from apollo_ipc.errors import ApolloError, NotReady, UserError
+from apollo_ipc.webhooks.tell import tell
 from apollo_ipc.wire.messages import SyncCheckpoint
 from apollo_worker.jobs.example import TokenisedExample
 from apollo_worker.jobs.queue import Job, JobQueue
@@ -33,6 +34,7 @@ from apollo_worker.trainer.reference import reference_of
 from apollo_worker.trainer.restoring import Restoring
 from apollo_worker.trainer.step_marks import StepMarks
 from apollo_worker.trainer.sync_policy import Syncing
+from apollo_worker.trainer.tally import note_phases, note_step
 
 log = logging.getLogger(__name__)
 IDLE_WAIT_S = 0.25  # how long the loop sleeps at most before it looks whether vLLM still runs
@@ -66,6 +68,7 @@ class MainLoop:
             config.state_dir / "queue.sqlite", config.worker.max_queued_jobs, busy_timeout_s
         )
         self.queue.on_change = end.on_change
+        self.board.tell = partial(tell, config)
         self.marks = StepMarks(config.state_dir / "step.marks")
         recovery = Recovery(config, self.board, self.queue, self.marks)
         self.attachment = Attachment(config, self.board, recovery, end.tell_model)
@@ -191,9 +194,10 @@ class MainLoop:
         for step in range(job.info.steps_done, num_steps):
             self.between_steps(job_id, guard)
             self.marks.begin(live.boot_id, job_id, step + 1)
+            examples, started = todo.examples_of(step), time.perf_counter()
             with of_the_job():
                 result = trainer.step_on(
-                    todo.examples_of(step),
+                    examples,
                     todo.learning_rate(step),
                     todo.weight_decay,
                     partial(show, step),
@@ -201,10 +205,12 @@ class MainLoop:
                     objective=todo.objective,
                     reference=[reference[i] for i in todo.rows_of(step)] if reference else None,
                 )
-            loss = result.loss
+            loss, step_s = result.loss, time.perf_counter() - started
             is_counted = trainer.optimizer is trainer.main_optimizer
             self.marks.end(live.boot_id, job_id, step + 1, loss, is_counted=is_counted)
             self.queue.record_step(job_id, step + 1, loss)
+            record_s = time.perf_counter() - started - step_s
+            note_step(self.board.state, examples, result, step_s, record_s)
             self._num_unpublished += 1
             show(step + 1)
             with of_the_job():
@@ -268,9 +274,10 @@ class MainLoop:
 
     def announce(self) -> None:
         """The version as it is, which a write-back has raised already."""
-        version = self.board.state.weight_version
+        version, started = self.board.state.weight_version, time.perf_counter()
         if not self.front_end.publish(version):
             log.info("weight version %d: no router has confirmed yet", version)
+        note_phases(self.board.state, publish=time.perf_counter() - started)
         self._published_at, self._num_unpublished = time.monotonic(), 0
 
     # --- what may happen between two steps ---

@@ -20,10 +20,12 @@ from apollo_ipc.checkpoint.disk import WatchedDisk
 from apollo_ipc.checkpoint.shards import shard_index
 from apollo_ipc.config import Config
 from apollo_ipc.errors import ApolloError
+from apollo_ipc.wire.replies import JobInfo
 from apollo_worker.jobs.queue import JobQueue
 from apollo_worker.link.status_board import StatusBoard
 from apollo_worker.model.live_model import LiveModel
 from apollo_worker.trainer.step_marks import LastStep, LiveState, StepMarks, write_state
+from apollo_worker.trainer.tally import note_torn_step
 
 log = logging.getLogger(__name__)
 
@@ -63,19 +65,27 @@ class Recovery:
             return False
         if job is not None:
             self._queue.blame(job.job_id, last.begun)
+        note_torn_step(self._board.state)
         if self._config.train.on_torn_step == "accept" and job is not None:
             log.warning(
                 "step %d of job %s was cut off; going on with the weights as they are (on_torn_step)",
                 *(last.begun, last.job_id),
             )
             self.set_version(live, self._board.state.weight_version + 1)
+            self._tell_mended(last, job, "accepted")
             self.marks.clear(last.num_steps)
             return False
         log.warning("%s was cut off (step %d); restoring the last checkpoint", last.job_id, last.begun)
-        self.write_back(live)
+        self.write_back(live, lambda: self._tell_mended(last, job, "restored"))
         return True
 
-    def write_back(self, live: LiveModel) -> None:
+    def _tell_mended(self, last: LastStep, job: JobInfo | None, outcome: str) -> None:
+        """Before the mark is cleared: killed in between, the next trainer mends and tells again."""
+        job_id = job.job_id if job else None
+        told = {"job_id": job_id, "step": last.begun, "outcome": outcome}
+        self._board.tell("step.mended", job_id or "weights", told)
+
+    def write_back(self, live: LiveModel, on_mended: Callable[[], None] = lambda: None) -> None:
         """The last commit's weights into the live ones; jobs that it does not hold are queued again,
         or undone where a restore took them away. A new weight version, not published yet."""
         self.marks.begin_write_back(live.boot_id)
@@ -85,6 +95,7 @@ class Recovery:
         self._reconcile(commit)
         version = self._board.state.weight_version + 1
         self.set_version(live, max(version, commit.weight_version) if commit else version)
+        on_mended()
         self.marks.clear(num_steps_of(commit))  # last: until here the next trainer does all this again
 
     def restore_version(self, live: LiveModel, weight_version: int) -> Commit:

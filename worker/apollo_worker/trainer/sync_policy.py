@@ -21,6 +21,7 @@ from apollo_worker.link.status_board import Asked, StatusBoard
 from apollo_worker.sync.sync_task import RunningSync
 from apollo_worker.trainer.attachment import Attachment
 from apollo_worker.trainer.step_marks import StepMarks
+from apollo_worker.trainer.tally import note_failed_sync, note_sync
 
 log = logging.getLogger(__name__)
 LOOK_S = 0.2
@@ -155,6 +156,7 @@ class Syncing:
         self._queue.mark_durable(ended.applied_seq)
         board.state.last_sync, board.state.sync_error = result, None
         board.state.durable_version = result.weight_version
+        note_sync(board.state, result)
         if result.kind == "full":
             self._full_at, self._is_delta_large = time.monotonic(), False
         else:
@@ -198,6 +200,9 @@ class Syncing:
     def _note_failure(self, error: ApolloError) -> None:
         log.error("sync failed: %s", error.message)
         self._board.state.sync_error = error.message
+        note_failed_sync(state := self._board.state)
+        versions = {"weight_version": state.weight_version, "durable_version": state.durable_version}
+        self._board.tell("sync.failed", "checkpoint", {"error": error.message, **versions})
 
     def _note_commit(self, model_dir: Path, before: Commit | None) -> None:
         """What failed may have come after the rename that commits: then the commit stands."""

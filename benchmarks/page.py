@@ -1,0 +1,177 @@
+"""The page at /train/ui: weight, first paint, frame times under load; token latency with it open and closed.
+
+    python benchmarks/page.py URL --key "$(apollo-ipc key)" [--axe axe-core/axe.min.js] [--tokens 40]
+
+Of a running server. The events are made in the browser, 200 a second of a job that trains.
+With --tokens: streams of that many tokens, in turn with no page open and with one, by the served model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+from playwright.sync_api import Browser, Page, sync_playwright
+
+EVENTS_PER_S = 200
+LOAD_S = 5.0
+STREAMS = 8  # with the page open, and as many with it closed
+# Stands for the browser's own, and says of a job what `--load` asks for.
+EVENTS = """
+window.EventSource = class {
+  constructor() {
+    this.on = {}; this.readyState = 1; this.step = 0; this.sent = 0;
+    setTimeout(() => this.onopen?.());
+    const started = performance.now();
+    setInterval(() => {
+      while (this.sent < (performance.now() - started) / 1000 * RATE) this.send();
+    }, 5);
+  }
+  addEventListener(name, listener) { this.on[name] = listener; }
+  close() {}
+  send() {
+    this.sent++; this.step += 1; window.numEvents = this.sent;
+    const at = {job_id: 'job-01', steps_done: this.step, num_steps: 5000};
+    const job = {...at, seq: 1, state: 'running', num_examples: 5, loss_first: 3, created_at: 1,
+      loss_last: 3 / Math.sqrt(this.step), loss_history: null, paused_at: null};
+    const progress = {...at, activity: 'training', loss: job.loss_last};
+    const beat = {is_up: true, attached: true, weight_version: 3, progress};
+    const [name, data] = this.step % 2 ? ['job', job] : ['beat', beat];
+    this.on[name]?.({data: JSON.stringify(data)});
+  }
+};
+window.EventSource.CLOSED = 2;
+"""
+FRAMES = """
+seconds => new Promise(done => {
+  const times = []; let before = performance.now(); const end = before + seconds * 1000;
+  const frame = now => {
+    times.push(now - before);
+    before = now;
+    now < end ? requestAnimationFrame(frame) : done(times);
+  };
+  requestAnimationFrame(frame);
+})
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("url")
+    parser.add_argument("--key", required=True)
+    parser.add_argument("--axe", help="axe.min.js of the package axe-core: the page is checked with it")
+    parser.add_argument("--tokens", type=int, default=0)
+    args = parser.parse_args()
+    found: dict[str, object] = {}
+    with sync_playwright() as playwright:
+        names = ("chromium-headless-shell", "chromium", "google-chrome")
+        path = next((path for name in names if (path := shutil.which(name))), None)
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        found |= weight_and_paint(browser, args)
+        found |= frames(browser, args)
+        if args.axe:
+            found["axe"] = axe(browser, args)
+        if args.tokens:
+            found |= token_latency(browser, args)
+        browser.close()
+    print(json.dumps(found, indent=2))
+
+
+@contextmanager
+def entered(browser: Browser, args: argparse.Namespace, script: str = "", **options) -> Iterator[Page]:
+    context = browser.new_context(base_url=args.url, **options)
+    page = context.new_page()
+    if script:
+        page.add_init_script(script)
+    page.goto("/train/ui")
+    page.get_by_label("Train key").fill(args.key)
+    page.get_by_role("button", name="Log in").click()
+    page.locator("#doing").wait_for()
+    yield page
+    context.close()
+
+
+def weight_and_paint(browser: Browser, args: argparse.Namespace) -> dict[str, object]:
+    context = browser.new_context(base_url=args.url)
+    page, sizes = context.new_page(), []
+    page.on("response", lambda response: sizes.append(len(response.body())))
+    page.goto("/train/ui", wait_until="networkidle")
+    paint = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
+    context.close()
+    return {"page_kb": round(sum(sizes) / 1000, 1), "first_contentful_paint_ms": round(paint)}
+
+
+def frames(browser: Browser, args: argparse.Namespace) -> dict[str, object]:
+    result = {}
+    for name, script in (("idle", ""), ("loaded", EVENTS.replace("RATE", str(EVENTS_PER_S)))):
+        with entered(browser, args, script) as page:
+            page.wait_for_timeout(1500)
+            before = page.evaluate("window.numEvents || 0")
+            times = sorted(page.evaluate(FRAMES, LOAD_S))
+            events = (page.evaluate("window.numEvents || 0") - before) / LOAD_S
+        result[name] = {
+            "events_per_s": round(events),
+            "frame_ms_p50": round(statistics.median(times), 1),
+            "frame_ms_p99": round(times[int(0.99 * (len(times) - 1))], 1),
+            "frame_ms_max": round(times[-1], 1),
+        }
+    return {"frames": result}
+
+
+def axe(browser: Browser, args: argparse.Namespace) -> dict[str, list[str]]:
+    """impact -> rules that are broken, in the light and in the dark."""
+    broken: dict[str, set[str]] = {}
+    for scheme in ("light", "dark"):
+        with entered(browser, args, bypass_csp=True, color_scheme=scheme) as page:
+            page.wait_for_timeout(1000)
+            page.add_script_tag(path=args.axe)
+            for violation in page.evaluate("axe.run().then(result => result.violations)"):
+                broken.setdefault(violation["impact"], set()).add(violation["id"])
+    return {impact: sorted(rules) for impact, rules in broken.items()}
+
+
+def token_latency(browser: Browser, args: argparse.Namespace) -> dict[str, object]:
+    """Seconds between tokens of streams, in turn with the page closed and open."""
+    gaps: dict[str, list[float]] = {"closed": [], "open": []}
+    keyed = {"Authorization": f"Bearer {args.key}"}
+    with httpx.Client(base_url=args.url, headers=keyed, timeout=300) as http:
+        model = http.get("/train/v1/models").json()["data"][0]["id"]
+        stream(http, model, args.tokens)
+        for turn in itertools.islice(itertools.cycle(("closed", "open", "open", "closed")), 2 * STREAMS):
+            if turn == "closed":
+                gaps[turn] += stream(http, model, args.tokens)
+                continue
+            with entered(browser, args) as page:
+                page.wait_for_timeout(500)
+                gaps[turn] += stream(http, model, args.tokens)
+    ms = {name: [1000 * gap for gap in sorted(some)] for name, some in gaps.items()}
+    p50 = {name: statistics.median(some) for name, some in ms.items()}
+    p99 = {name: some[int(0.99 * (len(some) - 1))] for name, some in ms.items()}
+    return {
+        "token_ms": {name: {"p50": round(p50[name], 1), "p99": round(p99[name], 1)} for name in ms},
+        "open_to_closed": {
+            "p50": round(p50["open"] / p50["closed"], 3),
+            "p99": round(p99["open"] / p99["closed"], 3),
+        },
+    }
+
+
+def stream(http: httpx.Client, model: str, num_tokens: int) -> list[float]:
+    body = {"model": model, "prompt": "The weather", "max_tokens": num_tokens, "ignore_eos": True}
+    times = []
+    with http.stream("POST", "/train/v1/completions", json={**body, "stream": True}) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                times.append(time.perf_counter())
+    return [after - before for before, after in itertools.pairwise(times)]
+
+
+if __name__ == "__main__":
+    main()

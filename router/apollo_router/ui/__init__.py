@@ -1,0 +1,1 @@
+"""The page at /train/ui: its files, its login, and what it hears."""

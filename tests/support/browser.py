@@ -1,0 +1,64 @@
+"""A real browser on a page, for tests: what it said on its console, whom it asked, what it showed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+BROWSERS = ("chromium-headless-shell", "chromium", "chrome-headless-shell", "google-chrome", "chrome")
+
+
+class Looked:
+    """page: Playwright's. problems: of the console, and errors of scripts; hosts: whom it asked."""
+
+    def __init__(self, context, url: str, shots: Path):
+        self.context, self.url, self._shots = context, url, shots
+        self.problems: list[str] = []
+        self.hosts: set[str] = set()
+        self.page = self.open()
+
+    def open(self):
+        page = self.context.new_page()
+        page.on("console", self._on_console)
+        page.on("pageerror", lambda error: self.problems.append(str(error)))
+        page.on("request", lambda request: self.hosts.add(urlsplit(request.url).netloc))
+        page.set_default_timeout(15_000)
+        return page
+
+    def _on_console(self, message) -> None:
+        # Chromium itself logs each answer of 400 and more: those are expected where a test makes them.
+        if message.type in ("error", "warning") and "Failed to load resource" not in message.text:
+            self.problems.append(message.text)
+
+    def shot(self, name: str) -> None:
+        self.page.screenshot(path=self._shots / f"{name}.png", full_page=True)
+
+
+def browser_path() -> str:
+    """Skips the test where there is no browser."""
+    pytest.importorskip("playwright", reason="`make setup` brings playwright")
+    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip("no headless browser here; on Debian `apt-get install chromium-headless-shell`")
+    return found
+
+
+@contextmanager
+def looking_at(url: str, shots: Path, **options) -> Iterator[Looked]:
+    """options: of Playwright's new_context (viewport, color_scheme, ...)."""
+    executable = browser_path()
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=executable, args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
+        )
+        try:
+            yield Looked(browser.new_context(base_url=url, **options), url, shots)
+        finally:
+            browser.close()
