@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -92,11 +93,26 @@ def serve(
 
     command = vllm_command(model_dir, host, port, flags)
     vllm = Child("vLLM", command, without_notify(vllm_environment(config, config_file)))
-    worker = None
+    url = local_url(host, port, flags)
+    environment = without_notify(vllm_environment(config, config_file)) | {"APOLLO_CURATION__URL": url}
+    beside = [Child("the teacher", teacher_command(config_file), environment)]
     if not external_worker:
         environment = without_notify(worker_environment(config, config_file))
-        worker = Child("the worker", worker_command(config_file), environment)
-    raise typer.Exit(Supervisor(vllm, worker, StartUp(host, port, flags)).run())
+        beside.append(Child("the worker", worker_command(config_file), environment))
+    raise typer.Exit(Supervisor(vllm, *beside, on_tick=StartUp(url)).run())
+
+
+def teacher_command(config_file: Path | None) -> list[str]:
+    """Of the process that takes on what comes to POST /teach, a client of this server."""
+    flags = ["--config", str(config_file.resolve())] if config_file else []
+    return [sys.executable, "-m", "apollo_curation.teach", *flags]
+
+
+def local_url(host: str, port: int, flags: list[str]) -> str:
+    """Where processes of this machine reach the server."""
+    scheme = "https" if any(flag == "--ssl-certfile" for flag, _ in _named(flags)) else "http"
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"{scheme}://{f'[{reachable}]' if ':' in reachable else reachable}:{port}"
 
 
 def without_notify(environment: dict[str, str]) -> dict[str, str]:
@@ -177,10 +193,8 @@ def check_nobody_serves(config: Config) -> None:
 class StartUp:
     """Called again and again: asks GET /train/health and tells each change once, until it answers 200."""
 
-    def __init__(self, host: str, port: int, flags: list[str]):
-        scheme = "https" if any(flag == "--ssl-certfile" for flag, _ in _named(flags)) else "http"
-        reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        self._url = f"{scheme}://{f'[{reachable}]' if ':' in reachable else reachable}:{port}"
+    def __init__(self, url: str):
+        self._url = url
         self._told: str | None = None
         self._is_ready = False
         self._next_at = time.monotonic()

@@ -88,25 +88,59 @@ def _has_members(group: int) -> bool:
     return False
 
 
-class Supervisor:
-    """`on_tick` is called ten times a second while both run."""
+class _Kept:
+    """A child that is started again when it ends, later each time it dies soon."""
 
-    def __init__(self, vllm: Child, worker: Child | None, on_tick: Callable[[], None] = lambda: None):
-        self._vllm = vllm
-        self._worker = worker
-        self._on_tick = on_tick
-        self._worker_started_at = 0.0
+    def __init__(self, child: Child):
+        self.child = child
+        self._started_at = 0.0
         self._deaths_in_a_row = 0
         self._restart_at: float | None = None
+        self._is_given_up = False
+
+    def start(self) -> None:
+        self._restart_at, self._started_at = None, time.monotonic()
+        self.child.start()
+
+    def watch(self) -> None:
+        if self._is_given_up or self.child.status is None:
+            return
+        now, ended = time.monotonic(), f"{self.child.name} ended with {_in_words(self.child.status)}"
+        if self._restart_at is not None:
+            if now >= self._restart_at:
+                self.start()
+            return
+        if self.child.status in FINAL_STATUSES:
+            say(f"{ended} and is not started again; vLLM serves on")
+            self._is_given_up = True
+            return
+        if now - self._started_at > STEADY_AFTER_S:
+            self._deaths_in_a_row = 0
+        wait_s = RESTART_AFTER_S[min(self._deaths_in_a_row, len(RESTART_AFTER_S) - 1)]
+        self._deaths_in_a_row += 1
+        self._restart_at = now + wait_s
+        say(f"{ended}; it starts again in {wait_s:g} s")
+
+
+class Supervisor:
+    """vLLM, and children that work with it, in the order in which they are ended; before vLLM, so that a
+    worker still finds the memory that it saves. `on_tick` is called ten times a second while vLLM runs."""
+
+    def __init__(self, vllm: Child, *kept: Child, on_tick: Callable[[], None] = lambda: None):
+        self._vllm = vllm
+        self._kept = [_Kept(child) for child in kept]
+        self._on_tick = on_tick
 
     def run(self) -> int:
         """Until vLLM ends or a signal comes; the exit status for our own process. Leaves nothing running."""
         with _recorded_signals() as signals:
             try:
                 self._vllm.start()
-                self._start_worker()
+                for one in self._kept:
+                    one.start()
                 while not signals and self._vllm.is_running:
-                    self._watch_worker()
+                    for one in self._kept:
+                        one.watch()
                     self._on_tick()
                     time.sleep(TICK_S)
                 if signals:
@@ -115,46 +149,19 @@ class Supervisor:
                     say(f"vLLM ended with {_in_words(self._vllm.status)}; stopping")
                 self._stop(signals)
             finally:
-                for child in (self._worker, self._vllm):
-                    if child:
-                        child.kill()
+                for child in (*(one.child for one in self._kept), self._vllm):
+                    child.kill()
         if signals:
             return 0 if signals[0] == signal.SIGTERM else 128 + signals[0]
         status = self._vllm.status or 0
         return 128 - status if status < 0 else status
 
-    def _start_worker(self) -> None:
-        if self._worker:
-            self._worker.start()
-            self._worker_started_at = time.monotonic()
-
-    def _watch_worker(self) -> None:
-        """Starts a dead worker again, later each time it dies soon."""
-        worker = self._worker
-        if worker is None or worker.status is None:
-            return
-        now = time.monotonic()
-        if self._restart_at is not None:
-            if now >= self._restart_at:
-                self._restart_at = None
-                self._start_worker()
-            return
-        if worker.status in FINAL_STATUSES:
-            say(f"the worker ended with {_in_words(worker.status)} and is not started again; vLLM serves on")
-            self._worker = None
-            return
-        if now - self._worker_started_at > STEADY_AFTER_S:
-            self._deaths_in_a_row = 0
-        wait_s = RESTART_AFTER_S[min(self._deaths_in_a_row, len(RESTART_AFTER_S) - 1)]
-        self._deaths_in_a_row += 1
-        self._restart_at = now + wait_s
-        say(f"the worker ended with {_in_words(worker.status)}; it starts again in {wait_s:g} s")
-
     def _stop(self, signals: list[signal.Signals]) -> None:
-        """The worker first: it saves what it trained. One more signal ends everything at once."""
+        """vLLM last: a worker saves what it trained. One more signal ends everything at once."""
         num_signals = len(signals)
-        for child, patience_s in ((self._worker, STOP_WORKER_S), (self._vllm, STOP_VLLM_S)):
-            if child is None or not child.is_running:
+        patience = [(one.child, STOP_WORKER_S) for one in self._kept] + [(self._vllm, STOP_VLLM_S)]
+        for child, patience_s in patience:
+            if not child.is_running:
                 continue
             say(f"waiting for {child.name} to end (again Ctrl-C: kill it)")
             child.ask_to_stop()

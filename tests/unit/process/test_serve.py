@@ -16,8 +16,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from apollo_curation.settings import load_curation_config
 from apollo_ipc.cli import serve
 from apollo_ipc.cli.processes import vllm_environment, worker_command, worker_environment
+from apollo_ipc.cli.serve import local_url
 from apollo_ipc.config import Config, Paths, Traffic, load_config
 from apollo_ipc.errors import ConfigError
 from apollo_ipc.process import supervise
@@ -50,7 +52,8 @@ supervise.RESTART_AFTER_S = (0.1,)
 def child(name, status):
     command = [sys.executable, "-c", sys.argv[2], sys.argv[1], name, status]
     return Child(name, command, dict(os.environ))
-sys.exit(Supervisor(child("vllm", sys.argv[3]), child("worker", sys.argv[4])).run())
+others = [child("teacher", sys.argv[5])] if len(sys.argv) > 5 else []
+sys.exit(Supervisor(child("vllm", sys.argv[3]), *others, child("worker", sys.argv[4])).run())
 """
 
 
@@ -75,9 +78,10 @@ def wait_for(condition, timeout_s=20.0):
 
 
 @contextlib.contextmanager
-def supervised(directory: Path, vllm_status="-", worker_status="-"):
+def supervised(directory: Path, vllm_status="-", worker_status="-", *others: str):
+    statuses = [vllm_status, worker_status, *others]
     process = subprocess.Popen(
-        [sys.executable, "-c", SUPERVISE, directory, textwrap.dedent(CHILD), vllm_status, worker_status],
+        [sys.executable, "-c", SUPERVISE, directory, textwrap.dedent(CHILD), *statuses],
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -86,7 +90,7 @@ def supervised(directory: Path, vllm_status="-", worker_status="-"):
     finally:
         process.kill()
         process.wait()
-        for name in ("vllm", "worker"):
+        for name in ("vllm", "worker", "teacher"):
             for line in notes(directory, name):
                 for pid in line[1:3] if line[0] == "started" else []:
                     if is_alive(int(pid)):
@@ -155,6 +159,21 @@ def test_a_worker_that_cannot_work_is_not_started_again(tmp_path, status):
         time.sleep(1)
         assert len(notes(tmp_path, "worker")) == 1
         assert process.poll() is None  # vLLM serves on
+
+
+def test_a_teacher_that_dies_is_started_again_and_the_worker_stays(tmp_path):
+    with supervised(tmp_path, "-", "-", "1") as process:
+        wait_for(lambda: both_started(tmp_path) and len(notes(tmp_path, "teacher")) >= 2)
+        assert len(notes(tmp_path, "worker")) == 1
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+
+
+def test_the_teacher_is_told_where_this_server_is(config):
+    assert local_url("0.0.0.0", 8123, []) == "http://127.0.0.1:8123"
+    assert local_url("::1", 8123, ["--ssl-certfile", "x"]) == "https://[::1]:8123"
+    environment = vllm_environment(config, None) | {"APOLLO_CURATION__URL": local_url("localhost", 81, [])}
+    assert load_curation_config(None, environ=environment).curation.url == "http://localhost:81"
 
 
 def test_nothing_is_left_when_serve_is_killed(tmp_path):
@@ -287,7 +306,7 @@ def test_start_up_is_told_as_it_goes(capsys):
 
     with HTTPServer(("127.0.0.1", 0), Health) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        start_up = serve.StartUp("0.0.0.0", server.server_port, [])
+        start_up = serve.StartUp(local_url("0.0.0.0", server.server_port, []))
         while answers:
             start_up._next_at = 0
             start_up()
