@@ -44,7 +44,7 @@ class StepResult:
 
     loss: float
     is_bad: bool
-    forward_s: float = 0.0
+    forward_s: float = dataclasses.field(default=0.0, compare=False)
 
 
 class Trainer:

@@ -165,7 +165,7 @@ def test_a_batch_that_another_process_trains_is_not_taken_over(server, tmp_path)
     assert is_running.wait(10)
     with (
         opened(config, stop=lambda: True) as parts,
-        pytest.raises(NotReady, match="another process is training"),
+        pytest.raises(NotReady, match="is training; stopped waiting"),
     ):
         parts.batches.resume()
     resumed = []
