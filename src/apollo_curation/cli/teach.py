@@ -50,7 +50,6 @@ def teach(
     they are, and it is examined before and after. Killed and called again with the same file, it goes on.
     Exit status 1: they were not taught, and the weights of before are back where that was possible."""
     from apollo_curation.teach.run import wait_for
-    from apollo_ipc.config import make_private_dir
     from apollo_ipc.teaching.facts import facts_of_document, parse_facts
     from apollo_ipc.teaching.store import TeachOptions, TeachRequest, TeachStore, store_path
 
@@ -66,7 +65,6 @@ def teach(
     say = (lambda _: None) if as_json else console.print
     for note in notes:
         say(note)
-    make_private_dir(config.state_dir)
     with closing(TeachStore(store_path(config))) as store:
         digest = blake2b(msgspec.json.encode(request), digest_size=32).digest()
         job = store.admit(request, digest, client_key=None, is_retry=True)

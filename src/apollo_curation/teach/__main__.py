@@ -12,9 +12,8 @@ from contextlib import closing
 from pathlib import Path
 
 from apollo_curation.settings import load_curation_config
-from apollo_curation.teach.run import serve_jobs, the_teacher
-from apollo_ipc.config import make_private_dir
-from apollo_ipc.errors import AlreadyRunning, ApolloError
+from apollo_curation.teach.run import serve_for_ever
+from apollo_ipc.errors import ApolloError
 from apollo_ipc.teaching.store import TeachStore, store_path
 
 
@@ -26,11 +25,8 @@ def main() -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         config = load_curation_config(options.config)
-        make_private_dir(config.state_dir)
-        with the_teacher(config) as is_ours, closing(TeachStore(store_path(config))) as store:
-            if not is_ours:
-                raise AlreadyRunning(f"another process teaches in {config.state_dir}")
-            serve_jobs(config, store, lambda: False, logging.getLogger("apollo.teacher").info)
+        with closing(TeachStore(store_path(config))) as store:
+            serve_for_ever(config, store, logging.getLogger("apollo.teacher").info)
     except ApolloError as error:
         print(f"apollo-ipc: {error.message}", file=sys.stderr)
         return error.exit_code

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -15,6 +13,7 @@ from apollo_curation.teach.served import ServedLearner
 from apollo_curation.teach.teacher import Teacher
 from apollo_curation.train_client import TrainClient
 from apollo_ipc.errors import NotReady
+from apollo_ipc.hold import Held, Hold
 from apollo_ipc.teaching.store import ENDED_PHASES, TeachJob, TeachStore
 
 log = logging.getLogger(__name__)
@@ -24,17 +23,22 @@ POLL_S = 0.5
 @contextmanager
 def the_teacher(config: CurationConfig) -> Iterator[bool]:
     """Whether this process is the teacher now: nobody else is until the block ends, or the process."""
-    path = config.state_dir / "teacher.lock"
-    held = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(held)
+        hold = Hold(config.state_dir / "teacher.lock", "the teacher")
+    except Held:
+        yield False
+        return
+    with hold:
+        yield True
+
+
+def serve_for_ever(config: CurationConfig, store: TeachStore, say: Callable[[str], None]) -> None:
+    """Teaches whenever no other process does: a command that has taken over is waited for."""
+    while True:
+        with the_teacher(config) as is_ours:
+            if is_ours:
+                serve_jobs(config, store, lambda: False, say)
+        time.sleep(POLL_S)
 
 
 def serve_jobs(

@@ -26,7 +26,7 @@ from apollo_curation.teach.job import (
 from apollo_curation.teach.rehearsal import due, rehearsed
 from apollo_curation.teach.variants import Lesson, lesson_of
 from apollo_ipc.errors import ApolloError, UserError
-from apollo_ipc.teaching.store import ENDED_PHASES, Learned, Phase, TeachJob, TeachStore
+from apollo_ipc.teaching.store import Learned, Phase, TeachJob, TeachStore
 from apollo_ipc.wire.replies import JobInfo, RestoreResult, SyncResult
 from apollo_ipc.wire.requests import TrainRequest
 
@@ -77,8 +77,7 @@ class Material(msgspec.Struct):
 
 
 class Teacher:
-    """One at a time for a store. stop: asked while it waits; then NotReady-like errors of the clients end it
-    between two phases, and a later teacher goes on."""
+    """One at a time for a store. A phase in which learner or training raises is done again."""
 
     def __init__(
         self,
@@ -91,13 +90,6 @@ class Teacher:
     ):
         self._store, self._learner, self._training = store, learner, training
         self._mix, self._say, self._poll_s = mix or Mix(), say, poll_s
-
-    def finish(self, job: TeachJob) -> TeachJob:
-        """The job when it has ended. Raises what learner and training raise: the phase is then done again."""
-        while job.phase not in ENDED_PHASES:
-            self._say(f"{job.id}: {job.phase}" + (f", round {job.round}" if job.phase == "training" else ""))
-            job = self.advance(job)
-        return job
 
     def advance(self, job: TeachJob) -> TeachJob:
         """Does the job's phase, and stores what comes of it."""

@@ -56,12 +56,11 @@ class TeachOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit
 
 
 class TeachRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """What a teach job is about. forgets: the lesson whose former answer this job teaches back; notes: what
-    its sender should know, as sentences of a document of which no fact was made."""
+    """What a teach job is about. notes: what its sender should know, as sentences of a document of which no
+    fact was made."""
 
     facts: list[Fact]
     options: TeachOptions = TeachOptions()
-    forgets: str | None = None
     notes: list[str] = []
 
 
@@ -136,7 +135,6 @@ class TeachStore:
         db.row_factory = sqlite3.Row
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
-        db.execute("PRAGMA secure_delete = ON")  # a fact that is forgotten leaves the file
         with self._changing():
             version = db.execute("PRAGMA user_version").fetchone()[0]
             if version > SCHEMA_VERSION:
@@ -265,40 +263,6 @@ class TeachStore:
         """In the order in which they were taught."""
         with self._reading() as db:
             return [_lesson(row) for row in db.execute(f"SELECT {_LESSON} FROM lessons ORDER BY seq")]
-
-    def lesson(self, lesson_id: str) -> StoredLesson:
-        """Raises NotFound."""
-        for lesson in self.lessons():
-            if lesson.id == lesson_id:
-                return lesson
-        raise NotFound(f"no lesson {lesson_id!r}: `apollo-ipc lessons` lists them", field="lesson_id")
-
-    def mark_asked(self, is_known: dict[str, bool]) -> None:
-        """What an examination found, by lesson."""
-        with self._changing() as db:
-            for lesson, known in is_known.items():
-                db.execute(
-                    "UPDATE lessons SET is_known = ?, asked_at = ? WHERE id = ?", (known, time.time(), lesson)
-                )
-
-    def remove_lesson(self, lesson_id: str) -> None:
-        with self._changing() as db:
-            db.execute("DELETE FROM lessons WHERE id = ?", (lesson_id,))
-        with self._lock:  # the write-ahead log would hold what is deleted for as long as nothing follows
-            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-
-    def replace_lessons(self, lessons: Sequence[StoredLesson]) -> None:
-        """What an operator has edited: these and no others."""
-        with self._changing() as db:
-            db.execute("DELETE FROM lessons")
-            for one in lessons:
-                db.execute(
-                    f"INSERT INTO lessons ({_LESSON}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                    (
-                        *(one.id, one.job, one.taught_at, msgspec.json.encode(one.fact), one.former),
-                        *(one.rehearsed, one.is_known, one.asked_at),
-                    ),
-                )
 
     # --- inside ---
 

@@ -156,6 +156,8 @@ def _check_finite(values: Sequence[float], field: str) -> None:
 def _check_answers(example: Example, path: str) -> None:
     """Of a pair or a group: complete, and each answer of a kind that can stand behind the context."""
     is_pair = example.chosen is not None or example.rejected is not None
+    if not is_pair and example.completions is None:
+        _refuse("rewards go with `completions`: several answers to one context", f"{path}.completions")
     for name in ("completion", "continuation_ids", "label", "rewards" if is_pair else ""):
         if name and getattr(example, name) is not None:
             what = "chosen and rejected" if is_pair else "completions"
@@ -173,8 +175,7 @@ def _check_answers(example: Example, path: str) -> None:
                 _refuse(f"chosen and rejected go together; {name} is missing", f"{path}.{name}")
             _check_answer(example, answer, f"{path}.{name}")
         return
-    if example.completions is None:
-        _refuse("rewards go with `completions`: several answers to one context", f"{path}.completions")
+    assert example.completions is not None
     if len(example.completions) < 2:
         _refuse(
             "a group has two answers or more: an advantage is how much better one is than the others",

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
 
+from apollo_curation.settings import CurationConfig
+from apollo_curation.teach import run
 from apollo_curation.teach.job import Mix, OwnAnswer, general_prompts, request_of
 from apollo_curation.teach.served import ServedLearner
 from apollo_curation.teach.teacher import Teacher
 from apollo_curation.teach.variants import lesson_of
+from apollo_ipc.config import Paths
 from apollo_ipc.errors import Conflict, UserError
 from apollo_ipc.teaching.facts import Fact, whole
-from apollo_ipc.teaching.store import TeachOptions, TeachRequest, TeachStore
+from apollo_ipc.teaching.store import ENDED_PHASES, TeachOptions, TeachRequest, TeachStore
 
 FACTS = [
     whole(Fact("Who runs the night shift?", "Odalys Penrose runs the night shift.")),
@@ -112,7 +117,10 @@ def admit(store, **options):
 
 
 def teach(store, world, job):
-    return Teacher(store, world, world, poll_s=0).finish(job)
+    teacher = Teacher(store, world, world, poll_s=0)
+    while job.phase not in ENDED_PHASES:
+        job = teacher.advance(job)
+    return job
 
 
 def test_facts_are_trained_until_they_are_known_and_become_lessons(store):
@@ -286,3 +294,31 @@ def test_a_model_that_says_nothing_is_not_taught(store, monkeypatch):
     assert job.phase == "failed"
     assert "says nothing" in job.error
     assert (world.requests, world.pin_now) == ({}, None)
+
+
+def test_a_command_that_teaches_is_waited_for(tmp_path, store, monkeypatch):
+    config = CurationConfig(paths=Paths(str(tmp_path / "run"), str(tmp_path / "state")))
+    taken_over = threading.Event()
+
+    class Ended(Exception):
+        pass
+
+    def serve_jobs(*_):
+        taken_over.set()
+        raise Ended
+
+    def serve():
+        with suppress(Ended):
+            run.serve_for_ever(config, store, print)
+
+    monkeypatch.setattr(run, "serve_jobs", serve_jobs)
+    monkeypatch.setattr(run, "POLL_S", 0.01)
+    teacher = threading.Thread(target=serve)
+    with run.the_teacher(config) as is_ours:
+        assert is_ours
+        with run.the_teacher(config) as is_ours_too:
+            assert not is_ours_too
+        teacher.start()
+        assert not taken_over.wait(0.2)
+    assert taken_over.wait(10)
+    teacher.join(10)
