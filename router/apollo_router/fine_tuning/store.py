@@ -6,26 +6,22 @@ method blocks: off the event loop.
 
 from __future__ import annotations
 
-import os
 import secrets
 import sqlite3
-import threading
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from apollo_ipc.config import Config, make_private_dir
+from apollo_ipc.config import Config
+from apollo_ipc.database import Database
 from apollo_ipc.errors import Conflict, NotFound, UserError
 
 # For so long a request that its client sends once more is the same one: the SDK waits 8 s at most between
 # two, and 10 minutes for an answer.
 SAME_REQUEST_S = 20 * 60.0
 MAX_STORED_BYTES = 1024 * 1024 * 1024  # all files together
-BUSY_TIMEOUT_S = 10.0
 SCHEMA_VERSION = 1
 
 _SCHEMA = """
@@ -67,30 +63,10 @@ def store_path(config: Config) -> Path:
     return config.state_dir / "fine_tuning.sqlite"
 
 
-class Store:
-    """path: made (mode 0600) where there is none. Raises UserError where a newer program wrote it."""
-
-    def __init__(self, path: Path):
-        self._lock = threading.Lock()
-        make_private_dir(path.parent)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
-        self._db = db = sqlite3.connect(path, BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
-        db.row_factory = sqlite3.Row
-        db.execute("PRAGMA auto_vacuum = FULL")  # what is deleted leaves the disk at the commit
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = FULL")
-        db.execute("PRAGMA secure_delete = ON")
-        with self._changing():
-            version = db.execute("PRAGMA user_version").fetchone()[0]
-            if version > SCHEMA_VERSION:
-                raise UserError(f"{path} has schema version {version}: a newer apollo-ipc wrote it")
-            for statement in _SCHEMA.strip().split(";\n"):
-                db.execute(statement)
-            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-
-    def close(self) -> None:
-        with self._lock:
-            self._db.close()
+class Store(Database):
+    schema_version = SCHEMA_VERSION
+    schema = _SCHEMA
+    is_wiping = True  # files are other people's data
 
     # --- files ---
 
@@ -100,7 +76,7 @@ class Store:
         """Durable when it returns. is_retry: the file of the same digest, if one came within SAME_REQUEST_S.
         Raises UserError where all files together would be too large."""
         now = time.time()
-        with self._changing() as db:
+        with self.transaction() as db:
             db.execute("DELETE FROM files WHERE expires_at <= ?", (now,))
             if is_retry:
                 since = now - SAME_REQUEST_S
@@ -128,7 +104,7 @@ class Store:
 
     def files(self) -> list[StoredFile]:
         """The newest first."""
-        with self._reading() as db:
+        with self.reading() as db:
             rows = db.execute(
                 f"SELECT {_FILE} FROM files WHERE coalesce(expires_at, 9e99) > ? ORDER BY seq DESC",
                 (time.time(),),
@@ -146,13 +122,13 @@ class Store:
     def delete_file(self, file_id: str) -> None:
         """Raises NotFound."""
         self.file(file_id)
-        with self._changing() as db:
+        with self.transaction() as db:
             db.execute("DELETE FROM files WHERE id = ?", (file_id,))
-        with self._lock:  # the write-ahead log would hold the deleted content for as long as nothing follows
-            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        # The write-ahead log would hold the deleted content for as long as nothing follows.
+        self.query("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def _file_row(self, columns: str, file_id: str, field: str | None) -> sqlite3.Row:
-        with self._reading() as db:
+        with self.reading() as db:
             row = db.execute(
                 f"SELECT {columns} FROM files WHERE id = ? AND coalesce(expires_at, 9e99) > ?",
                 (file_id, time.time()),
@@ -172,7 +148,7 @@ class Store:
         Raises Conflict where the key was used with another body.
         """
         now = time.time()
-        with self._changing() as db:
+        with self.transaction() as db:
             if client_key is not None:
                 row = db.execute(
                     f"SELECT {_JOB}, digest FROM jobs WHERE client_key = ?", (client_key,)
@@ -200,7 +176,7 @@ class Store:
 
     def forget(self, job_id: str) -> bool:
         """A job that was never given to the worker. False where it has been, or was refused for good."""
-        with self._changing() as db:
+        with self.transaction() as db:
             deleted = db.execute(
                 "DELETE FROM jobs WHERE id = ? AND worker_job IS NULL AND error IS NULL", (job_id,)
             )
@@ -210,7 +186,7 @@ class Store:
         self, job_id: str, *, worker_job: str | None = None, error: dict[str, Any] | None = None
     ) -> StoredJob:
         """The worker has accepted it, or refused it for good. Raises NotFound."""
-        with self._changing() as db:
+        with self.transaction() as db:
             db.execute(
                 "UPDATE jobs SET worker_job = ?, error = ? WHERE id = ?",
                 (worker_job, None if error is None else msgspec.json.encode(error), job_id),
@@ -219,12 +195,12 @@ class Store:
 
     def jobs(self) -> list[StoredJob]:
         """The newest first."""
-        with self._reading() as db:
+        with self.reading() as db:
             return [_job(row) for row in db.execute(f"SELECT {_JOB} FROM jobs ORDER BY seq DESC")]
 
     def undelivered(self, older_than_s: float) -> list[StoredJob]:
         """Jobs of which the worker has not said yet whether it takes them; in their order."""
-        with self._reading() as db:
+        with self.reading() as db:
             rows = db.execute(
                 f"SELECT {_JOB} FROM jobs WHERE worker_job IS NULL AND error IS NULL AND created_at < ? "
                 "ORDER BY seq",
@@ -234,30 +210,11 @@ class Store:
 
     def job(self, job_id: str) -> StoredJob:
         """Raises NotFound."""
-        with self._reading() as db:
+        with self.reading() as db:
             row = db.execute(f"SELECT {_JOB} FROM jobs WHERE id = ?", (job_id,)).fetchone()
         if row is None:
             raise NotFound(f"no fine-tuning job {job_id!r}", field="fine_tuning_job_id")
         return _job(row)
-
-    # --- inside ---
-
-    @contextmanager
-    def _changing(self) -> Generator[sqlite3.Connection]:
-        with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
-
-    @contextmanager
-    def _reading(self) -> Generator[sqlite3.Connection]:
-        with self._lock:
-            yield self._db
 
 
 def _job(row: sqlite3.Row) -> StoredJob:

@@ -16,7 +16,7 @@ def announce_breaches(config: Config, history: History) -> None:
         return
     outbox = Outbox(outbox_path(config), config.webhooks.urls)
     try:
-        with outbox.changing():
+        with outbox.transaction():
             told = outbox.mark(MARK)
             kept = history.list()
             for one in kept if told is not None else kept[-1:]:

@@ -6,24 +6,21 @@ is one IMMEDIATE transaction, flushed when it returns. Every method blocks: off 
 
 from __future__ import annotations
 
-import os
 import secrets
 import sqlite3
-import threading
 import time
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
-from apollo_ipc.config import Config, make_private_dir
-from apollo_ipc.errors import Conflict, NotFound, UserError
+from apollo_ipc.config import Config
+from apollo_ipc.database import Database
+from apollo_ipc.errors import Conflict, NotFound
 from apollo_ipc.teaching.facts import Fact
 
-BUSY_TIMEOUT_S = 10.0
 SCHEMA_VERSION = 1
 
 Phase = Literal[
@@ -124,28 +121,9 @@ def store_path(config: Config) -> Path:
     return config.state_dir / "teaching.sqlite"
 
 
-class TeachStore:
-    """path: made (mode 0600) where there is none. Raises UserError where a newer program wrote it."""
-
-    def __init__(self, path: Path):
-        self._lock = threading.Lock()
-        make_private_dir(path.parent)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
-        self._db = db = sqlite3.connect(path, BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
-        db.row_factory = sqlite3.Row
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = FULL")
-        with self._changing():
-            version = db.execute("PRAGMA user_version").fetchone()[0]
-            if version > SCHEMA_VERSION:
-                raise UserError(f"{path} has schema version {version}: a newer apollo-ipc wrote it")
-            for statement in _SCHEMA.strip().split(";\n"):
-                db.execute(statement)
-            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-
-    def close(self) -> None:
-        with self._lock:
-            self._db.close()
+class TeachStore(Database):
+    schema_version = SCHEMA_VERSION
+    schema = _SCHEMA
 
     # --- jobs ---
 
@@ -157,7 +135,7 @@ class TeachStore:
 
         Raises Conflict where the key was used with another body.
         """
-        with self._changing() as db:
+        with self.transaction() as db:
             if client_key is not None:
                 row = db.execute(
                     f"SELECT {_JOB}, digest FROM jobs WHERE client_key = ?", (client_key,)
@@ -186,7 +164,7 @@ class TeachStore:
 
     def job(self, job_id: str) -> TeachJob:
         """Raises NotFound."""
-        with self._reading() as db:
+        with self.reading() as db:
             row = db.execute(f"SELECT {_JOB} FROM jobs WHERE id = ?", (job_id,)).fetchone()
         if row is None:
             raise NotFound(f"no teach job {job_id!r}", field="teach_id")
@@ -194,14 +172,14 @@ class TeachStore:
 
     def jobs(self, limit: int = 50) -> list[TeachJob]:
         """The newest first."""
-        with self._reading() as db:
+        with self.reading() as db:
             return [
                 _job(r) for r in db.execute(f"SELECT {_JOB} FROM jobs ORDER BY seq DESC LIMIT ?", (limit,))
             ]
 
     def first_unfinished(self) -> TeachJob | None:
         """Jobs are taken on in the order in which they came."""
-        with self._reading() as db:
+        with self.reading() as db:
             row = db.execute(
                 f"SELECT {_JOB} FROM jobs WHERE phase NOT IN ({_ENDED}) ORDER BY seq LIMIT 1", ENDED_PHASES
             ).fetchone()
@@ -213,7 +191,7 @@ class TeachStore:
         job = self.job(job_id)
         if job.phase in ENDED_PHASES:
             raise Conflict(f"teach job {job_id} has ended: {job.phase}", code="job_ended")
-        with self._changing() as db:
+        with self.transaction() as db:
             db.execute("UPDATE jobs SET is_cancelled = 1 WHERE id = ?", (job_id,))
         return self.job(job_id)
 
@@ -233,7 +211,7 @@ class TeachStore:
         job's material goes. learned: what becomes lessons with it; rehearsed: lessons that came back."""
         now = time.time()
         kept = None if phase in ENDED_PHASES else (material or job.material)
-        with self._changing() as db:
+        with self.transaction() as db:
             changed = db.execute(
                 "UPDATE jobs SET phase = ?, round = ?, material = ?, report = ?, error = ?, changed_at = ? "
                 "WHERE id = ? AND phase = ? AND round = ?",
@@ -261,27 +239,8 @@ class TeachStore:
 
     def lessons(self) -> list[StoredLesson]:
         """In the order in which they were taught."""
-        with self._reading() as db:
+        with self.reading() as db:
             return [_lesson(row) for row in db.execute(f"SELECT {_LESSON} FROM lessons ORDER BY seq")]
-
-    # --- inside ---
-
-    @contextmanager
-    def _changing(self) -> Generator[sqlite3.Connection]:
-        with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
-
-    @contextmanager
-    def _reading(self) -> Generator[sqlite3.Connection]:
-        with self._lock:
-            yield self._db
 
 
 def _job(row: sqlite3.Row) -> TeachJob:

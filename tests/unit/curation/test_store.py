@@ -10,6 +10,7 @@ import pytest
 from apollo_curation import store as stores
 from apollo_curation.moments.moments import Moments
 from apollo_curation.store import Store, StoreDamaged
+from apollo_ipc import database
 
 
 def test_many_may_open_a_new_file_at_once(tmp_path):
@@ -38,16 +39,16 @@ def test_a_file_that_another_process_is_making_is_tried_again():
                 raise sqlite3.OperationalError(self.errors.pop(0))
 
     contended = Contended("database is locked", "database is locked")
-    stores._use_wal(contended)
+    database._use_wal(contended, 10.0)
     assert contended.num_tries == 3
     full = Contended("database or disk is full")
     with pytest.raises(sqlite3.OperationalError, match="full"):
-        stores._use_wal(full)
+        database._use_wal(full, 10.0)
     assert full.num_tries == 1
 
 
 def test_a_file_that_stays_locked_is_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(stores, "BUSY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(stores.Store, "busy_timeout_s", 0.05)
     path = tmp_path / "curation.sqlite"
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")

@@ -177,7 +177,7 @@ def test_what_waits_is_not_forgotten(outbox):
 
 def test_a_change_that_fails_leaves_neither_the_event_nor_the_mark(outbox):
     def change():
-        with outbox.changing():
+        with outbox.transaction():
             add(outbox, "a", 0)
             outbox.set_mark("read", 7)
             raise ZeroDivisionError

@@ -105,7 +105,7 @@ class Collector:
     def collect(self) -> None:
         """What has ended since the last look, in one transaction with how far it was read."""
         queue, outbox = self._queue, self._outbox
-        with outbox.changing():
+        with outbox.transaction():
             if (since := outbox.mark("jobs_since")) is None:
                 since = time.time()
                 outbox.set_mark("jobs_since", since)

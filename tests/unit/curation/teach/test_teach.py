@@ -15,7 +15,8 @@ from apollo_curation.teach.served import ServedLearner
 from apollo_curation.teach.teacher import Teacher
 from apollo_curation.teach.variants import lesson_of
 from apollo_ipc.config import Paths
-from apollo_ipc.errors import Conflict, UserError
+from apollo_ipc.database import DatabaseDamaged
+from apollo_ipc.errors import Conflict
 from apollo_ipc.teaching.facts import Fact, whole
 from apollo_ipc.teaching.store import ENDED_PHASES, TeachOptions, TeachRequest, TeachStore
 
@@ -246,9 +247,9 @@ def test_the_same_unfinished_request_and_the_same_key_are_one_job(store):
 
 def test_a_store_of_a_newer_program_is_refused(tmp_path):
     store = TeachStore(tmp_path / "teaching.sqlite")
-    store._db.execute("PRAGMA user_version = 9")
+    store.db.execute("PRAGMA user_version = 9")
     store.close()
-    with pytest.raises(UserError, match="newer"):
+    with pytest.raises(DatabaseDamaged, match="newer"):
         TeachStore(tmp_path / "teaching.sqlite")
 
 
