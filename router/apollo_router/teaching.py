@@ -62,7 +62,11 @@ class TeachBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 facts_of((f"facts[{i}]", one) for i, one in enumerate(self.facts)), self.options
             )
         facts, notes = facts_of_document(self.text or "")
-        return TeachRequest(facts[:MAX_FACTS], self.options, notes=notes)
+        if len(facts) > MAX_FACTS:
+            raise UserError(
+                f"{len(facts)} facts; a job takes at most {MAX_FACTS}: send the text in parts", field="text"
+            )
+        return TeachRequest(facts, self.options, notes=notes)
 
 
 @router.post("/teach", status_code=202)

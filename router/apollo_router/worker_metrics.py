@@ -6,15 +6,15 @@ is increased by one of them only, whoever holds the lock, since their values are
 
 from __future__ import annotations
 
-import fcntl
 import math
-import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import get_args
 
 from prometheus_client import Counter, Gauge
 
+from apollo_ipc.hold import Held, Hold
 from apollo_ipc.wire.replies import JobState, Status
 
 PHASES = ("forward", "backward", "record", "publish")
@@ -53,7 +53,7 @@ class WorkerMetrics:
 
     def __init__(self, runtime_dir: Path):
         self._lock_path = runtime_dir / "metrics.lock"
-        self._lock_fd: int | None = None
+        self._hold: Hold | None = None
         self._seen: dict[Counter, float] = {}
         self._boot_id: str | None = None
 
@@ -87,20 +87,15 @@ class WorkerMetrics:
 
     def may_count(self) -> bool:
         """Whoever takes the lock first counts until its end; the kernel frees it then."""
-        if self._lock_fd is None:
-            fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(fd)
-                return False
-            self._lock_fd = fd
-        return True
+        if self._hold is None:
+            with suppress(Held):
+                self._hold = Hold(self._lock_path, "an API server of vLLM")
+        return self._hold is not None
 
     def close(self) -> None:
-        if self._lock_fd is not None:
-            os.close(self._lock_fd)
-            self._lock_fd = None
+        if self._hold is not None:
+            self._hold.release()
+            self._hold = None
 
 
 def _totals(status: Status) -> dict[Counter, float]:

@@ -14,14 +14,17 @@ POLL_S = 0.2
 
 
 @contextmanager
-def alone(path: Path, stop: Callable[[], bool] = lambda: False) -> Iterator[None]:
+def alone(
+    path: Path, stop: Callable[[], bool] = lambda: False, what: str = "apollo-ipc curate"
+) -> Iterator[None]:
     """Waits until no other holder, in this or another process, is inside with the same file.
 
-    Not reentrant. Raises NotReady when `stop()` becomes true before that.
+    Not reentrant. what: this command, for those who wait. Raises NotReady when `stop()` becomes true before
+    that.
     """
     while True:
         try:
-            hold = Hold(path, "apollo-ipc curate")
+            hold = Hold(path, what)
             break
         except Held as held:
             if stop():

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import typer
+from apollo_router import teaching
 from apollo_router.fine_tuning.store import Store as FineTuningStore
 from apollo_router.fine_tuning.store import store_path as fine_tuning_path
 from apollo_router.routes import router
@@ -25,12 +26,15 @@ from places import ROOT
 from apollo_curation.lock import alone
 from apollo_curation.settings import CurationConfig
 from apollo_curation.store import Store, store_path
+from apollo_curation.teach.run import the_teacher
 from apollo_ipc.checkpoint import STATE_DIR
 from apollo_ipc.checkpoint.record import pending_dir
 from apollo_ipc.cli.main import PASS_ON, app
 from apollo_ipc.config import Config, Paths, load_config
 from apollo_ipc.keys import key_path, train_key, webhook_secret
 from apollo_ipc.manifest import manifest_path
+from apollo_ipc.teaching.store import TeachStore
+from apollo_ipc.teaching.store import store_path as teach_path
 from apollo_ipc.webhooks.outbox import Outbox, outbox_path
 from apollo_ipc.wire.replies import ENDED_STATES, JobInfo, Status, SyncResult
 from apollo_ipc.wire.requests import Example, Message, TrainOptions
@@ -231,7 +235,8 @@ def test_a_key_of_digits_is_text_as_the_page_says():
 
 def test_the_routes_of_the_page_are_those_of_the_router():
     documented = set(re.findall(r"^## `([A-Z]+) (\S+)`$", page("docs/http.md"), re.M))
-    assert documented == {(method, route.path) for route in router.routes for method in route.methods}
+    routes = [*router.routes, *teaching.router.routes]
+    assert documented == {(method, route.path) for route in routes for method in route.methods}
 
 
 def test_the_error_codes_of_the_page_are_in_the_code():
@@ -280,6 +285,9 @@ def test_every_file_of_the_state_page_is_one_that_the_code_makes(tmp_path):
     store = Store(store_path(config))
     uploads = FineTuningStore(fine_tuning_path(config))
     outbox = Outbox(outbox_path(config), [])
+    lessons = TeachStore(teach_path(config))
+    with the_teacher(config) as is_ours:
+        assert is_ours
     webhook_secret(config)
     metrics = WorkerMetrics(config.runtime_dir)
     metrics.may_count()
@@ -291,6 +299,7 @@ def test_every_file_of_the_state_page_is_one_that_the_code_makes(tmp_path):
     store.close()
     uploads.close()
     outbox.close()
+    lessons.close()
     metrics.close()
     queue.close()
     tables = rows(section("docs/state.md", "Runtime directory") + section("docs/state.md", "State directory"))

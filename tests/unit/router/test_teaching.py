@@ -35,6 +35,7 @@ def test_a_teach_job_is_stored_shown_and_cancelled(server, worker):
         ({"facts": [{"qestion": "Who?"}]}, "facts[0].qestion"),
         ({"facts": ["The tower has 9 steps."], "options": {"rounds": 0}}, "options.rounds"),
         ({"text": "Oh no!"}, "text"),
+        ({"text": " ".join(f"The tower has {i} steps." for i in range(1001))}, "text"),
         ({}, "facts"),
     ],
 )

@@ -313,7 +313,6 @@ def test_a_command_that_teaches_is_waited_for(tmp_path, store, monkeypatch):
             run.serve_for_ever(config, store, print)
 
     monkeypatch.setattr(run, "serve_jobs", serve_jobs)
-    monkeypatch.setattr(run, "POLL_S", 0.01)
     teacher = threading.Thread(target=serve)
     with run.the_teacher(config) as is_ours:
         assert is_ours
