@@ -22,7 +22,7 @@ def told(config):
     def read():
         outbox = Outbox(outbox_path(config), [URL])
         try:
-            rows = outbox._db.execute("SELECT body FROM events ORDER BY seq").fetchall()
+            rows = outbox.db.execute("SELECT body FROM events ORDER BY seq").fetchall()
         finally:
             outbox.close()
         return [json.loads(row[0]) for row in rows]
