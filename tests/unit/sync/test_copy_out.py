@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from pathlib import Path
 
@@ -20,7 +21,9 @@ NUM_BYTES = 3 * ARENA_BYTES
 
 
 def lazily_free_bytes() -> int:
-    """What of this process the kernel may take without writing it anywhere (MADV_FREE)."""
+    """What of this process the kernel may take without writing it anywhere (MADV_FREE). Copies that an
+    earlier test's traceback still holds are gone first: the collector would let go of them at any time."""
+    gc.collect()
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("LazyFree:"))
 
