@@ -7,7 +7,7 @@ from apollo_worker.jobs.job_plan import JobPlan
 from apollo_worker.jobs.queue import Job, JobQueue
 
 from apollo_ipc.wire.replies import JobInfo
-from apollo_ipc.wire.requests import TrainRequest
+from apollo_ipc.wire.requests import Example, TrainOptions, TrainRequest
 
 
 def plan_of(request: TrainRequest, num_steps: int = 1, num_skipped: int = 0) -> JobPlan:
@@ -33,3 +33,20 @@ def submit(queue: JobQueue, request: TrainRequest, *, num_steps: int = 1, **opti
 def text_of(job: Job) -> str:
     """The completion of its first example."""
     return bytes(job.plan.examples[0].input_ids[1:]).decode()
+
+
+def request_of(text="hello", **options):
+    return TrainRequest(examples=[Example(prompt="say", completion=text)], options=TrainOptions(**options))
+
+
+def states(queue):
+    return [job.state for job in reversed(queue.list())]
+
+
+def reopen(queue, path):
+    queue.close()
+    return JobQueue(path, max_queued=100)
+
+
+def hash_of(text):
+    return content_hash(request_of(text).examples[0])

@@ -1,12 +1,11 @@
 """The compiled update against the plain one: the same random bits, the same rounding, the same refusals."""
 
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from apollo_reference import CPU, randn, run
 from apollo_worker.optimizer import cpu as apollo_cpu
 from apollo_worker.optimizer.apollo import Apollo
 from apollo_worker.optimizer.backend import choose_backend
@@ -16,12 +15,7 @@ from apollo_worker.optimizer.update import TorchBackend, write
 from apollo_ipc.errors import UserError
 
 torch.set_num_threads(2)
-CPU = torch.device("cpu")
 numba_backend = apollo_cpu.NumbaBackend()
-
-
-def randn(*shape, seed=0, scale=1.0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
 
 
 def twins(shape, dtype, **options):
@@ -29,11 +23,6 @@ def twins(shape, dtype, **options):
     for backend in ("torch", "numba"):
         param = torch.nn.Parameter(randn(*shape, scale=0.02).to(dtype))
         yield param, Apollo([("w", param)], backend=backend, **options)
-
-
-def step(param, optimizer, grad):
-    param.grad = grad.to(param.dtype)
-    optimizer.step()
 
 
 # Odd sizes: pairs of random bits that begin in the middle of a row, columns beside the last whole tile, a
@@ -50,8 +39,8 @@ def test_both_backends_compute_the_same_update(shape, projection_kind, dtype, mo
     (a, plain), (b, fast) = twins(shape, dtype, projection=projection_kind, rounding="nearest", **options)
     for i in range(4):
         grad = randn(*shape, seed=i, scale=1 + 5 * (i % 2))
-        step(a, plain, grad)
-        step(b, fast, grad)
+        run(plain, a, [grad])
+        run(fast, b, [grad])
     for key, expected in plain.state_tensors().items():
         # Sums of up to 520 products in another order: some 1e-6 of the largest.
         torch.testing.assert_close(
@@ -72,8 +61,8 @@ def test_a_product_in_bf16_changes_the_moments_by_its_rounding_only(shape, monke
     (a, plain), (b, fast) = twins(shape, torch.bfloat16, lr=1e-2, rank=64, rounding="nearest")
     for i in range(3):
         grad = randn(*shape, seed=i)
-        step(a, plain, grad)
-        step(b, fast, grad)
+        run(plain, a, [grad])
+        run(fast, b, [grad])
     expected, found = plain.state_tensors(), fast.state_tensors()
     # bf16 is off by up to 2^-8, in the root mean square by some 2^-7 / sqrt(12) / 1.44 = 0.0016. P and R both
     # are, independently: m by 0.0022, R^2 by twice that, of which the mean over steps leaves some. An error
@@ -119,8 +108,8 @@ def test_adam_of_a_vector_is_the_plain_one_up_to_the_last_bit_of_a_root(rounding
     assert plain.fallbacks() == ["w"]
     for i in range(4):
         grad = randn(*shape, seed=i, scale=10.0 ** (i - 2))
-        step(a, plain, grad)
-        step(b, fast, grad)
+        run(plain, a, [grad])
+        run(fast, b, [grad])
     assert not torch.equal(a, randn(*shape, scale=0.02).to(dtype))
     found = fast.state_tensors()
     for key, expected in plain.state_tensors().items():
@@ -145,7 +134,7 @@ def test_the_ends_of_the_grid_are_as_in_the_plain_update(value, rounding):
     (a, plain), (b, fast) = twins((16, 16), torch.bfloat16, lr=1e-3, rank=4, rounding=rounding)
     for param, optimizer in ((a, plain), (b, fast)):
         param.data[3, 5] = value
-        step(param, optimizer, randn(16, 16))
+        run(optimizer, param, [randn(16, 16)])
     as_bits = [p.data[3, 5].view(torch.int16).item() for p in (a, b)]
     assert as_bits[0] == as_bits[1] or (a[3, 5].isnan() and b[3, 5].isnan())
 
@@ -155,11 +144,11 @@ def test_the_ends_of_the_grid_are_as_in_the_plain_update(value, rounding):
 @pytest.mark.parametrize("shape", [(40, 20), (20, 40)])
 def test_what_is_not_finite_changes_nothing(bad, projection_kind, shape):
     _, (param, optimizer) = twins(shape, torch.bfloat16, lr=1e-3, rank=10, projection=projection_kind)
-    step(param, optimizer, randn(*shape))
+    run(optimizer, param, [randn(*shape)])
     before = [param.data.clone(), *(t.clone() for t in optimizer.state_tensors().values())]
     grad = randn(*shape, seed=1)
     grad[-1, -1] = bad
-    step(param, optimizer, grad)
+    run(optimizer, param, [grad])
     after = [param.data, *optimizer.state_tensors().values()]
     assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
     assert optimizer.take_bad_updates() == 1
@@ -172,7 +161,7 @@ def test_threads_share_a_large_parameter_and_change_nothing(monkeypatch):
         for kind in ("gaussian", "block_sign"):
             param = torch.nn.Parameter(randn(300, 700).bfloat16())
             optimizer = Apollo([("w", param)], lr=1e-3, rank=16, projection=kind, backend="numba")
-            step(param, optimizer, randn(300, 700, seed=1))
+            run(optimizer, param, [randn(300, 700, seed=1)])
             results.append(param.data.clone())
     assert torch.equal(results[0], results[2])
     assert torch.equal(results[1], results[3])
@@ -188,125 +177,6 @@ def test_the_compiled_sketch_is_the_plain_one(kind, rank):
         assert torch.equal(mine, theirs)
     else:  # logarithms and cosines of fp32, each right to a few units in the last place; |P| < 6 / sqrt(r)
         torch.testing.assert_close(mine, theirs, rtol=0, atol=6e-6 / math.sqrt(rank))
-
-
-# --- small parameters together ---
-
-MIXED = {"tall": (96, 40), "wide": (24, 200), "norm": (96,), "square": (64, 64), "scalar": (), "low": (4, 90)}
-
-
-def mixed(kind, **options):
-    params = {
-        name: torch.nn.Parameter(randn(*shape, seed=i, scale=0.02).bfloat16())
-        for i, (name, shape) in enumerate(MIXED.items())
-    }
-    return params, Apollo(params.items(), lr=1e-2, rank=16, projection=kind, backend="numba", **options)
-
-
-def give_gradients(params, seed):
-    for i, param in enumerate(params.values()):
-        param.grad = randn(*param.shape, seed=100 * seed + i).bfloat16()
-
-
-def everything(params, optimizer):
-    tensors = [p.data for p in params.values()] + list(optimizer.state_tensors().values())
-    return [tensor.clone() for tensor in tensors]
-
-
-@pytest.mark.parametrize("kind", ["gaussian", "block_sign"])
-def test_parameters_that_wait_for_one_another_are_updated_as_each_alone(kind):
-    together, alone = mixed(kind), mixed(kind)
-    for i in range(3):
-        for params, optimizer in (together, alone):
-            give_gradients(params, i)
-            for param in params.values():
-                optimizer.update_parameter(param)
-                if optimizer is alone[1]:
-                    optimizer.flush()
-        before = everything(*together)
-        together[1].flush()
-        assert not any(map(torch.equal, before[: len(MIXED)], everything(*together)))
-    assert all(map(torch.equal, everything(*together), everything(*alone)))
-
-
-def test_a_large_gradient_waits_for_nothing_and_small_ones_only_up_to_a_bound(monkeypatch):
-    monkeypatch.setattr(apollo_cpu, "CPU_HELD_ELEMENTS", 5000)
-    params, optimizer = mixed("gaussian")
-    before = {name: param.data.clone() for name, param in params.items()}
-
-    def changed():
-        return {name for name, param in params.items() if not torch.equal(param, before[name])}
-
-    give_gradients(params, 0)
-    optimizer.update_parameter(params["tall"])  # 3,840
-    assert not changed()
-    optimizer.update_parameter(params["wide"])  # 4,800
-    assert changed() == {"tall", "wide"}
-    optimizer.update_parameter(params["norm"])
-    monkeypatch.setattr(apollo_cpu, "CPU_HELD_ELEMENTS", 4000)
-    optimizer.update_parameter(params["square"])  # 4,096
-    assert changed() == {"tall", "wide", "square"}
-    optimizer.flush()
-    assert changed() == {"tall", "wide", "square", "norm"}
-
-
-def test_what_stops_one_write_stops_the_step_and_nothing_waits_after_it():
-    num_allowed = 2
-
-    def before_write():
-        nonlocal num_allowed
-        num_allowed -= 1
-        if num_allowed < 0:
-            raise UserError("vLLM has ended")
-
-    params, optimizer = mixed("block_sign", before_write=before_write)
-    before = [param.data.clone() for param in params.values()]
-    give_gradients(params, 0)
-    with pytest.raises(UserError, match="vLLM has ended"):
-        optimizer.step()
-    after = [param.data.clone() for param in params.values()]
-    assert sum(map(torch.equal, before, after)) == len(MIXED) - 2
-    optimizer.flush()
-    assert all(map(torch.equal, after, params.values()))
-
-
-def test_gradients_that_are_dropped_are_in_no_later_step():
-    (params, optimizer), (others, other) = mixed("gaussian"), mixed("gaussian")
-    give_gradients(params, 0)
-    for param in params.values():
-        optimizer.update_parameter(param)
-    optimizer.drop()
-    for some, one in ((params, optimizer), (others, other)):
-        give_gradients(some, 1)
-        one.step()
-    assert all(map(torch.equal, everything(params, optimizer), everything(others, other)))
-
-
-def test_a_bad_gradient_among_others_is_left_out_alone_and_counted():
-    params, optimizer = mixed("gaussian")
-    before = [param.data.clone() for param in params.values()]
-    give_gradients(params, 0)
-    for name in ("wide", "norm"):
-        params[name].grad.view(-1)[-1] = math.nan
-    optimizer.step()
-    left_out = [
-        n for n, old, new in zip(params, before, params.values(), strict=True) if torch.equal(old, new)
-    ]
-    assert left_out == ["wide", "norm"]
-    assert optimizer.take_bad_updates() == 2
-
-
-@pytest.mark.parametrize("kind", ["gaussian", "block_sign"])
-def test_a_projection_is_made_once_for_all_steps_until_it_is_refreshed(kind, monkeypatch):
-    made, real = [], apollo_cpu.NumbaBackend._make_sketch
-    monkeypatch.setattr(
-        apollo_cpu.NumbaBackend, "_make_sketch", lambda *args: made.append(args[1].name) or real(*args)
-    )
-    params, optimizer = mixed(kind, refresh_steps=3)
-    for i in range(7):  # refreshes after 3 and 6
-        give_gradients(params, i)
-        optimizer.step()
-    assert sorted(made) == sorted(3 * ["tall", "wide", "square"])
 
 
 # --- the block-sign sketch ---
@@ -370,60 +240,10 @@ def test_the_limiters_norm_is_within_a_few_percent_of_the_updates(backend, kind)
     optimizer = Apollo([("w", param)], lr=1.0, **options)
     for i in range(3):
         before = param.data.clone()
-        step(param, optimizer, randn(512, 640, seed=i))
+        run(optimizer, param, [randn(512, 640, seed=i)])
     norm = optimizer.state_tensors()["w.update_norm"].item()
     # s_j holds 1 / |R_j|, so the estimate is low by about sqrt(r / (r - 2)) = 1.6 % at rank 64.
     assert 0.95 < norm / (param.data - before).norm().item() < 1.01
-
-
-# --- compiling before the first step ---
-
-# In a process of its own, where nothing is compiled yet: prints what the warm-up and each step compiled.
-WARM_UP = """
-import itertools
-import torch
-from apollo_worker.optimizer import cpu_kernels, cpu_threads, cpu_write
-from apollo_worker.optimizer.apollo import Apollo
-
-torch.set_num_threads(2)
-cpu_threads.MIN_PART_ELEMENTS = 2**17  # the largest of the shapes is shared out
-dispatchers = {**vars(cpu_kernels), **vars(cpu_write)}
-dispatchers = {name: d for name, d in dispatchers.items() if hasattr(d, "signatures")}
-
-def compiled():
-    return {(name, str(signature)) for name, d in dispatchers.items() for signature in d.signatures}
-
-choices = [["gaussian", "block_sign"], [8, 1], ["stochastic", "nearest", "kahan"]]
-for projection, rank, rounding in itertools.product(*choices):
-    for dtype in (torch.bfloat16, torch.float32):
-        shapes = [(24, 40), (40, 24), (300, 1031), (24,)]
-        params = [torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in shapes]
-        options = {"projection": projection, "rank": rank, "rounding": rounding, "lr": 1e-3}
-        optimizer = Apollo([(str(i), p) for i, p in enumerate(params)], **options)
-        before = [t.clone() for t in (*params, *optimizer.state_tensors().values())]
-        optimizer.warm_up()
-        warm = compiled()
-        assert all(map(torch.equal, before, (*params, *optimizer.state_tensors().values())))
-        for param in params:
-            param.grad = torch.randn(param.shape).to(dtype)
-            optimizer.step()  # alone: among others it would be one thread's
-        assert compiled() == warm, (options, dtype, compiled() - warm)
-print(*sorted(name for name, d in dispatchers.items() if not d.signatures))
-"""
-
-
-def test_a_warm_up_compiles_every_kernel_of_a_step_and_changes_nothing():
-    done = subprocess.run([sys.executable, "-c", WARM_UP], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    # Parts of other kernels, compiled within them; all else of the file is used by some step.
-    assert done.stdout.split() == [
-        "_if_below_largest",
-        "_mix",
-        "_row_at",
-        "_scale_of",
-        "_scales",
-        "_to_nearest",
-    ]
 
 
 # --- choosing ---
@@ -448,6 +268,6 @@ def test_a_strided_weight_is_left_to_the_plain_update():
     for backend in ("torch", "numba"):
         merged.copy_(randn(64, 48))
         param = torch.nn.Parameter(merged.T[:, 10:50])
-        step(param, Apollo([("w", param)], lr=1e-3, rank=8, backend=backend), randn(48, 40, seed=1))
+        run(Apollo([("w", param)], lr=1e-3, rank=8, backend=backend), param, [randn(48, 40, seed=1)])
         results.append(merged.clone())
     assert torch.equal(*results)

@@ -17,6 +17,7 @@ import sys
 
 import pytest
 import torch
+from apollo_reference import CPU, randn
 from apollo_worker.optimizer import update as apollo_update
 from apollo_worker.optimizer.backend import choose_backend, why_nothing_compiles
 from apollo_worker.optimizer.projection import Draw, block_sign, projection
@@ -38,7 +39,6 @@ from triton_twins import (
 from apollo_ipc.errors import UserError
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("kind", "interpret"), [("check", "1"), ("compile", "0")])
@@ -48,10 +48,6 @@ def test_the_kernels_pass_their_checks(kind, interpret, tmp_path):
     done = subprocess.run([*command, __file__], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
-
-
-def randn(*shape, seed=0, scale=1.0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
 
 
 def make_compiler(path, script):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 
+import openai
 import pytest
-from router_harness import FakeWorker, Server, make_config
+from router_harness import TRAIN_KEY, FakeWorker, Server, make_config
 
 
 @pytest.fixture
@@ -30,3 +31,9 @@ def server(config):
 def worker(config):
     with FakeWorker(config) as worker:
         yield worker
+
+
+@pytest.fixture
+def client(server):
+    with openai.OpenAI(base_url=f"{server.url}/train/v1", api_key=TRAIN_KEY, max_retries=2) as client:
+        yield client
