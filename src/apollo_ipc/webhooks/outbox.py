@@ -48,6 +48,7 @@ CREATE TABLE IF NOT EXISTS deliveries (
 CREATE INDEX IF NOT EXISTS waiting ON deliveries (url, subject, seq)
     WHERE sent_at IS NULL AND gave_up_at IS NULL;
 CREATE TABLE IF NOT EXISTS marks (name TEXT PRIMARY KEY, value REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS intents (name TEXT PRIMARY KEY, body BLOB NOT NULL) WITHOUT ROWID;
 """
 _WAITS = "d.sent_at IS NULL AND d.gave_up_at IS NULL"
 
@@ -142,6 +143,19 @@ class Outbox(Database):
     def set_mark(self, name: str, value: float) -> None:
         with self.transaction() as db:
             db.execute("INSERT OR REPLACE INTO marks VALUES (?, ?)", (name, value))
+
+    def intent(self, name: str) -> bytes | None:
+        """What somebody has begun, and told nobody of its end yet."""
+        with self.reading() as db:
+            row = db.execute("SELECT body FROM intents WHERE name = ?", (name,)).fetchone()
+        return row and row[0]
+
+    def set_intent(self, name: str, body: bytes | None) -> None:
+        """None: it has ended."""
+        with self.transaction() as db:
+            db.execute("DELETE FROM intents WHERE name = ?", (name,))
+            if body is not None:
+                db.execute("INSERT INTO intents VALUES (?, ?)", (name, body))
 
     # --- sending ---
 

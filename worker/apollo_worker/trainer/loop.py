@@ -35,6 +35,7 @@ from apollo_worker.trainer.restoring import Restoring
 from apollo_worker.trainer.step_marks import StepMarks
 from apollo_worker.trainer.sync_policy import Syncing
 from apollo_worker.trainer.tally import note_phases, note_step
+from apollo_worker.trainer.told_syncs import ToldSyncs
 
 log = logging.getLogger(__name__)
 IDLE_WAIT_S = 0.25  # how long the loop sleeps at most before it looks whether vLLM still runs
@@ -72,7 +73,9 @@ class MainLoop:
         self.marks = StepMarks(config.state_dir / "step.marks")
         recovery = Recovery(config, self.board, self.queue, self.marks)
         self.attachment = Attachment(config, self.board, recovery, end.tell_model)
-        self.syncing = Syncing(config.checkpoint, self.board, self.queue, self.attachment, self.marks)
+        self.syncing = Syncing(
+            *(config.checkpoint, self.board, self.queue, self.attachment, self.marks, ToldSyncs(config))
+        )
         self.restoring = Restoring(
             *(self.board, self.queue, self.attachment, self.syncing, self.marks),
             announce=lambda: self.announce(),

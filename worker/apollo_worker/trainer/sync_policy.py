@@ -22,6 +22,7 @@ from apollo_worker.sync.sync_task import RunningSync
 from apollo_worker.trainer.attachment import Attachment
 from apollo_worker.trainer.step_marks import StepMarks
 from apollo_worker.trainer.tally import note_failed_sync, note_sync
+from apollo_worker.trainer.told_syncs import ToldSyncs
 
 log = logging.getLogger(__name__)
 LOOK_S = 0.2
@@ -49,9 +50,10 @@ class Syncing:
         queue: JobQueue,
         attachment: Attachment,
         marks: StepMarks,
+        told: ToldSyncs,
     ):
         self._config, self._board, self._queue = config, board, queue
-        self._attachment, self._marks = attachment, marks
+        self._attachment, self._marks, self._told = attachment, marks, told
         self._synced_at = self._full_at = time.monotonic()
         self._is_bulk_done = False  # a bulk job has ended since the last sync
         self._is_delta_large = False
@@ -99,9 +101,11 @@ class Syncing:
 
     def _start(self, kind: SyncKind, waiting: list[Future]) -> None:
         self.wait()
-        self._marks.check_whole()
         attached, board = self._attachment, self._board
         live, writer, trainer = attached.live, attached.writer, attached.trainer
+        state = board.state
+        self._told.begin(live.model_dir if live else None, state.weight_version, state.durable_version)
+        self._marks.check_whole()
         if live is None or not live.is_alive():
             raise NotReady("not attached to vLLM: there are no live weights to sync")
         assert writer is not None
@@ -157,6 +161,7 @@ class Syncing:
         board.state.last_sync, board.state.sync_error = result, None
         board.state.durable_version = result.weight_version
         note_sync(board.state, result)
+        self._told.end(None)
         if result.kind == "full":
             self._full_at, self._is_delta_large = time.monotonic(), False
         else:
@@ -200,9 +205,8 @@ class Syncing:
     def _note_failure(self, error: ApolloError) -> None:
         log.error("sync failed: %s", error.message)
         self._board.state.sync_error = error.message
-        note_failed_sync(state := self._board.state)
-        versions = {"weight_version": state.weight_version, "durable_version": state.durable_version}
-        self._board.tell("sync.failed", "checkpoint", {"error": error.message, **versions})
+        note_failed_sync(self._board.state)
+        self._told.end(error.message)
 
     def _note_commit(self, model_dir: Path, before: Commit | None) -> None:
         """What failed may have come after the rename that commits: then the commit stands."""
