@@ -26,6 +26,7 @@ SECTION_GROUP = "apollo_ipc.sections"  # of entry points; only their names are r
 
 Positive = Annotated[float, Meta(gt=0)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
+CurveKeeper = Literal["tensorboard", "wandb", "mlflow"]  # each an extra of its name
 
 
 class Paths(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -70,6 +71,7 @@ class Train(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     spike_ratio: Annotated[float, Meta(ge=0)] = 5.0  # a loss so many times the usual one is bad; 0: no guard
     on_spike: Literal["fail", "restore"] = "restore"  # the weights of a job that harms: fail leaves them
     on_torn_step: Literal["restore", "accept"] = "restore"  # accept: go on with a step that was cut off
+    log_to: list[CurveKeeper] = []  # where losses are kept besides
 
 
 class Worker(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

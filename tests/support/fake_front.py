@@ -26,6 +26,7 @@ if __name__ == "__main__":
         "worker.step_timeout_s": float(step_timeout_s),
         "train.max_tokens": 16,
         "train.publish_distance_s": 0,
+        "train.log_to": [name] if (name := os.environ.get("FAKE_FRONT_LOG_TO")) else [],
         "webhooks.urls": [url] if (url := os.environ.get("FAKE_FRONT_WEBHOOK")) else [],
     }
     trainer = (sys.executable, str(Path(__file__).with_name("fake_trainer.py")), directory, step_s)

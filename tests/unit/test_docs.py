@@ -15,6 +15,7 @@ from apollo_router.fine_tuning.store import Store as FineTuningStore
 from apollo_router.fine_tuning.store import store_path as fine_tuning_path
 from apollo_router.routes import router
 from apollo_router.worker_metrics import WorkerMetrics
+from apollo_worker.curves.marks import Marks, marks_path
 from apollo_worker.front.endpoint import Endpoint
 from apollo_worker.front.front import Front
 from apollo_worker.jobs.queue import JobQueue
@@ -281,7 +282,9 @@ def test_every_file_of_the_state_page_is_one_that_the_code_makes(tmp_path):
     queue = JobQueue(config.state_dir / "queue.sqlite", 1)
     StepMarks(config.state_dir / "step.marks").close()
     write_state(config.state_dir, LiveState("m", "b", 1))
-    (config.state_dir / "reports").mkdir()
+    for name in ("reports", "tensorboard", "wandb", "mlflow.db"):  # the last three by libraries
+        (config.state_dir / name).mkdir()
+    curves = Marks(marks_path(config.state_dir), "wandb")
     store = Store(store_path(config))
     uploads = FineTuningStore(fine_tuning_path(config))
     outbox = Outbox(outbox_path(config), [])
@@ -299,6 +302,7 @@ def test_every_file_of_the_state_page_is_one_that_the_code_makes(tmp_path):
     store.close()
     uploads.close()
     outbox.close()
+    curves.close()
     lessons.close()
     metrics.close()
     queue.close()

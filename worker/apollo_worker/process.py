@@ -1,4 +1,4 @@
-"""How the worker's two processes run: whose a line of the log is, and idle priority for what trains."""
+"""How the worker's processes run: whose a line of the log is, and idle priority for what trains."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from apollo_ipc.config import Config
 log = logging.getLogger(__name__)
 
 
-def log_as(role: Literal["front", "trainer"]) -> None:
-    """Both log to one stream: each line says whose it is."""
+def log_as(role: Literal["front", "trainer", "curves"]) -> None:
+    """They log to one stream: each line says whose it is."""
     logging.basicConfig(
         level=logging.INFO,
         format=f"%(asctime)s %(levelname)s {role} %(name)s: %(message)s",

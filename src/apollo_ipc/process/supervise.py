@@ -88,7 +88,7 @@ def _has_members(group: int) -> bool:
     return False
 
 
-class _Kept:
+class Kept:
     """A child that is started again when it ends, later each time it dies soon."""
 
     def __init__(self, child: Child):
@@ -128,7 +128,7 @@ class Supervisor:
 
     def __init__(self, vllm: Child, *kept: Child, on_tick: Callable[[], None] = lambda: None):
         self._vllm = vllm
-        self._kept = [_Kept(child) for child in kept]
+        self._kept = [Kept(child) for child in kept]
         self._on_tick = on_tick
 
     def run(self) -> int:

@@ -23,6 +23,7 @@ from apollo_ipc.wire.remote import error_from
 from apollo_ipc.wire.replies import RestoreResult, SyncResult
 from apollo_worker.front.admission import Admitter
 from apollo_worker.front.announce import Announcer
+from apollo_worker.front.curves import CurveFeeds
 from apollo_worker.front.post_sync import PostSyncRunner
 from apollo_worker.front.server import Server
 from apollo_worker.front.trainer_process import COMMAND, TrainerChild
@@ -76,6 +77,7 @@ class Front:
             config.checkpoint, lambda state: setattr(self.board, "post_sync", state)
         )
         self._announcer = Announcer(config, self.queue)
+        self._curves = CurveFeeds(config)
         self._is_ready = False
         self._told_at = 0.0
 
@@ -83,9 +85,11 @@ class Front:
         """Until `board.stopping` is set. Raises AlreadyRunning or ConfigError before anything is touched."""
         self.service.start()
         self._announcer.start()
+        self._curves.start()
         try:
             while not self.board.stopping.is_set():
                 self.keep_trainer_running()
+                self._curves.watch()
                 self.pass_on()
                 self.tell_supervisor()
                 self.board.wake.wait(TICK_S)
@@ -146,6 +150,7 @@ class Front:
         self.service.stop()
         self.admitter.stop()
         self._announcer.stop()
+        self._curves.stop()
         self.queue.close()
         self._hold.release()
         log.info("worker %d stopped", os.getpid())
