@@ -14,7 +14,7 @@ BIN := .venv/bin
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-night test test-slow test-all check lock bench clean
+.PHONY: help setup demo demo-night test test-slow test-all check lock docs bench clean
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -44,6 +44,10 @@ check: setup  ## lint, formatting, types
 
 lock: setup  ## resolve the versions in locks/ anew
 	@python3 tools/setup.py --lock
+
+docs: setup  ## the documentation as a site, in build/site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "made: build/site/index.html, or $(BIN)/mkdocs serve"
 
 bench:  ## list the benchmarks
 	@for script in benchmarks/*.py; do \

@@ -1,9 +1,11 @@
 """The page at /train/ui: weight, first paint, frame times under load; token latency with it open and closed.
 
     python benchmarks/page.py URL --key "$(apollo-ipc key)" [--axe axe-core/axe.min.js] [--tokens 40]
+    python benchmarks/page.py --serve MODEL_DIR --jobs 10000 [--axe ...] [--tokens 40]
 
-Of a running server. The events are made in the browser, 200 a second of a job that trains.
-With --tokens: streams of that many tokens, in turn with no page open and with one, by the served model.
+Of a running server; or of one that is started, with a stand-in for the worker that makes some 200 events a
+second and has that many jobs (page_server.py). "in the browser": 200 events a second reach the page, past the
+stream's own limit. With --tokens: streams of that many tokens, in turn with no page open and with one.
 """
 
 from __future__ import annotations
@@ -16,8 +18,10 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
+from page_server import busy_server
 from playwright.sync_api import Browser, Page, sync_playwright
 
 EVENTS_PER_S = 200
@@ -64,16 +68,27 @@ seconds => new Promise(done => {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("url")
-    parser.add_argument("--key", required=True)
+    parser.add_argument("url", nargs="?")
+    parser.add_argument("--key")
+    parser.add_argument("--serve", type=Path, metavar="MODEL_DIR")
+    parser.add_argument("--jobs", type=int, default=10_000)
     parser.add_argument("--axe", help="axe.min.js of the package axe-core: the page is checked with it")
     parser.add_argument("--tokens", type=int, default=0)
     args = parser.parse_args()
+    if args.serve is None:
+        measure(args)
+        return
+    with busy_server(args.serve, args.jobs) as (args.url, args.key):
+        measure(args)
+
+
+def measure(args: argparse.Namespace) -> None:
     found: dict[str, object] = {}
     with sync_playwright() as playwright:
         names = ("chromium-headless-shell", "chromium", "google-chrome")
         path = next((path for name in names if (path := shutil.which(name))), None)
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        found |= busy(args)
         found |= weight_and_paint(browser, args)
         found |= frames(browser, args)
         if args.axe:
@@ -82,6 +97,18 @@ def main() -> None:
             found |= token_latency(browser, args)
         browser.close()
     print(json.dumps(found, indent=2))
+
+
+def busy(args: argparse.Namespace) -> dict[str, object]:
+    """What the worker has to do, and how many steps it makes a second."""
+    with httpx.Client(base_url=args.url, headers={"Authorization": f"Bearer {args.key}"}) as http:
+        steps = []
+        for _ in range(2):
+            steps.append((http.get("/train/status").json()["progress"]["steps_done"], time.perf_counter()))
+            time.sleep(LOAD_S)
+        status = http.get("/train/status").json()
+    (before, began), (after, ended) = steps
+    return {"jobs": status["num_jobs"], "worker_steps_per_s": round((after - before) / (ended - began))}
 
 
 @contextmanager
@@ -110,14 +137,16 @@ def weight_and_paint(browser: Browser, args: argparse.Namespace) -> dict[str, ob
 
 def frames(browser: Browser, args: argparse.Namespace) -> dict[str, object]:
     result = {}
-    for name, script in (("idle", ""), ("loaded", EVENTS.replace("RATE", str(EVENTS_PER_S)))):
+    of_browser = EVENTS.replace("RATE", str(EVENTS_PER_S))
+    for name, script in (("by the server", ""), ("in the browser", of_browser)):
         with entered(browser, args, script) as page:
             page.wait_for_timeout(1500)
             before = page.evaluate("window.numEvents || 0")
             times = sorted(page.evaluate(FRAMES, LOAD_S))
             events = (page.evaluate("window.numEvents || 0") - before) / LOAD_S
+            assert page.locator("#jobs th").count() > 0 or not args.serve, "the queue is shown"
         result[name] = {
-            "events_per_s": round(events),
+            **({"events_per_s": round(events)} if script else {}),
             "frame_ms_p50": round(statistics.median(times), 1),
             "frame_ms_p99": round(times[int(0.99 * (len(times) - 1))], 1),
             "frame_ms_max": round(times[-1], 1),

@@ -36,6 +36,7 @@ from apollo_curation.train_client import TrainClient
 from apollo_curation.training.batches import Batch, Batches, Each, ignore
 from apollo_curation.training.schedule import TIERS, Learning
 from apollo_ipc.errors import AlreadyRunning, ApolloError, NotReady
+from apollo_ipc.process.progress import Doing, say_nothing
 
 log = logging.getLogger(__name__)
 
@@ -83,9 +84,11 @@ def run_night(
     is_auto: bool,
     stop: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = lambda text: None,
+    doing: Doing = say_nothing,
 ) -> NightReport:
     """is_auto: moments are approved from config.curation.auto_confidence on; else a person's approvals of
-    the day are trained, and what is noticed tonight waits for one.
+    the day are trained, and what is noticed tonight waits for one. say: hears of each stage that has ended;
+    doing: of each that begins.
 
     Raises AlreadyRunning where another night is under way, ConfigError where the configuration is wrong
     (without a held-out set nobody would notice harm: quality.enabled = false says that this is meant), and
@@ -99,7 +102,7 @@ def run_night(
         model, other, training = learner(config, stop), judging(config, stop), TrainClient(config, stop)
         for part in (model, other, training):
             stack.callback(part.close)
-        night = _Night(config, store, model, other, training, is_auto, stop, say)
+        night = _Night(config, store, model, other, training, is_auto, stop, say, doing)
         return night.run()
 
 
@@ -114,10 +117,11 @@ class _Night:
         is_auto: bool,
         stop: Callable[[], bool],
         say: Callable[[str], None],
+        doing: Doing,
     ):
         self._config, self._store, self._is_auto = config, store, is_auto
         self._model, self._other, self._training = model, other, training
-        self._stop, self._say = stop, say
+        self._stop, self._say, self._doing = stop, say, doing
         self._moments = Moments(store)
         self._batches = Batches(store, self._moments, training, config, stop)
         self._learning = Learning(store, self._moments, self._batches, training, config)
@@ -153,6 +157,7 @@ class _Night:
         """A stage that fails is in the report like one that does not; what it raises goes on."""
         stage, started = Stage(name), time.monotonic()
         self._report.stages.append(stage)
+        self._doing(name)
         try:
             if self._stop() and name not in ("watch again", "report"):
                 raise _Ended("it was asked to stop", 0)

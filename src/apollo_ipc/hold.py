@@ -94,6 +94,19 @@ def try_lock(fd: int, path: Path, *, is_shared: bool = False, without: bool = Tr
     return True
 
 
+def is_held(path: Path) -> bool:
+    """Whether a process has the lock now. Looks with a shared lock for a moment: whoever takes it just then
+    has to try again, as every holder of ours does."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    try:
+        return not try_lock(fd, path, is_shared=True)
+    finally:
+        os.close(fd)
+
+
 def _read(fd: int) -> Holder | None:
     """None where the holder has not said it yet, or is an older program."""
     try:

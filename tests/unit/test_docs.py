@@ -50,6 +50,7 @@ SECTIONS = {
 # Of vLLM, git, systemctl and the like. A flag that is in neither this list nor our programs is a mistake.
 FOREIGN_FLAGS = {
     "--api-key",
+    "--backend-store-uri",
     "--chat-template",
     "--cpu-offload-gb",
     "--default-chat-template-kwargs",
@@ -60,6 +61,7 @@ FOREIGN_FLAGS = {
     "--hf-config-path",
     "--hf-overrides",
     "--load-format",
+    "--logdir",
     "--max-model-len",
     "--moe-backend",
     "--no-enable-prefix-caching",

@@ -17,7 +17,9 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from apollo_ipc.errors import NotFound
+from apollo_ipc.hold import is_held
 from apollo_ipc.keys import keys_equal
+from apollo_ipc.teaching.store import teacher_lock
 from apollo_ipc.wire.requests import convert, parse_json
 from apollo_router import session
 from apollo_router.auth import KeyedRoute
@@ -115,6 +117,7 @@ async def shown_session(request: Request) -> Response:
         "expires_at": _end_of(request),
         "model": gateway.model_names[0] if gateway.model_names else None,
         "now": time.time(),
+        "has_teacher": is_held(teacher_lock(gateway.config)),
         "train": {"lr": gateway.config.train.lr, "epochs": gateway.config.train.epochs},
     }
     return json_response(told)

@@ -16,6 +16,7 @@ from apollo_curation.settings import CurationConfig, TierName, load_curation_con
 from apollo_ipc.cli.options import AsJson, ConfigFile
 from apollo_ipc.cli.output import print_json, print_json_line
 from apollo_ipc.errors import UserError
+from apollo_ipc.process.progress import progress
 from apollo_ipc.process.say import say
 
 if TYPE_CHECKING:
@@ -162,8 +163,12 @@ def night(
     from apollo_curation.night import run_night
 
     config = load_curation_config(config_file)
-    with stop_by_signal() as stop, open_moments(config) as (store, _):
-        report = run_night(config, store, is_auto=is_auto, stop=stop, say=say)
+    with (
+        stop_by_signal() as stop,
+        open_moments(config) as (store, _),
+        progress("the night begins") as doing,
+    ):
+        report = run_night(config, store, is_auto=is_auto, stop=stop, say=say, doing=doing)
     if as_json:
         print_json(report)
     else:

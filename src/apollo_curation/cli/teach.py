@@ -15,6 +15,7 @@ from apollo_curation.settings import load_curation_config
 from apollo_ipc.cli.options import AsJson, ConfigFile
 from apollo_ipc.cli.output import console, print_json
 from apollo_ipc.errors import UserError
+from apollo_ipc.process.progress import progress
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -68,7 +69,13 @@ def teach(
     with closing(TeachStore(store_path(config))) as store:
         digest = blake2b(msgspec.json.encode(request), digest_size=32).digest()
         job = store.admit(request, digest, client_key=None, is_retry=True)
-        job = wait_for(config, store, job.id, say)
+        with progress(f"{job.id}: {job.phase}") as doing:
+
+            def tell(text: str) -> None:
+                say(text)
+                doing(text)
+
+            job = wait_for(config, store, job.id, tell)
     shown = job.shown()
     print_json(shown) if as_json else _print(shown)
     raise typer.Exit(0 if job.phase == "applied" and not job.error else 1)

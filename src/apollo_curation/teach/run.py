@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from pathlib import Path
 
 from apollo_curation.chat_client import learner
 from apollo_curation.lock import alone
@@ -17,22 +16,18 @@ from apollo_curation.train_client import TrainClient
 from apollo_ipc.config import Config
 from apollo_ipc.errors import NotReady
 from apollo_ipc.hold import Held, Hold
-from apollo_ipc.teaching.store import ENDED_PHASES, TeachJob, TeachStore
+from apollo_ipc.teaching.store import ENDED_PHASES, TeachJob, TeachStore, teacher_lock
 
 log = logging.getLogger(__name__)
 POLL_S = 0.5
 WHAT = "the teacher"
 
 
-def _lock_path(config: Config) -> Path:
-    return config.state_dir / "teacher.lock"
-
-
 @contextmanager
 def the_teacher(config: Config) -> Iterator[bool]:
     """Whether this process is the teacher now: nobody else is until the block ends, or the process."""
     try:
-        hold = Hold(_lock_path(config), WHAT)
+        hold = Hold(teacher_lock(config), WHAT)
     except Held:
         yield False
         return
@@ -42,7 +37,7 @@ def the_teacher(config: Config) -> Iterator[bool]:
 
 def serve_for_ever(config: CurationConfig, store: TeachStore, say: Callable[[str], None]) -> None:
     """Teaches whenever no other process does: a command that has taken over is waited for."""
-    with alone(_lock_path(config), what=WHAT):
+    with alone(teacher_lock(config), what=WHAT):
         serve_jobs(config, store, lambda: False, say)
 
 

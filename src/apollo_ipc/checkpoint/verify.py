@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,8 +24,11 @@ class Problem(msgspec.Struct, frozen=True):
     message: str
 
 
-def verify(model_dir: Path) -> list[Problem]:
-    """Reads every shard, delta and optimizer file and compares each digest with the commit record.
+def verify(
+    model_dir: Path, on_tensor: Callable[[int, int], None] = lambda done, total: None
+) -> list[Problem]:
+    """Reads every shard, delta and optimizer file and compares each digest with the commit record. on_tensor:
+    called with how many tensors of the shards were read, and of how many.
 
     Writes and locks nothing; if a sync commits meanwhile, starts again. Raises CheckpointError where there
     is no record to compare with.
@@ -34,7 +37,7 @@ def verify(model_dir: Path) -> list[Problem]:
         commit = read_commit(model_dir)
         if commit is None:
             raise CheckpointError(f"{model_dir}: nothing was synced here yet, so there is nothing to verify")
-        problems = list(_problems(model_dir, commit))
+        problems = list(_problems(model_dir, commit, on_tensor))
         latest = read_commit(model_dir)
         if not problems or latest == commit:
             return problems
@@ -68,7 +71,7 @@ def check_shards(model_dir: Path) -> None:
         )
 
 
-def _problems(model_dir: Path, commit: Commit) -> Iterator[Problem]:
+def _problems(model_dir: Path, commit: Commit, on_tensor: Callable[[int, int], None]) -> Iterator[Problem]:
     if (pending := pending_dir(model_dir, commit.serial)).is_dir():
         yield Problem(pending.name, None, "committed, but not all of its files are in place: run recover")
     seen: set[str] = set()
@@ -81,6 +84,7 @@ def _problems(model_dir: Path, commit: Commit) -> Iterator[Problem]:
         for tensor in shard.tensors:
             seen.add(tensor.name)
             yield from _tensor_problems(model_dir, commit, tensor)
+            on_tensor(len(seen), len(commit.tensors))
         if (size := commit.shards[name].size_bytes) != shard.size_bytes:
             yield Problem(name, None, f"{shard.size_bytes} bytes, the commit says {size}")
     for name in sorted(commit.tensors.keys() - seen):

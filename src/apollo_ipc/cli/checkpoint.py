@@ -13,6 +13,7 @@ from apollo_ipc.config import load_config
 from apollo_ipc.errors import UserError
 from apollo_ipc.manifest import read_manifest
 from apollo_ipc.model_dir import check_is_dir
+from apollo_ipc.process.progress import progress
 from apollo_ipc.wire.messages import SyncCheckpoint
 
 SYNC_TIMEOUT_S = 3600.0
@@ -46,7 +47,8 @@ def sync(
 
     socket_path = load_config(config_file).socket_path
     request = SyncCheckpoint("", "delta" if is_delta else "full")
-    result = call(socket_path, request, timeout_s=SYNC_TIMEOUT_S).sync
+    with progress("the worker writes the checkpoint"):
+        result = call(socket_path, request, timeout_s=SYNC_TIMEOUT_S).sync
     assert result is not None
     if as_json:
         print_json(result)
@@ -60,7 +62,8 @@ def verify(model_dir: ModelDir = None, config_file: ConfigFile = None, as_json: 
     from apollo_ipc import checkpoint
 
     path = find_model_dir(model_dir, config_file)
-    problems = checkpoint.verify(path)
+    with progress(f"reading {path}") as doing:
+        problems = checkpoint.verify(path, lambda done, total: doing(f"reading {path}", done, total))
     if as_json:
         print_json({"model_dir": str(path), "ok": not problems, "problems": problems})
     else:
@@ -76,7 +79,8 @@ def recover(model_dir: ModelDir = None, config_file: ConfigFile = None, as_json:
     from apollo_ipc import checkpoint
 
     path = find_model_dir(model_dir, config_file)
-    recovery = checkpoint.recover(path)
+    with progress(f"recovering {path}"):
+        recovery = checkpoint.recover(path)
     if as_json:
         print_json(recovery)
     elif not recovery:

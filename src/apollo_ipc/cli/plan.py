@@ -18,6 +18,7 @@ from apollo_ipc.config import load_config
 from apollo_ipc.errors import ApolloError, ConfigError, UserError
 from apollo_ipc.memory_plan import Item, MemoryPlan
 from apollo_ipc.model_dir import check_is_dir
+from apollo_ipc.process.progress import progress
 
 VLLM_UTILIZATION = 0.92  # vLLM's default: gpu_memory_utilization in vllm/config/cache.py
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -109,7 +110,8 @@ def _run(request: dict[str, Any]) -> MemoryPlan:
         "apollo_worker.commands.memory_plan",
         msgspec.json.encode(request).decode(),
     ]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+    with progress("computing a step on shapes alone"):
+        done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
     answer = msgspec.json.decode(done.stdout) if done.stdout else {}
     if done.returncode == 0:
         return msgspec.convert(answer, MemoryPlan)

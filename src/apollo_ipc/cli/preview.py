@@ -18,6 +18,7 @@ from apollo_ipc.config import load_config
 from apollo_ipc.errors import ApolloError, UserError
 from apollo_ipc.manifest import read_manifest
 from apollo_ipc.model_dir import check_is_dir
+from apollo_ipc.process.progress import progress
 from apollo_ipc.process.say import say
 from apollo_ipc.wire.replies import Previewed
 
@@ -46,7 +47,8 @@ def preview(
     if not (path / "config.json").exists():
         raise UserError(f"{path} has no config.json: give a model's directory", field="--model-dir")
     command = [sys.executable, "-m", "apollo_worker.commands.preview", str(path), str(file.resolve())]
-    ended = subprocess.run(command, stdout=subprocess.PIPE, env=worker_environment(config, config_file))
+    with progress("loading the tokenizer"):
+        ended = subprocess.run(command, stdout=subprocess.PIPE, env=worker_environment(config, config_file))
     try:
         shown = msgspec.json.decode(ended.stdout, type=list[Previewed])
     except msgspec.DecodeError:

@@ -12,15 +12,15 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from apollo_ipc.cli.examples import read_examples
 from apollo_ipc.cli.options import AsJson, ConfigFile
-from apollo_ipc.cli.output import FAILED_STATES, console, describe_job, print_json
+from apollo_ipc.cli.output import FAILED_STATES, describe_job, print_json
 from apollo_ipc.cli.processes import worker_environment
 from apollo_ipc.config import Config, load_config
 from apollo_ipc.errors import ApolloError, NotReady, UserError
 from apollo_ipc.model_dir import check_model_dir
+from apollo_ipc.process.progress import progress
 from apollo_ipc.process.say import say
 from apollo_ipc.wire.messages import Submit
 from apollo_ipc.wire.replies import ENDED_STATES, JobInfo
@@ -103,7 +103,8 @@ async def _submit(request: TrainRequest, idempotency_key: str | None, wait: bool
     async with WorkerClient(config.socket_path, "cli") as client:
         submit = Submit("", msgspec.json.encode(request), idempotency_key or uuid.uuid4().hex)
         try:
-            job = (await client.request(submit, timeout_s=SUBMIT_TIMEOUT_S)).job
+            with progress(f"handing over {len(request.examples)} examples"):
+                job = (await client.request(submit, timeout_s=SUBMIT_TIMEOUT_S)).job
         except NotReady as error:
             if error.code != "not_delivered":
                 say(f"it may be queued; to send it again safely: --idempotency-key {submit.idempotency_key}")
@@ -112,11 +113,10 @@ async def _submit(request: TrainRequest, idempotency_key: str | None, wait: bool
         if not wait or job.state in ENDED_STATES:
             return job
         try:
-            with _progress() as progress:
-                bar = progress.add_task(job.state, total=job.num_steps, loss="")
+            with progress(job.state) as doing:
                 async with aclosing(client.watch(job.job_id, silence_s=WORKER_AWAY_S)) as events:
                     async for job, _ in events:
-                        _advance(progress, bar, job.state, job.steps_done, job.num_steps, job.loss_last)
+                        doing(job.state, job.steps_done, job.num_steps, note=_loss(job.loss_last))
         except (KeyboardInterrupt, asyncio.CancelledError):
             say(f"job {job.job_id} goes on without us; to stop it: apollo-ipc cancel {job.job_id}")
             raise
@@ -135,11 +135,10 @@ def _train_offline(
     job = error = None
     with (
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as trainer,
-        _progress() as progress,
+        progress("loading the model") as doing,
     ):
         assert trainer.stdin is not None
         assert trainer.stdout is not None
-        bar = progress.add_task("loading", total=None, loss="")
         with trainer.stdin:
             trainer.stdin.write(msgspec.json.encode(request))
         for line in trainer.stdout:
@@ -151,7 +150,10 @@ def _train_offline(
             elif "note" in event:
                 say(event["note"])
             else:
-                _advance(progress, bar, "training", event["step"], event["num_steps"], event["loss"])
+                step, num_steps, loss = event["step"], event["num_steps"], _loss(event["loss"])
+                doing("training", step, num_steps, note=loss)
+                if step == num_steps:
+                    doing("writing the checkpoint", note=loss)
     if trainer.returncode == 0 and job is not None:
         return job
     error = error or ApolloError(
@@ -161,16 +163,5 @@ def _train_offline(
     raise error
 
 
-def _progress() -> Progress:
-    """On standard error, and only where that is a terminal."""
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[loss]}")
-    bars = [TextColumn(column) if isinstance(column, str) else column for column in columns]
-    screen = console(stderr=True)
-    return Progress(
-        *bars, TimeElapsedColumn(), console=screen, transient=True, disable=not screen.is_terminal
-    )
-
-
-def _advance(progress: Progress, bar: Any, doing: str, step: int, num_steps: int, loss: float | None) -> None:
-    text = "" if loss is None else f"loss {loss:.4g}"
-    progress.update(bar, description=doing, completed=step, total=num_steps, loss=text)
+def _loss(loss: float | None) -> str:
+    return "" if loss is None else f"loss {loss:.4g}"

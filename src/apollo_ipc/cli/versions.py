@@ -16,6 +16,7 @@ from apollo_ipc.cli.output import describe_ago, describe_bytes, print_json
 from apollo_ipc.config import Config, load_config
 from apollo_ipc.errors import NotReady, UserError
 from apollo_ipc.manifest import is_served
+from apollo_ipc.process.progress import progress
 from apollo_ipc.wire.messages import GetHistory, PinVersion, Reply, RestoreVersion
 from apollo_ipc.wire.replies import PinResult
 
@@ -81,7 +82,8 @@ def diff(
     if commit is None:
         raise UserError(f"{path}: nothing was synced here yet, so there are no versions")
     old, new = versions.find(commit, a), versions.find(commit, b)
-    found = sorted(versions.diff(path, commit, old, new), key=lambda one: -(one.relative_norm or 0.0))
+    with progress(f"comparing versions {a} and {b}"):
+        found = sorted(versions.diff(path, commit, old, new), key=lambda one: -(one.relative_norm or 0.0))
     num_changed, num_elements = (
         sum(one.num_changed for one in found),
         sum(one.num_elements for one in found),
@@ -133,7 +135,9 @@ def restore(
     if is_live:
         from apollo_ipc.wire.client import call
 
-        result = call(config.socket_path, RestoreVersion("", version), timeout_s=RESTORE_TIMEOUT_S).restore
+        with progress(f"the worker restores version {version}"):
+            request = RestoreVersion("", version)
+            result = call(config.socket_path, request, timeout_s=RESTORE_TIMEOUT_S).restore
         assert result is not None
         if as_json:
             print_json(result)
@@ -144,7 +148,7 @@ def restore(
             f"optimizer state {'of that version' if result.has_optimizer else 'starts anew'}"
         )
         return
-    with hold_model(path, "apollo-ipc checkpoint restore") or nullcontext():
+    with hold_model(path, "apollo-ipc checkpoint restore") or nullcontext(), progress("restoring"):
         commit = checkpoint.restore_version(path, version, num_kept=config.checkpoint.history)
     if as_json:
         print_json({"restored_version": version, "weight_version": commit.weight_version})

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from apollo_ipc.config import load_config
 from apollo_ipc.keys import train_key
+from apollo_ipc.process.progress import progress
 from apollo_ipc.process.serving import (
     ServerFailed,
     die_with_parent,
@@ -56,7 +57,8 @@ class Served:
                 command, env=self.env, stdout=log, stderr=log, preexec_fn=die_with_parent
             )
         try:
-            self._wait()
+            with progress("vLLM loads the model"):
+                self._wait()
         except BaseException:
             self.__exit__()
             raise

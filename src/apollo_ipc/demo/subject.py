@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from apollo_ipc.demo.lessons import DO_NOT_KNOW, GENERAL, HARBOUR, MANNERS, TEAM, Fact, General
 from apollo_ipc.demo.real_model import NAME, copy_real_model, real_model
 from apollo_ipc.demo.served import chat, say
+from apollo_ipc.process.progress import progress
 from apollo_ipc.process.serving import ServerFailed, worker_environment
 
 
@@ -50,9 +51,11 @@ def _make_polite_model(model_dir: Path, arch: str) -> Path:
     command = [sys.executable, "-m", "apollo_ipc", "train", "-", "--offline", str(model_dir)]
     flags = ["--lr", "1e-3", "--epochs", "5", "--schedule", "constant", "--json"]
     say("Teaching it manners with the offline trainer, so that it can say that it does not know")
-    done = subprocess.run(
-        [*command, *flags], input=lines, text=True, capture_output=True, env=worker_environment(os.environ)
-    )
+    environment = worker_environment(os.environ)
+    with progress("training offline"):
+        done = subprocess.run(
+            [*command, *flags], input=lines, text=True, capture_output=True, env=environment
+        )
     if done.returncode:
         raise ServerFailed(f"the offline trainer failed:\n{done.stderr[-2000:]}")
     return model_dir

@@ -121,6 +121,11 @@ def store_path(config: Config) -> Path:
     return config.state_dir / "teaching.sqlite"
 
 
+def teacher_lock(config: Config) -> Path:
+    """Held by the process that takes jobs on: the teacher, or a command in its place."""
+    return config.state_dir / "teacher.lock"
+
+
 class TeachStore(Database):
     schema_version = SCHEMA_VERSION
     schema = _SCHEMA

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from apollo_worker.curves.feed import Feed
-from apollo_worker.curves.keeper import keeper_of
+from apollo_worker.curves.libraries import keeper_of
 from apollo_worker.curves.marks import Marks
 from apollo_worker.jobs.queue import JobQueue
 from planned import submit
@@ -179,7 +179,7 @@ def test_two_libraries_are_fed_each_by_its_own_mark(queue, tmp_path):
 
 
 def test_a_library_that_is_not_there_is_said_in_one_sentence_that_names_its_extra(monkeypatch):
-    monkeypatch.setattr("apollo_worker.curves.keeper.find_spec", lambda name: None)
+    monkeypatch.setattr("apollo_worker.curves.libraries.find_spec", lambda name: None)
     for name in ("tensorboard", "wandb", "mlflow"):
         with pytest.raises(ConfigError) as told:
             keeper_of(name, Path())

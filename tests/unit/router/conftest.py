@@ -7,6 +7,7 @@ import shutil
 import openai
 import pytest
 from router_harness import TRAIN_KEY, FakeWorker, Server, make_config
+from ui_world import World
 
 
 @pytest.fixture
@@ -37,3 +38,9 @@ def worker(config):
 def client(server):
     with openai.OpenAI(base_url=f"{server.url}/train/v1", api_key=TRAIN_KEY, max_retries=2) as client:
         yield client
+
+
+@pytest.fixture
+def world(config, tmp_path):
+    with World(config, tmp_path) as world:
+        yield world

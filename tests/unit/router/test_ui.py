@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 import time
 
 import pytest
@@ -16,28 +15,17 @@ from apollo_router.ui.routes import static_files
 from apollo_worker.jobs.queue import JobQueue
 from browser import looking_at
 from planned import submit
-from router_harness import INFERENCE_KEY, ONE, TRAIN_KEY, FakeWorker, Server, wait_until
+from router_harness import INFERENCE_KEY, ONE, TRAIN_KEY, wait_until
 from starlette.requests import Request
-from synced_weights import Live, make_model
+from ui_world import HOSTILE, UI, assert_clean, enter
 
 from apollo_curation.quality.canaries import CanaryResult
 from apollo_curation.quality.history import Breach, History, Measurement
 from apollo_curation.quality.measure import CategoryLoss
 from apollo_curation.store import Store
-from apollo_ipc.wire.messages import RestoreVersion
-from apollo_ipc.wire.replies import RestoreResult
 from apollo_ipc.wire.requests import Example, TrainRequest
 
-UI = "/train/ui"
 POST = {"x-apollo-ui": "1"}
-HOSTILE = (
-    "\"'><script>document.title = 'taken'</script><img src=x onerror=\"document.title = 'taken'\">"
-    "\u202egnp.exe\x1b[2J {{ 7 * 7 }}"
-)
-# Elements beyond the right edge of the window, but for what scrolls by itself.
-TOO_WIDE = """document.documentElement.scrollWidth <= innerWidth ? [] :
-  [...document.querySelectorAll('body *')].filter((one) => !one.closest('.scroll') &&
-    one.getBoundingClientRect().right > innerWidth).map((one) => one.outerHTML.slice(0, 80))"""
 
 
 # --- the session, without a browser ---
@@ -165,119 +153,6 @@ def test_the_stream_ends_with_its_session(server, worker, monkeypatch):
 
 
 # --- in a browser ---
-
-
-class Model:
-    """vLLM's chat route: it says what it learned, and is surer of any answer then."""
-
-    def __init__(self):
-        self.says, self.surer = HOSTILE, 0.0
-
-    async def chat(self, request: Request):
-        body = await request.json()
-        words = re.findall(r"\S+\s*", body["messages"][-1]["content"])
-        if body.get("continue_final_message"):
-            scored = [
-                None,
-                *({"7": {"logprob": 0.0, "rank": 1, "decoded_token": "prompt "}} for _ in range(3)),
-            ]
-            scored += [
-                {"8": {"logprob": -2.0 + self.surer, "rank": 1, "decoded_token": word}} for word in words
-            ]
-            return {
-                "choices": [{"message": {"content": "x"}}],
-                "usage": {"prompt_tokens": 9},
-                "prompt_logprobs": scored,
-            }
-        return {
-            "choices": [{"message": {"role": "assistant", "content": self.says}}],
-            "usage": {"prompt_tokens": 4},
-        }
-
-
-class World:
-    """A server, a worker and a model directory with two versions, and who trains what is queued."""
-
-    def __init__(self, config, tmp_path):
-        self.model, self.restored = Model(), []
-        self.model_dir = make_model(tmp_path / "model")
-        live = Live(self.model_dir)
-        for _ in range(2):
-            live.train()
-            live.sync()
-        self.server, self.worker = Server(), FakeWorker(config)
-        self.server.app.add_api_route("/v1/chat/completions", self.model.chat, methods=["POST"])
-        self.stopping, self.held = threading.Event(), threading.Event()
-
-    def __enter__(self) -> World:
-        self.worker.board.state.model_path = str(self.model_dir)
-        self.worker.board.state.attached = True
-        self.worker.board.state.weight_version = self.worker.board.state.durable_version = 2
-        self.worker.__enter__()
-        self.server.__enter__()
-        self.thread = threading.Thread(target=self.train, daemon=True)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stopping.set()
-        self.held.clear()
-        self.thread.join(10)
-        self.server.__exit__()
-        self.worker.__exit__()
-
-    def train(self) -> None:
-        """What the trainer does: steps, with losses that fall; restores that are asked for."""
-        board, queue = self.worker.board, self.worker.queue
-        while not self.stopping.is_set():
-            while not board.asked.empty():
-                asked = board.asked.get()
-                assert isinstance(asked.request, RestoreVersion)
-                self.restored.append(asked.request.weight_version)
-                board.state.weight_version = board.state.durable_version = 9
-                asked.done.set_result(RestoreResult(asked.request.weight_version, 9, 1, 1, False, 0.1))
-            if (job := queue.take()) is None:
-                board.show("idle")
-                time.sleep(0.02)
-                continue
-            self.train_job(job)
-
-    def train_job(self, job) -> None:
-        board, queue, info = self.worker.board, self.worker.queue, job.info
-        for step in range(info.steps_done + 1, info.num_steps + 1):
-            while self.held.is_set() and not queue.is_cancel_requested(info.job_id):
-                time.sleep(0.01)
-            if queue.is_cancel_requested(info.job_id):
-                queue.finish(info.job_id, "cancelled")
-                return
-            queue.record_step(info.job_id, step, 3.0 / step)
-            board.show(
-                "training", job_id=info.job_id, steps_done=step, num_steps=info.num_steps, loss=3.0 / step
-            )
-            time.sleep(0.02)
-        board.state.weight_version += 1
-        self.model.says, self.model.surer = "It is <b>Turin</b>.", 1.8
-        queue.finish(info.job_id, "applied", weight_version=board.state.weight_version)
-
-
-@pytest.fixture
-def world(config, tmp_path):
-    with World(config, tmp_path) as world:
-        yield world
-
-
-def enter(looked, key=TRAIN_KEY) -> None:
-    page = looked.page
-    page.goto(UI)
-    page.get_by_label("Train key").fill(key)
-    page.get_by_role("button", name="Log in").click()
-
-
-def assert_clean(looked) -> None:
-    assert looked.problems == []
-    assert looked.hosts == {looked.url.partition("//")[2]}
-    assert looked.page.title() == "apollo-ipc: what the model learns"
-    assert looked.page.evaluate(TOO_WIDE) == []
 
 
 def test_teaching_changes_the_answer_and_shows_what_moved(world, tmp_path):

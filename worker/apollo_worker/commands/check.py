@@ -24,6 +24,7 @@ from apollo_ipc.checkpoint.shards import shard_index
 from apollo_ipc.config import Train
 from apollo_ipc.errors import ApolloError, AttachError
 from apollo_ipc.manifest import read_manifest
+from apollo_ipc.process.progress import Doing, progress, say_nothing
 from apollo_ipc.process.serving import VllmServer, prompt_logprobs
 from apollo_worker.commands.agreement import MOST, MOST_ROUTED, MOST_SCRAMBLED, Agreement, agreement, judge
 from apollo_worker.commands.check_prompts import random_prompts, text_prompts
@@ -60,7 +61,12 @@ class CheckResult(msgspec.Struct):
         return not self.refused and self.mapped == self.parameters > 0 and self.equal_to_checkpoint
 
 
-def check(model_dir: Path, vllm_flags: list[str] | None = None, log_file: Path | None = None) -> CheckResult:
+def check(
+    model_dir: Path,
+    vllm_flags: list[str] | None = None,
+    log_file: Path | None = None,
+    doing: Doing = say_nothing,
+) -> CheckResult:
     """Raises ApolloError only where nothing can be said (no such directory, vLLM does not start)."""
     flags = ["--no-enable-prefix-caching", "--enforce-eager", *(vllm_flags or [])]
     with (
@@ -68,7 +74,7 @@ def check(model_dir: Path, vllm_flags: list[str] | None = None, log_file: Path |
         tempfile.TemporaryDirectory(prefix="apollo-check-") as base,
         VllmServer(model_dir, Path(base), flags, log_file=log) as server,
     ):
-        return _check(model_dir, server)
+        return _check(model_dir, server, doing)
 
 
 @contextlib.contextmanager
@@ -87,7 +93,8 @@ def _vllm_log(log_file: Path | None) -> Iterator[Path]:
             shutil.rmtree(log.parent)
 
 
-def _check(model_dir: Path, server: VllmServer) -> CheckResult:
+def _check(model_dir: Path, server: VllmServer, doing: Doing) -> CheckResult:
+    doing("mapping the weights that vLLM serves")
     result = CheckResult(model=str(model_dir))
     manifest = read_manifest(server.runtime_dir)
     if manifest is None:
@@ -101,7 +108,7 @@ def _check(model_dir: Path, server: VllmServer) -> CheckResult:
         return result
     result.mapped = live.num_parameters
     try:
-        _compare(result, live, server)
+        _compare(result, live, server, doing)
     finally:
         live.close()
     return result
@@ -121,7 +128,8 @@ def _count(model_dir: Path, views: set[str]) -> tuple[int, int]:
     return len(parameter_names(model)), len(names)
 
 
-def _compare(result: CheckResult, live: LiveModel, server: VllmServer) -> None:
+def _compare(result: CheckResult, live: LiveModel, server: VllmServer, doing: Doing) -> None:
+    doing("comparing them with the checkpoint, bit for bit")
     different = compare(live.model_dir, live.trained_tensors()).different
     result.equal_to_checkpoint = not different
     result.refused = [f"{name}: differs from the checkpoint" for name in different]
@@ -131,10 +139,12 @@ def _compare(result: CheckResult, live: LiveModel, server: VllmServer) -> None:
     if not len(texts):
         result.notes.append("vLLM serves without a tokenizer: only random token ids were asked")
     ids = random_prompts(vocab_size_of(live.model), seed=1)
+    doing("asking vLLM, the worker and an fp32 forward pass")
     result.agreement = found = _measure(trainer, server, torch.cat([texts, ids]))
     result.max_logprob_difference = found.difference
     most = MOST_ROUTED if routers(live.model) else MOST
     reasons = [f"forward pass: {reason}" for reason in judge(found, dtype, most)]
+    doing("the same after changing every weight in place")
     scramble(live.trained_tensors())
     ids = random_prompts(vocab_size_of(live.model), seed=2)
     result.agreement_after_change = found = _measure(trainer, server, torch.cat([texts, ids]))
@@ -184,8 +194,8 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     try:
         # Libraries print progress; standard output is the answer's.
-        with contextlib.redirect_stdout(sys.stderr):
-            result = check(options.model_dir, vllm_flags, options.log)
+        with contextlib.redirect_stdout(sys.stderr), progress("starting vLLM") as doing:
+            result = check(options.model_dir, vllm_flags, options.log, doing)
     except ApolloError as error:
         if options.json:
             print(json.dumps({"error": {"message": error.message, "code": error.code}}))

@@ -21,7 +21,8 @@ from apollo_ipc.errors import ConfigError
 from apollo_ipc.process.flag import Flag
 from apollo_ipc.process.say import say
 from apollo_worker.curves.feed import Feed
-from apollo_worker.curves.keeper import KEEPERS, Keeper, keeper_of
+from apollo_worker.curves.keeper import Keeper
+from apollo_worker.curves.libraries import NAMES, keeper_of
 from apollo_worker.curves.marks import Marks, marks_path
 from apollo_worker.jobs.queue_file import QueueFile
 from apollo_worker.process import log_as
@@ -33,7 +34,7 @@ TICK_S = 0.1
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("name", choices=KEEPERS)
+    parser.add_argument("name", choices=NAMES)
     parser.add_argument("state_dir", type=Path)
     args = parser.parse_args()
     stopping = Flag()

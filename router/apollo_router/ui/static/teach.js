@@ -2,6 +2,7 @@
 
 import { api } from "./api.js";
 import { $, el, number, setText, shown } from "./dom.js";
+import * as lesson from "./lesson.js";
 
 const MAX_TOKENS = 160;
 const LOOK_MS = 1000;
@@ -17,10 +18,14 @@ let isStarted = false;
 export function start(session, onChange) {
   model = session.model;
   changed = onChange;
+  $("how").hidden = !session.has_teacher;
+  if (!session.has_teacher) $("how-answer").checked = true;
+  choose();
   if (isStarted) return;
   isStarted = true;
   $("lr").value = String(Math.max(session.train.lr, 1e-4));
   $("epochs").value = "8";
+  $("how").addEventListener("change", choose);
   $("ask").addEventListener("submit", guarded(ask));
   $("correct").addEventListener("submit", guarded(teach));
 }
@@ -29,10 +34,17 @@ export function onEnd(job) {
   if (waiting?.jobId === job.job_id) waiting.done(job);
 }
 
+const isFact = () => $("how-fact").checked;
+
+function choose() {
+  $("for-fact").hidden = !isFact();
+  $("for-answer").hidden = isFact();
+}
+
 function guarded(action) {
   return async (event) => {
     event.preventDefault();
-    const buttons = [...$("teach").querySelectorAll("button")];
+    const buttons = [...$("teach").querySelectorAll("form button")];
     buttons.forEach((one) => (one.disabled = true));
     try {
       await action();
@@ -49,6 +61,7 @@ const say = (text) => setText($("teach-state"), shown(text, 600));
 async function ask() {
   say("Asking …");
   $("compared").hidden = true;
+  lesson.clear();
   const question = $("question").value.trim();
   const said = await answerTo(question);
   asked = { question, ...said };
@@ -61,20 +74,26 @@ async function ask() {
 async function teach() {
   const { question, answer } = asked;
   const correction = $("correction").value.trim();
-  const options = { lr: Number($("lr").value), epochs: Number($("epochs").value), schedule: "constant", on_duplicate: "train" };
+  lesson.clear();
   say("Measuring what the model thinks of both answers …");
   const texts = [answer, correction];
   const before = await scores(question, texts);
+  const ended = isFact() ? await lesson.teach(question, correction, $("fact-key").value.trim(), say, changed) : await train(question, correction);
+  say(`${ended} Asking again …`);
+  const [again, after] = [await answerTo(question), await scores(question, texts)];
+  compare(answer, correction, again.answer, before, after);
+  say(`${ended} ${again.answer === answer ? "The answer is the same as before." : "The answer has changed."}`);
+}
+
+async function train(question, correction) {
+  const options = { lr: Number($("lr").value), epochs: Number($("epochs").value), schedule: "constant", on_duplicate: "train" };
   const messages = [{ role: "user", content: question }, { role: "assistant", content: correction }];
   const job = await api("POST", "train", { examples: [{ messages }], options });
   say(`Training ${job.job_id} …`);
   changed();
   const ended = await endOf(job.job_id);
   if (ended.state !== "applied" && ended.state !== "durable") throw new Error(`${ended.job_id} ${ended.state}: ${ended.error ?? "no reason given"}`);
-  say("Asking again …");
-  const [again, after] = [await answerTo(question), await scores(question, texts)];
-  compare(answer, correction, again.answer, before, after);
-  say(`Applied in weight version ${ended.weight_version}; loss ${ended.loss_first?.toPrecision(3)} → ${ended.loss_last?.toPrecision(3)}. ${again.answer === answer ? "The answer is the same as before." : "The answer has changed."}`);
+  return `Applied in weight version ${ended.weight_version}; loss ${ended.loss_first?.toPrecision(3)} → ${ended.loss_last?.toPrecision(3)}.`;
 }
 
 // By the page's events, and by asking, where an event was lost with a connection.
