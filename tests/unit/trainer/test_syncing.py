@@ -71,10 +71,8 @@ def test_a_clock_that_jumps_back_changes_nothing(served, config, model_dir, monk
     assert verify(model_dir) == []
 
 
-def test_a_failed_sync_and_a_good_one_are_counted_and_the_failure_is_told(served, config, monkeypatch):
-    told = []
+def test_a_failed_sync_and_a_good_one_are_counted(served, config, monkeypatch):
     with Trainer(config) as trainer:
-        trainer.board.tell = lambda *what: told.append(what)
         trainer.submit("one", epochs=2)
         trainer.train()
         with monkeypatch.context() as patch:
@@ -87,7 +85,6 @@ def test_a_failed_sync_and_a_good_one_are_counted_and_the_failure_is_told(served
     assert tally.num_tokens > 2
     assert tally.sync_bytes > 0
     assert min(tally.step_s[phase] for phase in ("forward", "backward", "record", "publish")) > 0
-    assert [(kind, data["error"]) for kind, _, data in told] == [("sync.failed", "the disk is full")]
 
 
 def refuse(*_, **__):
