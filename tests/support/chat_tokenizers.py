@@ -38,6 +38,16 @@ REASONING = (
     "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n"
     "{% else %}<think>\n{% endif %}{% endif %}"
 )
+# In the manner of GLM: nothing ends a turn but the role that comes next.
+NEXT_ROLE = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+# In the manner of Phi: each turn has an end of its own, and after the last one stands the end of text.
+TWO_ENDS = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
+)
 CHAT = [
     Message("system", "Be brief."),
     Message("user", "Grüße?"),

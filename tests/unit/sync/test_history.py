@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -13,24 +12,18 @@ import torch
 from apollo_worker.sync.optimizer_file import read_optimizer
 from apollo_worker.sync.writer import CheckpointWriter
 from safetensors.torch import load_file, save_file
-from synced_weights import SHARDS, Live, assert_same, make_model, state_files, stored
+from synced_weights import SHARDS, Live, assert_same, state_files, stored
 
+from apollo_ipc.checkpoint import history as versions
 from apollo_ipc.checkpoint import (
-    compact,
     loading,
     read_commit,
     recover,
     restore_version,
     verify,
 )
-from apollo_ipc.checkpoint import history as versions
 from apollo_ipc.checkpoint.disk import Disk, ThrottledDisk
 from apollo_ipc.errors import CheckpointError, UserError
-
-
-@pytest.fixture
-def model_dir(tmp_path) -> Path:
-    return make_model(tmp_path / "model")
 
 
 def test_a_delta_leaves_the_shards_alone_and_a_recovery_works_it_in(model_dir):
@@ -92,50 +85,6 @@ def test_without_history_nothing_is_kept(model_dir):
         live.sync(kind)
     live.assert_all_readable(3)
     assert state_files(model_dir) == {"commit.json", "optimizer-3.safetensors"}
-
-
-def test_older_shards_are_kept_whole_until_they_are_compacted(model_dir, monkeypatch):
-    monkeypatch.setattr("apollo_worker.sync.sync_task.compact", lambda *args, **kwargs: 0)
-    live = Live(model_dir)
-    for _ in range(3):
-        live.train()
-        live.sync()
-    assert {"old-0", "old-1", "old-2"} <= state_files(model_dir)
-    live.assert_all_readable(0, 1, 2, 3)
-    assert compact(model_dir) > 0
-    assert {"undo-0-1", "undo-1-2", "undo-2-3"} <= state_files(model_dir)
-    assert not [name for name in state_files(model_dir) if name.startswith("old")]
-    live.assert_all_readable(0, 1, 2, 3)
-    assert compact(model_dir) == 0
-
-
-def test_a_compaction_that_is_overtaken_changes_nothing(model_dir, monkeypatch):
-    monkeypatch.setattr("apollo_worker.sync.sync_task.compact", lambda *args, **kwargs: 0)
-    live = Live(model_dir)
-    live.train()
-    live.sync()
-
-    class Overtaken(Disk):
-        def sync(self, file):
-            super().sync(file)
-            if file.path.name.startswith("undo"):
-                live.train()
-                live.sync()  # its begin throws the unfinished file away
-
-    assert compact(model_dir, disk=Overtaken()) == 0
-    live.assert_all_readable(0, 1, 2)
-    compact(model_dir)
-    live.assert_all_readable(0, 1, 2)
-
-
-def test_a_compaction_can_be_cancelled(model_dir, monkeypatch):
-    monkeypatch.setattr("apollo_worker.sync.sync_task.compact", lambda *args, **kwargs: 0)
-    live = Live(model_dir)
-    live.train()
-    live.sync()
-    assert compact(model_dir, is_cancelled=lambda: True) == 0
-    assert "old-0" in state_files(model_dir)
-    live.assert_all_readable(0, 1)
 
 
 def test_nothing_trained_makes_no_new_version(model_dir):

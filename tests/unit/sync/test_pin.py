@@ -10,7 +10,7 @@ import msgspec
 import pytest
 import torch
 from safetensors.torch import save_file
-from synced_weights import SHARDS, Live, assert_same, make_model, state_files, stored
+from synced_weights import SHARDS, Live, assert_same, state_files, stored
 from typer.testing import CliRunner
 
 from apollo_ipc.checkpoint import (
@@ -28,11 +28,6 @@ from apollo_ipc.cli.main import app
 from apollo_ipc.errors import CheckpointError, UserError
 
 KINDS = ("full", "delta", "delta", "full", "fold", "delta", "full", "full", "delta", "delta", "full")
-
-
-@pytest.fixture
-def model_dir(tmp_path) -> Path:
-    return make_model(tmp_path / "model")
 
 
 def train_and_sync(live: Live, kinds: tuple[str, ...]) -> None:
