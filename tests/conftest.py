@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -21,11 +22,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     crash = parser.getgroup("crash states")
     crash.addoption("--crash-states", type=int, default=300, help="different states of each protocol")
     crash.addoption("--crash-seed", type=int, help="which of them; without it another one each commit")
+    parser.addoption(
+        "--until",
+        type=float,
+        help="time.time() from which no test begins; each commit begins with other files",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.crash_seed is None:
         config.option.crash_seed = _seed_of_the_commit()
+    if config.option.until:
+        config.option.loadscopereorder = False  # xdist's own order, by number of tests, is every commit's
 
 
 def _seed_of_the_commit() -> int:
@@ -43,7 +51,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Real vLLM servers are one lane: two at once want more than two cores. Beside it each file stays whole,
     so that what it prepares is prepared once, unless its tests name a group of their own."""
     for item in items:
@@ -51,6 +59,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("vllm"), append=False)
         elif item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(ROOT))))
+    if config.option.until:
+        seed = config.option.crash_seed
+        items.sort(key=lambda item: zlib.crc32(f"{seed} {item.path.relative_to(ROOT)}".encode()))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.config.option.until and time.time() > item.config.option.until:
+        pytest.skip("no time is left; another commit begins with other files")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

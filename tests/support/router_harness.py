@@ -121,18 +121,18 @@ class FakeWorker:
         self.requests: list[TrainRequest] = []
         self.board = StatusBoard(self._admit)
         self.queue = JobQueue(config.state_dir / "queue.sqlite", config.worker.max_queued_jobs)
-        self.service = front.Server(config, self.board, self.queue)
+        self.server = front.Server(config, self.board, self.queue)
 
     def _admit(self, request: TrainRequest) -> Admission:
         self.requests.append(request)
         return Admission(plan_of(request, len(request.examples)), notes=["a note"])
 
     def __enter__(self) -> FakeWorker:
-        self.service.start()
+        self.server.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.service.stop()
+        self.server.stop()
         self.queue.close()
 
     def train_one(self, ends: str = "applied", step_s: float = 0.0, error: str | None = None) -> None:
@@ -143,7 +143,7 @@ class FakeWorker:
             time.sleep(step_s)
             self.queue.record_step(job.info.job_id, step, 2.0 / step)
         self.board.state.weight_version += 1
-        self.service.publish(self.board.state.weight_version)
+        self.server.publish(self.board.state.weight_version)
         self.queue.finish(job.info.job_id, ends, weight_version=self.board.state.weight_version, error=error)
 
     def in_background(self, function, *args, **kwargs) -> threading.Thread:

@@ -92,5 +92,5 @@ def assert_old_or_new(model_dir: Path, old: dict[str, bytes], new: dict[str, byt
     assert state_files(model_dir) == {"commit.json", name}
     expected = {1: OLD_OPTIMIZER, 2: NEW_OPTIMIZER}[version]
     assert (model_dir / ".apollo" / name).read_bytes() == expected
-    assert recover(model_dir) == checkpoint.Recovery()
+    assert recover(model_dir) == checkpoint.Mended()
     return version

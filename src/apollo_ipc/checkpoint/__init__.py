@@ -27,7 +27,7 @@ from apollo_ipc.checkpoint.record import (
     is_current,
     read_commit,
 )
-from apollo_ipc.checkpoint.recovery import LOCK_WAIT_S, Recovery, loading, recover
+from apollo_ipc.checkpoint.recovery import LOCK_WAIT_S, Mended, loading, recover
 from apollo_ipc.checkpoint.restore import forget, restore_version
 from apollo_ipc.checkpoint.shards import ShardTensor, shard_index
 from apollo_ipc.checkpoint.snapshot import Snapshot, snapshot
@@ -42,8 +42,8 @@ __all__ = [
     "Delta",
     "DeltaTensor",
     "FileRecord",
+    "Mended",
     "Problem",
-    "Recovery",
     "ShardRecord",
     "ShardTensor",
     "Snapshot",

@@ -31,7 +31,7 @@ _OURS = ("pending-*", "optimizer-*", "delta-*", "undo-*", "old-*", "fold-*", "co
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
-class Recovery(msgspec.Struct, frozen=True):
+class Mended(msgspec.Struct, frozen=True):
     """What recover had to do; all empty for a directory that was in order."""
 
     finished_version: int | None = None  # weight version of a commit whose files were renamed into place
@@ -39,12 +39,12 @@ class Recovery(msgspec.Struct, frozen=True):
     folded_version: int | None = None  # weight version whose delta was worked into the shards
 
     def __bool__(self) -> bool:
-        return self != Recovery()
+        return self != Mended()
 
 
 def recover(
     model_dir: Path, *, disk: Disk = DISK, lock_wait_s: float = LOCK_WAIT_S, is_folding: bool = True
-) -> Recovery:
+) -> Mended:
     """Finishes a committed sync, throws an unfinished one away, works a delta into the shards.
 
     To be called before the shards are loaded. is_folding=False: the shards stay without the delta's changes,
@@ -56,7 +56,7 @@ def recover(
     commit = read_commit(model_dir)
     if not _needs_recovery(model_dir, commit, is_folding):
         _flush_record(model_dir, disk)
-        return Recovery()
+        return Mended()
     try:
         with disk.lock(model_dir / STATE_DIR / "lock", lock_wait_s):
             return repair(model_dir, disk, is_folding)
@@ -65,7 +65,7 @@ def recover(
         must_fold = _must_fold(model_dir, commit, is_folding)
         if not read_only or must_fold or _is_unfinished(model_dir, commit):
             raise
-        return Recovery()  # what is left over there is no part of the checkpoint
+        return Mended()  # what is left over there is no part of the checkpoint
 
 
 def _flush_record(model_dir: Path, disk: Disk) -> None:
@@ -81,7 +81,7 @@ def _flush_record(model_dir: Path, disk: Disk) -> None:
 
 
 @contextmanager
-def loading(model_dir: Path, *, disk: Disk = DISK, lock_wait_s: float = LOAD_WAIT_S) -> Generator[Recovery]:
+def loading(model_dir: Path, *, disk: Disk = DISK, lock_wait_s: float = LOAD_WAIT_S) -> Generator[Mended]:
     """For the block the shards are those of one version, the last commit's: recovered, and no sync begins.
 
     Raises CheckpointError like recover.
@@ -117,10 +117,10 @@ def _must_fold(model_dir: Path, commit: Commit | None, is_folding: bool) -> bool
     return is_folding or not is_current(model_dir, commit)
 
 
-def repair(model_dir: Path, disk: Disk, is_folding: bool) -> Recovery:
+def repair(model_dir: Path, disk: Disk, is_folding: bool) -> Mended:
     commit = read_commit(model_dir)
     if not _needs_recovery(model_dir, commit, is_folding):
-        return Recovery()
+        return Mended()
     finished = folded = None
     if commit is not None and _is_unfinished(model_dir, commit):
         # The record's rename is visible but perhaps not durable: its directory's flush may be what failed,
@@ -138,7 +138,7 @@ def repair(model_dir: Path, disk: Disk, is_folding: bool) -> Recovery:
         commit = fold(model_dir, commit, disk)
         clean(model_dir, commit, disk)
         folded = commit.weight_version
-    return Recovery(finished, removed, folded)
+    return Mended(finished, removed, folded)
 
 
 def _is_unfinished(model_dir: Path, commit: Commit | None) -> bool:

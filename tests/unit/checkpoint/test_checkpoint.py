@@ -192,10 +192,10 @@ def test_an_unfinished_pending_directory_is_thrown_away(tmp_path):
 
 def test_recovery_without_anything_to_do_touches_nothing(model_dir, monkeypatch):
     disk = SteppedDisk()
-    assert recover(model_dir, disk=disk) == checkpoint.Recovery()
+    assert recover(model_dir, disk=disk) == checkpoint.Mended()
     assert not (model_dir / ".apollo").exists()
     assert disk.steps == []
     sync(model_dir)
     with DISK.lock(model_dir / ".apollo" / "lock", 0.0):
-        assert recover(model_dir, disk=disk, lock_wait_s=0.0) == checkpoint.Recovery()
+        assert recover(model_dir, disk=disk, lock_wait_s=0.0) == checkpoint.Mended()
     assert disk.steps == [("sync_dir", ".apollo")]

@@ -124,7 +124,7 @@ def read_only(monkeypatch) -> None:
 
 def test_a_read_only_directory_is_refused_in_words(model_dir, monkeypatch):
     read_only(monkeypatch)
-    assert recover(model_dir) == checkpoint.Recovery()
+    assert recover(model_dir) == checkpoint.Mended()
     with pytest.raises(
         CheckpointError, match=r"Read-only file system; a checkpoint can only be synced into a wri"
     ):
@@ -138,7 +138,7 @@ def test_a_read_only_directory_may_hold_leftovers_but_no_unfinished_commit(tmp_p
     with pytest.raises(CheckpointError):
         sync(unfinished, version=2, disk=OneFlushFails())
     read_only(monkeypatch)
-    assert recover(harmless) == checkpoint.Recovery()
+    assert recover(harmless) == checkpoint.Mended()
     with pytest.raises(CheckpointError, match="Read-only"):
         recover(unfinished)
 

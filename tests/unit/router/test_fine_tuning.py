@@ -216,7 +216,7 @@ def test_a_worker_that_dies_after_it_took_the_job_leaves_one_job(client, worker,
     file, admit = add_file(client, LINE), worker.board.admit
 
     def dies(request):
-        worker.in_background(worker.service.stop)
+        worker.in_background(worker.server.stop)
         time.sleep(0.5)
         return admit(request)
 
@@ -244,7 +244,7 @@ def test_without_a_worker_a_job_is_refused_and_forgotten(client, config, monkeyp
 
 def test_a_poll_outlasts_a_worker_that_is_away_for_a_moment(client, worker, config):
     job = create(client)
-    worker.service.stop()
+    worker.server.stop()
     worker.queue.close()
     seen = []
     polling = threading.Thread(target=lambda: seen.append(client.fine_tuning.jobs.retrieve(job.id).status))

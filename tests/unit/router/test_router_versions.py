@@ -61,7 +61,7 @@ def test_publishing_drops_the_prefix_cache_and_is_counted(config, worker):
     worker.board.state.vllm_boot_id = "boot-a"
     with Server(FakeEngine(multimodal=True)) as server:
         worker.board.state.weight_version = 1
-        wait_until(lambda: worker.service.publish(1, timeout_s=1.0))
+        wait_until(lambda: worker.server.publish(1, timeout_s=1.0))
         assert server.engine.calls[:2] == [("reset_prefix_cache", True, False), ("reset_encoder_cache",)]
         from prometheus_client import generate_latest
 
@@ -78,7 +78,7 @@ def test_a_cache_that_vllm_keeps_is_not_reported_as_dropped(config, worker):
     with Server(FakeEngine(clears=False)) as server:
         worker.board.state.weight_version = 1
         wait_until(lambda: len(server.engine.calls) > 0)
-        assert not worker.service.publish(1, timeout_s=1.0)
+        assert not worker.server.publish(1, timeout_s=1.0)
 
 
 def test_no_request_is_preempted_where_there_is_no_prefix_cache(config, worker):
@@ -86,7 +86,7 @@ def test_no_request_is_preempted_where_there_is_no_prefix_cache(config, worker):
     worker.board.state.vllm_boot_id = "boot-a"
     with Server(FakeEngine(prefix_caching=False)) as server:
         worker.board.state.weight_version = 1
-        wait_until(lambda: worker.service.publish(1, timeout_s=1.0))
+        wait_until(lambda: worker.server.publish(1, timeout_s=1.0))
         assert server.engine.calls == []
 
 

@@ -68,7 +68,7 @@ class Front:
         self.admitter = Admitter(config.train, self.board, self.queue, config.runtime_dir)
         self.board.admit = self.admitter.admit
         self.board.preview = self.admitter.preview
-        self.service = Server(config, self.board, self.queue)
+        self.server = Server(config, self.board, self.queue)
         self.trainer = TrainerChild(config, self._read, trainer_command)
         # Asked of the trainer, not answered yet.
         self._asked: dict[int, Future[SyncResult | RestoreResult]] = {}
@@ -83,7 +83,7 @@ class Front:
 
     def run(self) -> None:
         """Until `board.stopping` is set. Raises AlreadyRunning or ConfigError before anything is touched."""
-        self.service.start()
+        self.server.start()
         self._announcer.start()
         self._curves.start()
         try:
@@ -111,7 +111,7 @@ class Front:
         self.board.trainer = self.trainer.seen()
 
     def pass_on(self) -> None:
-        """What the service wants of the trainer."""
+        """What the server wants of the trainer."""
         if is_woken := self.board.wake.is_set():
             self.board.wake.clear()  # before looking: what comes in meanwhile sets it again
         link = self.trainer.open_link
@@ -147,7 +147,7 @@ class Front:
         self.trainer.stop(on_wait=lambda: notify("EXTEND_TIMEOUT_USEC=30000000"))
         self._post_sync.wait(on_wait=lambda: notify("EXTEND_TIMEOUT_USEC=30000000"))
         self._refuse_asked("the worker is stopping; send the request again", code="stopping")
-        self.service.stop()
+        self.server.stop()
         self.admitter.stop()
         self._announcer.stop()
         self._curves.stop()
@@ -187,10 +187,10 @@ class Front:
             case ModelFacts():
                 self.admitter.learn(message)
             case JobChanged():
-                self.service.note_change(message.job_id)
+                self.server.note_change(message.job_id)
             case Publish():
                 version = message.weight_version
-                publishing = self.service.start_publishing(version)
+                publishing = self.server.start_publishing(version)
                 publishing.add_done_callback(lambda done: link.send(Published(version, _is_confirmed(done))))
             case Answered():
                 result = message.sync or message.restore

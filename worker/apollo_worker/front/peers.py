@@ -1,4 +1,4 @@
-"""Who is connected to the worker, and which jobs they watch. Only the service's loop touches these."""
+"""Who is connected to the worker, and which jobs they watch. Only the server's loop touches these."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class Server:
     """`start` binds and returns; `stop` answers what is open with NotReady and closes.
 
     `publish`, `start_publishing` and `note_change` are for other threads; everything else happens in the
-    service's own.
+    server's own.
     """
 
     def __init__(self, config: Config, board: StatusBoard, queue: JobQueue):
@@ -81,7 +81,7 @@ class Server:
         self._endpoint.lock()
         started: Future[None] = Future()
         self._thread = threading.Thread(
-            target=lambda: asyncio.run(self._serve(started)), name="apollo-service", daemon=True
+            target=lambda: asyncio.run(self._serve(started)), name="apollo-server", daemon=True
         )
         self._thread.start()
         try:
@@ -92,7 +92,7 @@ class Server:
         self._queue.on_change = self._on_change
 
     def stop(self) -> None:
-        """Returns when the socket is closed and no thread of the service uses the queue any more."""
+        """Returns when the socket is closed and no thread of the server uses the queue any more."""
         if self._thread is None or not self._thread.is_alive():
             return
         self._queue.on_change = None

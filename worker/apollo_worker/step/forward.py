@@ -26,7 +26,7 @@ from apollo_worker.step.objectives import Policy
 from apollo_worker.step.update import Row
 
 
-class Batch(NamedTuple):
+class PaddedRows(NamedTuple):
     """Sequences on the model's device: ids (B, S), padded on the right; labels (B, S) on the CPU, IGNORED
     where not a target; of all targets, row after row: coefficients (T,) fp32, teacher, policy."""
 
@@ -58,7 +58,7 @@ class Forward:
         if not self._head_is_exact():
             self.head = None
 
-    def batch_of(self, rows: Sequence[Row]) -> Batch:
+    def batch_of(self, rows: Sequence[Row]) -> PaddedRows:
         """What is trained of them, in one pass."""
         device, examples = self.live.device, [row.example for row in rows]
         ids, labels = _padded(examples)
@@ -70,14 +70,14 @@ class Forward:
         if teacher is not None:
             teacher = Teacher(teacher.ids.to(device), teacher.logprobs.to(device))
         coefficients = torch.cat([row.coefficients for row in rows]).to(device)
-        return Batch(ids.to(device), labels, coefficients, teacher, _joint_policy(rows, device))
+        return PaddedRows(ids.to(device), labels, coefficients, teacher, _joint_policy(rows, device))
 
-    def read(self, examples: Sequence[TokenisedExample]) -> Batch:
+    def read(self, examples: Sequence[TokenisedExample]) -> PaddedRows:
         """Without what the targets count."""
         ids, labels = _padded(examples)
-        return Batch(ids.to(self.live.device), labels)
+        return PaddedRows(ids.to(self.live.device), labels)
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: PaddedRows) -> Tensor:
         """The sum of all targets' terms, 0-dim fp32, differentiable."""
         ids, labels, *given = batch
         terms: dict[str, Any] = dict(zip(("coefficients", "teacher", "policy"), given, strict=True))
@@ -88,7 +88,7 @@ class Forward:
         return target_loss(hidden, layer.weight, layer.bias, targets, **terms, is_mean=False, **options)
 
     @torch.no_grad()
-    def logprobs(self, batch: Batch) -> Tensor:
+    def logprobs(self, batch: PaddedRows) -> Tensor:
         """log p of each target, (T,) fp32, without gradient."""
         if self.head is None:
             logits, targets = self._own_logits(batch)
@@ -101,7 +101,7 @@ class Forward:
         """(B, S, H): the base model's last hidden states."""
         return self.live.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
 
-    def _own_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _own_logits(self, batch: PaddedRows) -> tuple[Tensor, Tensor]:
         """((T, V), (T,)) by the model's own forward pass, for heads that we do not know."""
         return gather_targets(self.live.model(input_ids=batch.ids, use_cache=False).logits, batch.labels)
 
