@@ -17,10 +17,9 @@ _FENCED = re.compile(r"```(?:json)?\s*(.*?)```", re.DOTALL)
 
 
 class Counts:
-    """How many answers parsed at once, at the second attempt, and never."""
+    """How many answers parsed at the second attempt, and never."""
 
     def __init__(self) -> None:
-        self.num_parsed = 0
         self.num_retried = 0
         self.num_dropped = 0
 
@@ -56,8 +55,6 @@ def ask_for(
             continue
         if attempt:
             counts.num_retried += 1
-        else:
-            counts.num_parsed += 1
         return found
     counts.num_dropped += 1
     return None

@@ -107,6 +107,7 @@ def test_every_planted_fault_is_found_and_nothing_clean_is_refused(
 
 
 @pytest.mark.vllm
+@pytest.mark.slow
 def test_without_shared_weights_the_reason_and_the_log_are_named(
     models: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

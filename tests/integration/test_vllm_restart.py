@@ -46,7 +46,9 @@ def test_jobs_that_were_not_on_disk_are_trained_again_into_the_next_vllm(live: L
     assert live.post("/checkpoint", {"kind": "delta"}).json()["num_shards_written"] == 0
 
 
+@pytest.mark.slow
 def test_a_synced_job_is_not_trained_again_by_the_next_vllm(live: Live) -> None:
+    assert live.post("/checkpoint", {}).status_code == 200
     version = live.status()["weight_version"]
     assert newest_job(live)["state"] == "durable"
     live.server.stop()
@@ -60,6 +62,7 @@ def test_a_synced_job_is_not_trained_again_by_the_next_vllm(live: Live) -> None:
 
 def test_vllm_does_not_load_a_damaged_shard(live: Live) -> None:
     """Last: this vLLM does not come back."""
+    assert live.post("/checkpoint", {}).status_code == 200
     live.server.stop()
     shard = live.model_dir / "model.safetensors"
     with shard.open("r+b") as file:

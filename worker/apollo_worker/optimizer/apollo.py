@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from apollo_ipc.config import DEFAULT_RANK
 from apollo_ipc.errors import UserError
@@ -145,20 +144,6 @@ class Apollo(torch.optim.Optimizer):
             name = self._names[param]
             draw = self._draw(name, param) if is_projected else None
             self._backend(param).warm_up(dtype, draw, self._hyper(name, param))
-
-    def attach_hooks(self) -> list[RemovableHandle]:
-        """Optimizer in backward: each gradient lives until its parameter is updated, at the end of the
-        backward pass at the latest.
-
-        The hook runs once a backward pass, after a tied parameter's last use.
-        """
-        engine = torch.autograd.Variable._execution_engine
-
-        def update(param: Tensor) -> None:
-            self.update_parameter(param)
-            engine.queue_callback(self.flush)
-
-        return [param.register_post_accumulate_grad_hook(update) for param in self._names]
 
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Updates every parameter that has a gradient."""
