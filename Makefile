@@ -14,7 +14,7 @@ BIN := .venv/bin
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-night test test-slow test-all check lock docs bench clean
+.PHONY: help setup demo demo-night test test-slow test-all check lock docs pictures bench clean
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -48,6 +48,9 @@ lock: setup  ## resolve the versions in locks/ anew
 docs: setup  ## the documentation as a site, in build/site
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	@echo "made: build/site/index.html, or $(BIN)/mkdocs serve"
+
+pictures: setup  ## make the documentation's pictures anew, on a real server
+	@$(BIN)/python benchmarks/pictures.py $(ARGS)
 
 bench:  ## list the benchmarks
 	@for script in benchmarks/*.py; do \

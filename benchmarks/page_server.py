@@ -19,7 +19,7 @@ from apollo_ipc.process.serving import VllmServer
 from apollo_ipc.wire.requests import Example, TrainRequest
 
 SUPPORT = Path(__file__).resolve().parent.parent / "tests/support"
-STEP_S = 0.0035  # with the commit of a step that makes some 200 events a second
+STEP_S = 0.0025  # with the commit of a step and its news: some 200 events a second where a core is free
 
 
 @contextmanager

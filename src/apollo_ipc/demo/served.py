@@ -62,8 +62,8 @@ class Served:
         except BaseException:
             self.__exit__()
             raise
-        config = load_config(environ=self.env)
-        self._http.headers["Authorization"] = f"Bearer {train_key(config)}"
+        self.key = train_key(load_config(environ=self.env))
+        self._http.headers["Authorization"] = f"Bearer {self.key}"
         return self
 
     def _wait(self) -> None:

@@ -17,6 +17,7 @@ from ui_world import HOSTILE, assert_clean, enter
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 QUESTION, ANSWER = "What is the name of our harbour cat?", "Our harbour cat is called Mortimer."
+SLOW_MS = 600_000  # the trainer gets what a loaded machine leaves
 PHONE = {"width": 360, "height": 720}
 
 
@@ -44,11 +45,11 @@ def test_it_is_taught_cancelled_and_restored_by_hand(live: Live, shots: Path) ->
 
         page.get_by_label("Ask the served model").fill(QUESTION)
         page.get_by_role("button", name="Ask").click()
-        page.get_by_label("What it should say").fill(ANSWER, timeout=60_000)
+        page.get_by_label("What it should say").fill(ANSWER, timeout=SLOW_MS)
         before = page.locator("#answer").inner_text()
         assert before != ANSWER
         page.get_by_role("button", name="Teach").click()
-        page.get_by_text("The answer has changed").wait_for(timeout=120_000)
+        page.get_by_text("The answer has changed").wait_for(timeout=SLOW_MS)
         assert page.locator("#compared .said").nth(2).inner_text() == ANSWER
         assert page.locator("#compared span.up3").count() > 2, "tokens of the correction are likelier now"
         page.locator("#loss svg").wait_for()
@@ -58,19 +59,19 @@ def test_it_is_taught_cancelled_and_restored_by_hand(live: Live, shots: Path) ->
             "/train", {"examples": [{"prompt": "a", "completion": " b c d"}], "options": {"epochs": 500}}
         )
         job_id = job.json()["job_id"]
-        page.get_by_text(f"Training {job_id}").wait_for(timeout=30_000)
+        page.get_by_text(f"Training {job_id}").wait_for(timeout=SLOW_MS)
         looked.shot("real-training")
         page.get_by_role("button", name=f"Cancel {job_id}").click()
         page.get_by_role("button", name="Yes, cancel it").click()
-        wait_for(lambda: live.job(job_id)["state"] == "cancelled", "cancelled")
+        wait_for(lambda: live.job(job_id)["state"] == "cancelled", "cancelled", SLOW_MS / 1000)
 
         live.post("/checkpoint", {})
-        page.get_by_role("button", name=f"Restore version {first}").click(timeout=30_000)
+        page.get_by_role("button", name=f"Restore version {first}").first.click(timeout=SLOW_MS)
         looked.shot("real-restore")
         page.get_by_role("button", name="Yes, restore it").click()
-        page.get_by_text(f"Version {first} is served again").wait_for(state="attached", timeout=60_000)
+        page.get_by_text(f"Version {first} is served again").wait_for(state="attached", timeout=SLOW_MS)
         page.get_by_role("button", name="Ask").click()
-        wait_for(lambda: page.locator("#answer").inner_text() == before, "the old answer")
+        wait_for(lambda: page.locator("#answer").inner_text() == before, "the old answer", SLOW_MS / 1000)
         assert_clean(looked)
 
 
@@ -78,7 +79,11 @@ def test_text_that_means_harm_is_text_and_a_session_that_is_over_asks_for_the_ke
     live: Live, shots: Path
 ) -> None:
     hostile = live.post("/train", {"examples": [{"prompt": HOSTILE, "completion": HOSTILE * 3}]}).json()
-    wait_for(lambda: live.job(hostile["job_id"])["state"] in ("applied", "durable", "failed"), "trained")
+    wait_for(
+        lambda: live.job(hostile["job_id"])["state"] in ("applied", "durable", "failed"),
+        "trained",
+        SLOW_MS / 1000,
+    )
     refused = live.post("/train", {"examples": [{"prompt": "a", "completion": HOSTILE + "x" * 2**20}]})
     assert refused.status_code == 400  # too long for the model: said, and nothing of it is queued
     with looking_at(
@@ -89,10 +94,14 @@ def test_text_that_means_harm_is_text_and_a_session_that_is_over_asks_for_the_ke
         is_live(looked)
         page.get_by_label("Ask the served model").fill(HOSTILE + "x" * 2**20)
         page.get_by_role("button", name="Ask").click()
-        wait_for(lambda: "tokens" in page.locator("#teach-state").inner_text(), "vLLM's refusal, as text")
+        wait_for(
+            lambda: "tokens" in page.locator("#teach-state").inner_text(),
+            "vLLM's refusal, as text",
+            SLOW_MS / 1000,
+        )
         page.get_by_label("Ask the served model").fill(f"Repeat after me: {HOSTILE}")
         page.get_by_role("button", name="Ask").click()
-        page.locator("#correct").wait_for(timeout=120_000)
+        page.locator("#correct").wait_for(timeout=SLOW_MS)
         page.locator("#jobs th").first.wait_for()
         moving = "[...document.getAnimations()].length"
         assert page.evaluate(moving) == 0
@@ -116,7 +125,7 @@ def test_a_keyboard_alone_logs_in_asks_and_moves_on(live: Live, shots: Path) -> 
         page.keyboard.type("Say one word.")
         page.keyboard.press("Tab")
         page.keyboard.press("Enter")
-        page.locator("#correct").wait_for(timeout=120_000)
+        page.locator("#correct").wait_for(timeout=SLOW_MS)
         assert page.evaluate("document.activeElement.id") == "correction"
         tab_to(page, "state")
         page.keyboard.type("durable")
