@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -42,63 +41,51 @@ class ToldSyncs:
 
     def __init__(self, config: Config):
         self._config = config
-        self._intent: Intent | None = None  # as it should stand in the outbox
-        self._guarded(self._settle)
+        self._begun: Intent | None = None
+        self._failed: list[Intent] = []  # that the outbox does not have
+        self._settle()
 
     def begin(self, model_dir: Path | None, weight_version: int, durable_version: int) -> None:
         """Before the first write. model_dir: None where nothing is attached, and the sync will fail of it."""
         event_id, where = f"evt_{secrets.token_hex(16)}", str(model_dir or "")
-        begun = Intent(event_id, time.time(), where, _serial(where), weight_version, durable_version)
-
-        def note(outbox: Outbox) -> None:
-            self._settle(outbox)  # one before could not be told
-            outbox.set_intent(INTENT, msgspec.json.encode(begun))
-
-        self._guarded(note)
-        self._intent = begun
+        self._begun = Intent(event_id, time.time(), where, _serial(where), weight_version, durable_version)
+        self._settle(then=self._begun)
 
     def end(self, error: str | None) -> None:
         """error: None where it was written."""
-        if self._intent is None:
-            return
-        if error is not None:
-            self._intent = msgspec.structs.replace(self._intent, error=error)
-            self._guarded(self._settle)
-        else:
-            self._intent = None
-            self._guarded(lambda outbox: outbox.set_intent(INTENT, None))
+        begun, self._begun = self._begun, None
+        if begun is not None and error is not None:
+            self._failed.append(msgspec.structs.replace(begun, error=error))
+        self._settle(written=begun if error is None else None)
 
-    def _settle(self, outbox: Outbox) -> None:
-        if (body := outbox.intent(INTENT)) is None:
-            found = self._intent if self._intent and self._intent.error else None
-        else:
-            found = msgspec.json.decode(body, type=Intent)
-        if found is None:
-            return
-        if self._intent is not None and self._intent.event_id == found.event_id:
-            found = self._intent
-        if found.error is not None or not _is_committed(found):
-            told = {
-                "error": found.error or CUT_OFF,
-                "weight_version": found.weight_version,
-                "durable_version": found.durable_version,
-            }
-            outbox.add(event("sync.failed", "checkpoint", told, found.begun_at, found.event_id))
-        outbox.set_intent(INTENT, None)
-        self._intent = None
-
-    def _guarded(self, action: Callable[[Outbox], None]) -> None:
-        """In one transaction."""
+    def _settle(self, *, then: Intent | None = None, written: Intent | None = None) -> None:
+        """What has failed is in the outbox then, and no intent but `then`; or all is as it was."""
         if not self._config.webhooks.urls:
+            self._failed.clear()
             return
         try:
-            with (
-                Outbox(outbox_path(self._config), self._config.webhooks.urls) as outbox,
-                outbox.transaction(),
-            ):
-                action(outbox)
+            outbox = Outbox(outbox_path(self._config), self._config.webhooks.urls)
+            with outbox, outbox.transaction():
+                for failed in self._found(outbox, written):
+                    told = {
+                        "error": failed.error or CUT_OFF,
+                        "weight_version": failed.weight_version,
+                        "durable_version": failed.durable_version,
+                    }
+                    outbox.add(event("sync.failed", "checkpoint", told, failed.begun_at, failed.event_id))
+                outbox.set_intent(INTENT, msgspec.json.encode(then) if then else None)
         except Exception:
             log.exception("webhooks: a failed sync is told later")
+            return
+        self._failed.clear()
+
+    def _found(self, outbox: Outbox, written: Intent | None) -> list[Intent]:
+        body = outbox.intent(INTENT)
+        stored = msgspec.json.decode(body, type=Intent) if body else None
+        known = {one.event_id for one in (*self._failed, *([written] if written else []))}
+        if stored is None or stored.event_id in known or _is_committed(stored):
+            return self._failed
+        return [stored, *self._failed]
 
 
 def _is_committed(intent: Intent) -> bool:
