@@ -32,8 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.crash_seed is None:
         config.option.crash_seed = _seed_of_the_commit()
-    if config.option.until:
-        config.option.loadscopereorder = False  # xdist's own order, by number of tests, is every commit's
+    config.option.loadscopereorder = False  # ours holds: xdist's own is by the number of tests
 
 
 def _seed_of_the_commit() -> int:
@@ -53,7 +52,9 @@ def pytest_report_header(config: pytest.Config) -> str:
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Real vLLM servers are one lane: two at once want more than two cores. Beside it each file stays whole,
-    so that what it prepares is prepared once, unless its tests name a group of their own."""
+    so that what it prepares is prepared once, unless its tests name a group of their own.
+
+    The servers come first: they are the longest lane, and the other one alone compiles what numba keeps."""
     for item in items:
         if item.get_closest_marker("vllm"):
             item.add_marker(pytest.mark.xdist_group("vllm"), append=False)
@@ -62,6 +63,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.option.until:
         seed = config.option.crash_seed
         items.sort(key=lambda item: zlib.crc32(f"{seed} {item.path.relative_to(ROOT)}".encode()))
+    else:
+        items.sort(key=lambda item: item.get_closest_marker("vllm") is None)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

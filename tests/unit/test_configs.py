@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -60,6 +61,17 @@ def test_the_default_file_says_every_key_with_its_default():
         (section, field.name) for section, kind in SECTIONS.items() for field in msgspec.structs.fields(kind)
     }
     assert said == known
+
+
+def test_every_key_is_read_by_the_program():
+    """By its name, in any file but the two that declare it."""
+    declared = {"src/apollo_ipc/config.py", "src/apollo_curation/settings.py"}
+    files = [file for folder in ("src", "router", "worker") for file in (ROOT / folder).rglob("*.py")]
+    program = "\n".join(file.read_text() for file in files if str(file.relative_to(ROOT)) not in declared)
+    program += "\n".join((ROOT / file).read_text().partition("class Config")[2] for file in declared)
+    read = set(re.findall(r"\.([a-z_0-9]+)\b", program))
+    keys = {field.name for kind in SECTIONS.values() for field in msgspec.structs.fields(kind)}
+    assert keys - read == set()
 
 
 def test_the_model_files_say_only_what_they_are_for():
