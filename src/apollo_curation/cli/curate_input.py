@@ -14,6 +14,7 @@ from apollo_curation.settings import load_curation_config
 from apollo_ipc.cli.options import AsJson, ConfigFile
 from apollo_ipc.cli.output import console, print_json, print_json_line
 from apollo_ipc.errors import UserError
+from apollo_ipc.process.progress import progress
 from apollo_ipc.process.say import say
 
 if TYPE_CHECKING:
@@ -129,7 +130,8 @@ def flag(
         follower = Follower(store, files, config.curation, from_beginning=from_beginning)
         while True:
             num_before = taken.num_conversations, taken.added.total()
-            intake.take_new(store, moments, follower, config.curation, taken, stop=stop)
+            with progress("reading the logs"):
+                intake.take_new(store, moments, follower, config.curation, taken, stop=stop)
             num_now = taken.num_conversations, taken.added.total()
             if not follow or stop():
                 break

@@ -12,6 +12,7 @@ from apollo_curation.settings import CurationConfig, load_curation_config
 from apollo_ipc.cli.options import AsJson, ConfigFile
 from apollo_ipc.cli.output import console, describe_ago, print_json
 from apollo_ipc.errors import UserError
+from apollo_ipc.process.progress import progress
 
 if TYPE_CHECKING:
     from apollo_curation.quality.history import Measurement
@@ -42,7 +43,7 @@ def check(
     from apollo_curation.train_client import TrainClient
 
     config = load_curation_config(config_file)
-    with Store(store_path(config)) as store:
+    with Store(store_path(config)) as store, progress("asking the served model what is held out"):
         judge = judging(config) if config.judge.enabled else None
         training = TrainClient(_impatient(config))
         report = Monitor(config, store, learner(config), judge, training).check(
