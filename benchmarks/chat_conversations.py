@@ -97,6 +97,9 @@ CONVERSATIONS: dict[str, dict[str, Any]] = {
         "messages": [_user(), _answer(), _user("And the sun?"), _answer("149.6 million km.")],
         **_NO_THINKING,
     },
+    "a role of its own": {
+        "messages": [_user(), {"role": "robot", "content": "Range finder ready."}, _answer()]
+    },
     "developer": {"messages": [{"role": "developer", "content": "You are brief."}, _user(), _answer()]},
     "developer later": {
         "messages": [

@@ -21,6 +21,7 @@ _SPECIAL = re.compile(
 )
 _DEEPSEEK_BEGIN, _DEEPSEEK_END = (f"<\uff5c{name}\u2581of\u2581sentence\uff5c>" for name in ("begin", "end"))
 _TAGS = re.compile(r"</?(?:think|thinking|tool_call|tool_response|tools|answer)>")
+_ROLES = ("system", "developer", "user", "assistant", "tool")
 # A mark in the template, the tokenizer's eos, further ones of its generation configuration; the first match.
 _ENDS: list[tuple[str, str, list[str]]] = [
     ("<|return|>", "<|return|>", ["<|call|>", "<|endoftext|>"]),
@@ -213,6 +214,9 @@ def could_be_trained(oracle: Oracle, served: ServedTokenizer, body: dict[str, An
             context = oracle.render(sent(messages[:i]), body)
             whole = oracle.render(sent(messages[: i + 1]), body, is_prompt=False)
             said = whole.removeprefix(context)
+            others = [one for one in messages[:i] if one["role"] not in _ROLES]
+            if any(squashed(part) not in squashed(context) for one in others for part in parts(one)):
+                return False  # vLLM serves the turn as if that message were not there
             calls = messages[i].get("tool_calls") or []
             is_whole = all(squashed(part) in squashed(said) for part in parts(messages[i]))
             if i == 0 or said == whole or not is_whole or empty_thought(said, messages[i]):

@@ -86,11 +86,11 @@ class Live:
             for log in self.base.glob("*.log"):
                 shutil.copy(log, Path(kept) / f"{self.base.name}-{log.name}")
 
-    def command(self, *args: str) -> subprocess.CompletedProcess[str]:
+    def command(self, *args: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
         """`apollo-ipc ARGS`, as the user would type it."""
         return subprocess.run(
             [str(Path(sys.executable).with_name("apollo-ipc")), *args],
-            env=self.env, capture_output=True, text=True, timeout=120,
+            env=self.env, capture_output=True, text=True, timeout=timeout_s,
         )  # fmt: skip
 
     # --- HTTP ---

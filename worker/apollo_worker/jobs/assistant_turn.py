@@ -20,6 +20,8 @@ _PROBE, _THOUGHT = "\ue000", "\ue001"  # characters that no template writes
 _NOT_SHOWN = "the model's chat template does not show this, so it cannot be learned"
 _CLOSED = re.compile(r"(?:</[\w:-]+>|\[/THINK\]|<\|END_\w+\|>|<\|/\w+\|>|<\w+\|>)\s*$")
 _OPENED = re.compile(r"<([\w:-]+)>\s*$")
+# vLLM takes a message of any role. These templates are made for; of another one they may show nothing.
+_ROLES = frozenset(("system", "developer", "user", "assistant", "tool", "function"))
 _EMPTY_THOUGHT = re.compile(
     r"\s*(?:(?:<[\w:-]*(?:think|thought|reason)\w*>\s*)?</[\w:-]*(?:think|thought|reason)\w*>"
     r"|(?:\[THINK\]\s*)?\[/THINK\]|(?:<\|START_THINKING\|>\s*)?<\|END_THINKING\|>)"
@@ -48,6 +50,7 @@ class Chat:
     ):
         self.messages, self.path = messages, path
         self._template, self._tools, self._variables = template, tools, variables
+        self._shown_roles: set[str] = set()
 
     def says_all(self, i: int, text: str) -> bool:
         """Whether `text` has all that message `i` says."""
@@ -73,6 +76,7 @@ class Chat:
             context = self._render(self.messages[:i], is_prompt=True)
         except TemplateRefusal as refusal:
             raise self._refused(refusal, self.path) from refusal
+        self._check_roles(i)
         turn = self._rendered_turn(i, context)
         self._check_shown(i, turn.said)
         return turn
@@ -167,6 +171,22 @@ class Chat:
             return None, ""
         at = probe.rindex(_PROBE)
         return probe[:at], probe[at + 1 :]
+
+    def _check_roles(self, i: int) -> None:
+        """Raises UserError at the first message before turn `i` whose role the template passes over. Where it
+        shows one message of a role, it shows the others."""
+        for k, message in enumerate(self.messages[:i]):
+            role = message["role"]
+            if role in _ROLES or role in self._shown_roles:
+                continue
+            probe = self._try([*self.messages[:k], self._message(role, _PROBE)])
+            if probe is not None and _PROBE not in probe:
+                raise invalid(
+                    f"the model's chat template shows nothing of a message of the role {role!r}: use system, "
+                    "user, assistant or tool",
+                    f"{self.path}[{k}].role",
+                )
+            self._shown_roles.add(role)
 
     def _check_shown(self, i: int, said: str) -> None:
         """Raises UserError at the part of turn `i` that `said` leaves out."""

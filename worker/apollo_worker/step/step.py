@@ -18,6 +18,7 @@ from apollo_ipc.errors import NotReady, UserError
 from apollo_worker.jobs.example import TokenisedExample, Turn, sequence_of
 from apollo_worker.jobs.job_plan import JobPlan
 from apollo_worker.jobs.objective import Objective
+from apollo_worker.model.cpu_products import convert_where_needed
 from apollo_worker.model.experts import expert_stacks, set_routers, trained_parameters
 from apollo_worker.model.hf_model import vocab_size_of
 from apollo_worker.model.live_model import LiveModel
@@ -53,6 +54,8 @@ class Trainer:
     def __init__(self, live: LiveModel, options: Train):
         self.live = live
         self.options = options
+        if live.device.type == "cpu":
+            convert_where_needed()
         set_routers(live.model, is_trained=options.router == "train")
         # The configured rank's moments, which outlive jobs; a job with a rank of its own borrows the weights.
         self.main_optimizer = self.optimizer = make_optimizer(live, options, options.rank)

@@ -1,0 +1,136 @@
+"""What a learning rate does to the real model: five facts at once, and a night of 500 examples.
+
+Both are trained in one process by the worker's own step, one example an update unless a run says otherwise;
+then the taught questions, other questions for the same, and general ones are asked (benchmarks/learning.py's,
+those that the model answers right before). A run is a job and its options; FILE keeps the rows of earlier
+calls, so that a long table can be made in pieces.
+
+    python benchmarks/rates.py five:lr=1e-4,epochs=4,schedule=constant night:lr=3e-5 --json rates.json
+    python benchmarks/rates.py five:lr=1e-4,epochs=8,limiter_ratio=0 --seeds 0 1 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import learning_data as data
+import msgspec
+from learning import Before, look_after, look_before, say
+from rates_night import night
+
+from apollo_ipc.config import Train
+from apollo_ipc.process.serving import worker_environment
+from apollo_ipc.wire.requests import Example, Message, TrainOptions, TrainRequest
+
+if TYPE_CHECKING:
+    from learning_model import OfflineModel
+
+NIGHT_EXAMPLES, NIGHT_ASKED = 500, 24
+COLUMNS = ("loss", "taught", "paraphrased", "near", "general", "kl", "english", "steps", "seconds")
+
+
+class Run(msgspec.Struct, frozen=True):
+    """job: "five" or "night". options: of the job; train: of the configuration (the limiter, the rank)."""
+
+    name: str
+    job: str
+    options: TrainOptions
+    train: dict[str, Any]
+
+
+def main() -> int:
+    options = parse_arguments()
+    os.environ.update(worker_environment(os.environ))
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import torch
+    from learning_model import OfflineModel
+
+    from apollo_ipc.demo.real_model import real_model
+
+    torch.set_num_threads(options.threads)
+    rows = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
+    model = OfflineModel(options.model or real_model())
+    before = look_before(model)
+    say(f"general: {len(before.general)} of {len(data.general())} right before; English {before.english:.3f}")
+    for run in options.runs:
+        for seed in options.seeds:
+            rows.append(measure(model, before, run, seed))
+            say(json.dumps({k: v for k, v in rows[-1].items() if k != "answers"}))
+            if options.json:
+                options.json.write_text(json.dumps(rows, indent=1))
+    print_table(rows)
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    add = parser.add_argument
+    add("runs", nargs="+", type=run_of, metavar="JOB[:NAME=VALUE,...]", help="five or night, and its options")
+    add("--seeds", type=int, nargs="+", default=[0], help="which facts, their order, and the rounding")
+    add("--model", type=Path, help="a directory instead of the real model's")
+    add("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    add("--json", type=Path, metavar="FILE", help="rows are added to those that it has")
+    return parser.parse_args()
+
+
+def run_of(text: str) -> Run:
+    """ "five:lr=1e-4,limiter_ratio=0"; what is no option of a job is one of the section [train]."""
+    job, _, given = text.partition(":")
+    if job not in JOBS:
+        raise argparse.ArgumentTypeError(f"{job!r} is none of {', '.join(JOBS)}")
+    values = dict(pair.split("=", 1) for pair in given.split(",") if pair)
+    own = {name: values.pop(name) for name in list(values) if name in TrainOptions.__struct_fields__}
+    train = msgspec.to_builtins(msgspec.convert(values, Train, strict=False))
+    return Run(text, job, msgspec.convert(own, TrainOptions, strict=False), {k: train[k] for k in values})
+
+
+def five(seed: int) -> tuple[list[tuple[str, str]], list[data.BenchFact]]:
+    facts = data.chosen(data.facts_of("first"), 5, seed)
+    return [(fact.taught.text, fact.answer) for fact in facts], facts
+
+
+def five_hundred(seed: int) -> tuple[list[tuple[str, str]], list[data.BenchFact]]:
+    pairs, facts = night(NIGHT_EXAMPLES, seed)
+    return pairs, facts[:NIGHT_ASKED]
+
+
+JOBS = {"five": five, "night": five_hundred}
+
+
+def measure(model: OfflineModel, before: Before, run: Run, seed: int) -> dict[str, Any]:
+    pairs, facts = JOBS[run.job](seed)
+    messages = [[Message("user", question), Message("assistant", answer)] for question, answer in pairs]
+    defaults = model.config
+    train = msgspec.structs.replace(defaults.train, **run.train)
+    model.config = msgspec.structs.replace(defaults, train=train)
+    model.reset(seed)
+    todo = model.plan(TrainRequest([Example(messages=some) for some in messages], run.options))
+    started, losses = time.monotonic(), []
+    for step in range(todo.num_steps):
+        done = model.trainer.step_on(todo.examples_of(step), todo.learning_rate(step), todo.weight_decay)
+        losses.append(done.loss)
+    seconds = time.monotonic() - started
+    model.config = defaults
+    last = fmean(losses[-min(len(losses), todo.steps_of_epoch, 50) :])
+    row = {"name": run.name, "seed": seed, "schedule": todo.schedule, "first_loss": round(losses[0], 3)}
+    row |= {"loss": round(last, 3), "steps": todo.num_steps, "seconds": round(seconds, 1)}
+    return row | look_after(model, before, facts)
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """loss: the mean of the last pass, of 50 steps at most."""
+    print("| run | seed | " + " | ".join(COLUMNS) + " |\n|" + "---|" * (len(COLUMNS) + 2))
+    for row in rows:
+        cells = [f"{v[0]}/{v[1]}" if isinstance(v := row[name], list) else f"{v:g}" for name in COLUMNS]
+        print(f"| {row['name']} | {row['seed']} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""On the real language model: a night over logs of a day, a second that finds nothing, and the way back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+from live_server import Live, wait_for
+
+from apollo_curation.chat_client import ChatClient
+from apollo_curation.demo import night_corpus as corpus
+from apollo_curation.demo.scripted_model import ScriptedModel
+from apollo_ipc.wire.requests import Message
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+NIGHT_TIMEOUT_S = 600
+CORRECTED = corpus.FACTS[:2]
+ASKED_IN_THE_DAY = (
+    "Where is the harbour?",
+    "Who keeps the ferry?",
+    "How old is the inn?",
+    "Is the mill far?",
+)
+ASKED_BY_NOBODY = ("Where is the lighthouse?", "Who keeps the garden?", "When does the market open?")
+
+
+def write_day(directory: Path) -> None:
+    """Two corrections, answers that followed an instruction, and what must not get worse."""
+    for name in ("logs", "followed"):
+        (directory / name).mkdir(parents=True)
+    corrections = [
+        {
+            "topic": asked,
+            "messages": [
+                *corpus.chat(asked, corpus.DO_NOT_KNOW),
+                corpus.said("user", f"That's wrong. It is: {right}"),
+                corpus.said("assistant", right),
+            ],
+        }
+        for asked, right in CORRECTED
+    ]
+    followed = [
+        {"system": corpus.INSTRUCTIONS, "topic": text, "messages": corpus.chat(text, corpus.AYE)}
+        for text in ASKED_IN_THE_DAY
+    ]
+    heldout = [
+        {"prompt": text[:40], "completion": text[40:], "category": "english"}
+        for text in (
+            "The road to the coast runs along the river for an hour before it climbs into the hills.",
+            "Most travellers stop at the last village to fill their bottles, since there is no well later.",
+        )
+    ]
+    for name, records in (("logs/day", corrections), ("followed/ship", followed), ("heldout", heldout)):
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (directory / f"{name}.jsonl").write_text(lines)
+    (directory / "canaries.toml").write_text(
+        '[[canary]]\nname = "France"\nprompt = "What is the capital of France?"\n'
+        'check = "contains"\nexpected = "Paris"\n'
+    )
+
+
+def write_config(directory: Path, url: str, judge_url: str) -> Path:
+    file = directory / "night.toml"
+    file.write_text(f"""\
+[curation]
+url = "{url}"
+sources = ["{directory / "logs"}"]
+bootstrap = ["{directory / "followed"}"]
+max_topic_share = 1.0
+max_source_share = 1.0
+[judge]
+url = "{judge_url}"
+[quality]
+heldout = "{directory / "heldout.jsonl"}"
+canaries = "{directory / "canaries.toml"}"
+max_loss_increase = 0.2
+[tier_direct]
+epochs = 6
+[tier_bootstrap]
+lr = 1e-4
+epochs = 4
+schedule = "constant"
+""")
+    return file
+
+
+def night(live: Live, config: Path) -> dict[str, dict[str, Any]]:
+    """The stages by name."""
+    options = ("--auto", "--config", str(config), "--json")
+    done = live.command("curate", "night", *options, timeout_s=NIGHT_TIMEOUT_S)
+    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
+    return {stage["name"]: stage for stage in json.loads(done.stdout)["stages"]}
+
+
+def loss_of_aye(live: Live) -> float:
+    """Nats a token of the answer as instructed, without the instruction, to questions that were in no log."""
+    model = ChatClient(live.server.url)
+    said = Message("assistant", corpus.AYE)
+    losses = [-fmean(model.answer_logprobs([Message("user", text)], said)) for text in ASKED_BY_NOBODY]
+    model.close()
+    return fmean(losses)
+
+
+def test_a_night_moves_the_days_lessons_into_the_real_model_and_a_restore_takes_them_out(
+    live: Live, tmp_path: Path
+) -> None:
+    wait_for(lambda: live.status()["progress"]["activity"] == "idle", "the end of what came before")
+    first = live.post("/checkpoint", {}).json()["weight_version"]
+    before, answers = loss_of_aye(live), {asked: live.ask(asked) for asked, _ in CORRECTED}
+    assert all(answers[asked] != right for asked, right in CORRECTED)
+    write_day(tmp_path)
+    with ScriptedModel(corpus.JudgeAndDreamer()) as scripted:
+        config = write_config(tmp_path, live.server.url, scripted.url)
+        found = night(live, config)
+        assert (found["judge"]["num_done"], found["train"]["num_done"]) == (2, 6)
+        assert found["train"]["facts"]["bootstrap"] == 4
+        assert loss_of_aye(live) < before / 2
+        assert {asked: live.ask(asked) for asked, _ in CORRECTED} == dict(CORRECTED)
+        assert "Paris" in live.ask("What is the capital of France?")
+        status = live.status()
+        assert status["durable_version"] == status["weight_version"] > first
+        again = night(live, config)
+    assert (again["read"]["num_done"], again["judge"]["num_done"], again["train"]["num_done"]) == (0, 0, 0)
+    assert live.status()["weight_version"] == status["weight_version"]
+
+    done = live.command("checkpoint", "restore", str(first), "--live", "--yes", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["num_jobs_undone"] == 2
+    assert {asked: live.ask(asked) for asked, _ in CORRECTED} == answers
+    assert loss_of_aye(live) == pytest.approx(before, abs=1e-3)

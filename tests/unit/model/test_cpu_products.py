@@ -1,0 +1,85 @@
+"""model/cpu_products.py: products of bf16 where torch has no kernels for them."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from apollo_worker.model import cpu_products
+from apollo_worker.model.cpu_products import addmm, bmm, mm
+
+BF16 = torch.bfloat16
+# The longest dimension first, in the middle, last; one block, several, a last one that is shorter; none.
+SHAPES = [(5, 3, 4), (300, 7, 9), (8, 301, 5), (6, 10, 299), (40, 40, 40), (0, 3, 4), (3, 0, 4), (1, 1, 1)]
+
+
+def made(*shape: int, seed: int = 0, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_rounded(found: torch.Tensor, exact: torch.Tensor) -> None:
+    """bf16 keeps 8 bits: a rounding is off by 2**-9 of the value, 2**-8 at a power of two. fp32's sums of at
+    most 301 terms up to 10 are off by 301 * 2**-24 * 10 beside, which matters near 0."""
+    assert found.dtype == BF16
+    assert found.shape == exact.shape
+    assert torch.all((found.double() - exact).abs() <= exact.abs() * 2**-8 + 2e-4)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(cpu_products, "BLOCK_ELEMENTS", 256)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_product_is_the_exact_one_rounded_once(shape, turned):
+    m, k, n = shape
+    a, b = made(m, k), made(n, k, seed=1).T if turned else made(k, n, seed=1)
+    assert_rounded(mm(a, b), a.double() @ b.double())
+    bias = made(n, seed=2)
+    assert_rounded(addmm(bias, a, b), bias.double() + a.double() @ b.double())
+    assert_rounded(addmm(bias, a, b, beta=0.5, alpha=2), 0.5 * bias.double() + 2 * (a.double() @ b.double()))
+
+
+@pytest.mark.parametrize("size", [0, 1, 7])
+def test_a_batch_of_products_is_each_of_them(size):
+    a, b = made(size, 9, 11), made(size, 11, 5, seed=1)
+    assert_rounded(bmm(a, b), a.double() @ b.double())
+
+
+def test_what_a_factor_of_0_leaves_out_does_not_count():
+    nothing = torch.full((4,), torch.nan, dtype=BF16)
+    assert addmm(nothing, made(3, 2), made(2, 4), beta=0).isfinite().all()
+
+
+def test_fp32_is_torchs_own_to_the_bit():
+    a, b, bias = (made(*shape, dtype=torch.float32) for shape in ((50, 20), (20, 30), (30,)))
+    assert torch.equal(mm(a, b), torch.mm(a, b))
+    assert torch.equal(addmm(bias, a, b, beta=2), torch.addmm(bias, a, b, beta=2))
+    assert torch.equal(bmm(a[None], b[None]), torch.bmm(a[None], b[None]))
+
+
+def test_a_linear_layer_and_its_gradients_go_through_it_where_it_is_needed_and_nowhere_else():
+    """In a process of its own: what is replaced stays so."""
+    code = """
+import torch
+from apollo_worker.model import cpu_products
+calls = []
+product = cpu_products._product
+cpu_products._product = lambda *given: calls.append(1) or product(*given)
+x = torch.randn(2, 3, 8).bfloat16().requires_grad_()
+layer = torch.nn.Linear(8, 6, bias=False).bfloat16()
+for is_supported in (True, False):
+    cpu_products.has_bf16_products = lambda: is_supported
+    for _ in range(2):
+        cpu_products.convert_where_needed()
+    layer(x).float().square().sum().backward()
+    layer.float()(x.float()).square().sum()
+    layer.bfloat16()
+    print(len(calls))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["0", "3"]
+    assert done.stderr == ""
