@@ -122,7 +122,7 @@ def _waited(request: Request, job: replies.JobInfo) -> Response:
         }
         return json_response({**_accepted(job), **details})
     if job.state in replies.ENDED_STATES:
-        message = f"job {job.job_id} {job.state}: {job.error or 'no reason given'}"
+        message = f"job {job.job_id} {job.state}: {job.why_ended or 'no reason given'}"
         return error_response(HttpError(422, f"job_{job.state}", message), job=job)
     return json_response(_accepted(job), 202, _location(request, job))
 

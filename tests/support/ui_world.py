@@ -100,6 +100,7 @@ class World:
                 asked = board.asked.get()
                 assert isinstance(asked.request, RestoreVersion)
                 self.restored.append(asked.request.weight_version)
+                queue.undo(0, 1000, asked.request.weight_version)
                 board.state.weight_version = board.state.durable_version = 9
                 asked.done.set_result(RestoreResult(asked.request.weight_version, 9, 1, 1, False, 0.1))
             if (job := queue.take()) is None:

@@ -72,8 +72,7 @@ def _error(stored: StoredJob, info: JobInfo | None, status: str) -> dict[str, An
         return None
     if info is None:
         return stored.error
-    reason = info.error or ("an older version of the weights was restored" if info.state == "undone" else "")
-    return {"code": f"job_{info.state}", "message": reason, "param": None}
+    return {"code": f"job_{info.state}", "message": info.why_ended or "", "param": None}
 
 
 def events(stored: StoredJob, info: JobInfo | None) -> list[dict[str, Any]]:
@@ -113,7 +112,8 @@ def events(stored: StoredJob, info: JobInfo | None) -> list[dict[str, Any]]:
     if info.state in ("applied", "durable"):
         say("The job has successfully completed: the served weights hold it", info.ended_at)
     elif info.ended_at is not None:
-        say(f"The job ended: {info.state}{f': {info.error}' if info.error else ''}", info.ended_at, "error")
+        why = f": {info.why_ended}" if info.why_ended else ""
+        say(f"The job ended: {info.state}{why}", info.ended_at, "error")
     return found[::-1]
 
 

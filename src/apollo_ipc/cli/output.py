@@ -12,7 +12,7 @@ from rich.table import Column, Table
 
 from apollo_ipc.errors import ApolloError
 from apollo_ipc.process.say import say
-from apollo_ipc.wire.replies import JobInfo, PostSync, Status, SyncResult
+from apollo_ipc.wire.replies import JobInfo, PostSync, RestoreResult, Status, SyncResult
 
 FAILED_STATES = ("failed", "cancelled", "quarantined", "undone")
 
@@ -49,8 +49,8 @@ def describe_job(job: JobInfo) -> str:
         parts.append(f"loss {losses}")
     if job.weight_version is not None:
         parts.append(f"in weight version {job.weight_version}")
-    if job.error:
-        parts.append(job.error)
+    if job.why_ended:
+        parts.append(job.why_ended)
     return ", ".join(parts)
 
 
@@ -68,6 +68,13 @@ def describe_sync(sync: SyncResult) -> str:
         f"{' as a delta' if sync.kind == 'delta' else ''}: {sync.num_tensors_changed} of {sync.num_tensors} "
         f"tensors changed, {describe_bytes(sync.bytes_compared)} compared, "
         f"{describe_bytes(sync.bytes_written)} written, {sync.duration_s:.2g} s"
+    )
+
+
+def describe_restore(restore: RestoreResult) -> str:
+    return (
+        f"version {restore.restored_version} came back as version {restore.weight_version}, "
+        f"{restore.num_jobs_undone} jobs undone"
     )
 
 
@@ -105,7 +112,7 @@ def jobs_table(jobs: list[JobInfo]) -> Table:
             describe_loss(job),
             str(job.num_examples),
             describe_ago(job.created_at),
-            job.error or "",
+            job.why_ended or "",
         )
     return table
 
@@ -133,6 +140,7 @@ def status_table(status: Status) -> Table:
         "queued": str(status.num_queued),
         "last sync": saved,
         "sync error": status.sync_error,
+        "last restore": describe_restore(status.last_restore) if status.last_restore else None,
         "trainer": status.trainer_error,
         "after the sync": describe_post_sync(status.post_sync) if status.post_sync else None,
         "optimizer": describe_bytes(status.optimizer_state_bytes) if status.optimizer_state_bytes else None,

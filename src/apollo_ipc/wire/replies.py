@@ -43,6 +43,12 @@ class JobInfo(msgspec.Struct, frozen=True):
     # loss_history.
     advantages: list[list[float]] | None = None
 
+    @property
+    def why_ended(self) -> str | None:
+        """In words, where its effect is not in the weights, or not all of it."""
+        undone = None if self.undone_by is None else f"weight version {self.undone_by} was restored"
+        return self.error or undone
+
 
 class Progress(msgspec.Struct, frozen=True):
     """What the trainer is doing right now; `activity_count` grows whenever it gets on."""
@@ -159,6 +165,7 @@ class TrainerState(msgspec.Struct):
     sync_error: str | None = None
     tally: Tally = Tally()
     device_bytes: int = 0  # on a GPU, the most that training has reserved; what vLLM shares is not in it
+    last_restore: RestoreResult | None = None  # since this trainer's start
 
 
 class Status(TrainerState, kw_only=True):

@@ -209,6 +209,8 @@ def test_an_older_version_is_restored_and_pinned_after_a_question(world, tmp_pat
     with looking_at(world.server.url, tmp_path) as looked:
         page = looked.page
         enter(looked)
+        submit(world.worker.queue, TrainRequest([Example(prompt="a", completion="b")]), num_steps=1)
+        page.locator("#jobs").get_by_text("applied").wait_for()
         page.get_by_role("button", name="Restore version 1").click()
         page.get_by_role("button", name="No, leave it").click()
         page.get_by_role("button", name="Restore version 1").click()
@@ -216,6 +218,7 @@ def test_an_older_version_is_restored_and_pinned_after_a_question(world, tmp_pat
         page.get_by_role("button", name="Yes, restore it").click()
         page.get_by_text("Version 1 is served again, as version 9").wait_for(state="attached")
         assert world.restored == [1]
+        page.locator("#jobs").get_by_text("undone by restoring version 1").wait_for()
         page.get_by_role("button", name="Pin version 1", exact=True).click()
         page.get_by_role("button", name="Yes, pin it").click()
         page.get_by_role("button", name="Unpin version 1").wait_for()

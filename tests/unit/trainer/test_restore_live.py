@@ -35,6 +35,7 @@ def test_a_version_is_restored_live_with_its_optimizer_and_can_be_left_again(
         undone = [job for job in trainer.queue.list() if job.state == "undone"]
         assert len(undone) == 3 - target
         assert all(job.undone_by == target and "undone" in job.notes[-1] for job in undone)
+        assert trainer.board.state.last_restore == result
         assert trainer.train() == [], "undone jobs are not trained again"
         restore(trainer, 3)
         assert_same(trainer.live(), weights[3])

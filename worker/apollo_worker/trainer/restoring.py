@@ -87,7 +87,7 @@ class Restoring:
         log.warning(
             "weight version %d restored as %d; %d jobs undone", weight_version, new_version, num_undone
         )
-        return RestoreResult(
+        self._board.state.last_restore = RestoreResult(
             restored_version=weight_version,
             weight_version=new_version,
             num_tensors_changed=sum(before.tensors.get(n) != d for n, d in commit.tensors.items()),
@@ -95,6 +95,7 @@ class Restoring:
             has_optimizer=commit.optimizer is not None,
             duration_s=time.monotonic() - started,
         )
+        return self._board.state.last_restore
 
     def sync_before_restore(self) -> None:
         try:

@@ -85,7 +85,7 @@ function rowsOf(job) {
 
 function fill(row, job) {
   const state = job.paused_at == null ? job.state : "paused";
-  setText(row.state, state);
+  setText(row.state, job.undone_by == null ? state : `${state} by restoring version ${job.undone_by}`);
   row.state.className = `state ${GOOD.includes(state) ? "is-good" : BAD.includes(state) ? "is-bad" : state === "running" ? "" : "is-plain"}`;
   setText(row.steps, `${job.steps_done}/${job.num_steps}`);
   const losses = job.loss_last == null ? "" : job.steps_done < 2 ? number(job.loss_last) : `${number(job.loss_first)} → ${number(job.loss_last)}`;
