@@ -105,6 +105,9 @@ class Served:
         response.raise_for_status()
         return response.json()
 
+    def delete(self, path: str) -> None:
+        self._http.delete(path).raise_for_status()
+
     def get(self, path: str) -> dict:
         return self._http.get(path).raise_for_status().json()
 
