@@ -23,6 +23,7 @@ from apollo_ipc.config import Train
 from apollo_ipc.errors import ApolloError, AttachError, UserError
 from apollo_ipc.memory_plan import Item, MemoryPlan
 from apollo_worker.commands.step_memory import StepSimulator
+from apollo_worker.model.cpu_products import converted_bytes, has_bf16_products
 from apollo_worker.model.experts import expert_stacks
 from apollo_worker.model.hf_model import read_model_config, vocab_size_of
 from apollo_worker.optimizer.apollo import Apollo
@@ -85,11 +86,15 @@ def plan(request: Request) -> MemoryPlan:
         for checkpointing in (True, False)
     }
     chosen, other = options.activation_checkpointing, not options.activation_checkpointing
+    peak_bytes = needs[chosen].peak_bytes
+    if not device.is_gpu and not has_bf16_products():
+        matrices = [p.shape[-2:] for p in step.model.parameters() if p.dim() > 1]
+        peak_bytes += max(converted_bytes(num_tokens, *shape) for shape in matrices)
     head, largest = head_and_largest(step.model)
     num_trained = sum(p.nbytes for p in step.model.parameters())  # all of them are trained
     trainer = [
         Item("optimizer state", optimizer.state_size_bytes(), f"rank {options.rank}, {options.rounding}"),
-        Item("one step, at its peak", needs[chosen].peak_bytes, "not the sum of its parts below"),
+        Item("one step, at its peak", peak_bytes, "not the sum of its parts below"),
     ]
     if options.accumulate_steps > 1:
         note = f"of {options.accumulate_steps} examples, all parameters, fp32"
@@ -104,7 +109,7 @@ def plan(request: Request) -> MemoryPlan:
         num_bytes = kept_bytes(projected, options.projection, options.rank)
         trainer.append(Item("projections", num_bytes, f"{options.projection}, kept by the compiled update"))
     if not device.is_gpu:
-        num_bytes = int(MALLOC_SHARE * needs[chosen].peak_bytes)
+        num_bytes = int(MALLOC_SHARE * peak_bytes)
         trainer.append(Item("gaps that malloc leaves", num_bytes, f"{MALLOC_SHARE:.0%} of a step, measured"))
     gradient_note = "the head's, and its fp32 sum for many targets" if head else "the largest single one"
     parts = [

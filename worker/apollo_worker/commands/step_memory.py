@@ -104,9 +104,15 @@ class StepSimulator:
         """held_elements: of gradients that wait for one another (Backend.take)."""
         self._use_checkpointing(checkpointing)
         self._measure_kinds()
-        for kind in self._kinds:
-            # The last of a kind: while it runs backward, what the others keep is still alive.
-            self._stand_in(kind, real=kind.layers[-1:])
+        # While the last layer of a kind runs backward, what the others keep is still alive; while the first
+        # one does, the others' gradients wait.
+        found = [self._run(slice(-1, None), temporaries, held_elements)]
+        if held_elements:
+            found.append(self._run(slice(1), temporaries, held_elements))
+        return StepMemory(found[0].activation_bytes, max(one.peak_bytes for one in found))
+
+    def _run(self, real: slice, temporaries: Temporaries, held_elements: int) -> StepMemory:
+        """real: which layers of each kind are no stand-ins."""
         counter = self._counter()
         held: list[Tensor] = []
 
@@ -120,6 +126,14 @@ class StepSimulator:
             if sum(one.numel() for one in held) > held_elements:
                 held.clear()
 
+        def update_all(layer: nn.Module) -> None:
+            """Of a stand-in: its gradients, one after the other."""
+            for parameter in layer.parameters():
+                parameter.grad = torch.empty_like(parameter)
+                update(parameter)
+
+        for kind in self._kinds:
+            self._stand_in(kind, kind.layers[real], update_all)
         hooks = [p.register_post_accumulate_grad_hook(update) for p in self.model.parameters()]
         with self._mode, counter, torch.enable_grad():
             if (head := read_head(self.model)) is None:
@@ -177,7 +191,7 @@ class StepSimulator:
         begun: list[tuple[nn.Module, int]] = []  # (layer, bytes alive when it began), in the order they run
         hooks = []
         for kind in self._kinds:
-            self._stand_in(kind, real=kind.layers[:2])
+            self._stand_in(kind, kind.layers[:2])
             for layer in kind.layers:
                 hooks.append(
                     layer.register_forward_pre_hook(lambda layer, _: begun.append((layer, counter.live)))
@@ -192,11 +206,16 @@ class StepSimulator:
             # Not the first: the model may hold on to what went into it. The very last stands for no other.
             kind.kept_bytes = kept.get(kind.layers[:2][-1], 0)
 
-    def _stand_in(self, kind: _Kind, real: list[GradientCheckpointingLayer]) -> None:
+    def _stand_in(
+        self,
+        kind: _Kind,
+        real: list[GradientCheckpointingLayer],
+        on_backward: Callable[[nn.Module], None] = lambda layer: None,
+    ) -> None:
         for layer in kind.layers:
             layer.__dict__.pop("forward", None)
             if not any(layer is one for one in real):
-                layer.forward = lambda *args, kind=kind, **kwargs: _stand_in_forward(kind, args, kwargs)
+                layer.forward = partial(_stand_in_forward, kind, partial(on_backward, layer))
 
 
 def _learn_outputs(kind: _Kind, layer: nn.Module, arguments: Any, output: Any) -> None:
@@ -218,19 +237,21 @@ def kinds_of_layers(model: PreTrainedModel) -> list[_Kind]:
     return list(found.values())
 
 
-def _stand_in_forward(kind: _Kind, args: Any, kwargs: Any) -> Any:
+def _stand_in_forward(kind: _Kind, on_backward: Callable[[], None], *args: Any, **kwargs: Any) -> Any:
     hidden = args[0] if args else kwargs["hidden_states"]
-    output = _StandIn.apply(hidden, kind.kept_bytes)
+    output = _StandIn.apply(hidden, kind.kept_bytes, on_backward)
     return output if kind.num_outputs is None else (output, *[None] * (kind.num_outputs - 1))
 
 
 class _StandIn(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, kept_bytes: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, kept_bytes: int, on_backward: Callable[[], None]) -> Tensor:
+        ctx.on_backward = on_backward
         ctx.kept = torch.empty(max(0, kept_bytes), dtype=torch.uint8)
         return torch.empty_like(hidden)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         ctx.kept = None
-        return torch.empty_like(grad_outputs[0]), None
+        ctx.on_backward()
+        return torch.empty_like(grad_outputs[0]), None, None

@@ -67,6 +67,13 @@ def bmm(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
+def converted_bytes(*dimensions: int) -> int:
+    """What a product of these m, k and n holds at one time beside its operands and its result."""
+    short, middle, long = sorted(dimensions)
+    step = min(long, max(1, BLOCK_ELEMENTS // max(1, middle)))
+    return 4 * (short * middle + step * (short + middle))
+
+
 def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """Into out (m, n), bf16 or fp32, along the longest dimension in blocks."""
     m, k, n = *a.shape, b.shape[1]
