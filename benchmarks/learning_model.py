@@ -52,12 +52,16 @@ class OfflineModel:
 
     def train(self, request: TrainRequest) -> int:
         """The number of tokens that went through the model."""
-        todo, optimizer = self.plan(request), self.trainer.optimizer
+        todo = self.plan(request)
+        self.train_plan(todo)
+        return num_tokens(todo)
+
+    def train_plan(self, todo: JobPlan) -> None:
+        optimizer = self.trainer.optimizer
         for step in range(todo.num_steps):
             optimizer.lr, optimizer.weight_decay = todo.learning_rate(step), 0.0
             self._backward(todo.examples_of(step))  # the optimizer works in its hooks
             optimizer.flush()
-        return num_tokens(todo)
 
     def train_with(self, request: TrainRequest, make: Callable[[Any], Step]) -> int:
         """The same plan and loss by another optimizer; make: of the model."""
@@ -97,7 +101,7 @@ class OfflineModel:
                 position_ids=torch.tensor([positions]),
                 use_cache=False,
             ).last_hidden_state
-            hidden, targets = gather_targets(hidden.last_hidden_state, torch.tensor([labels]))
+            hidden, targets = gather_targets(hidden, torch.tensor([labels]))
             target_loss(
                 hidden, head.layer.weight, head.layer.bias, targets,
                 coefficients=torch.tensor(coefficients), teacher=teacher_of(targets, teachers), is_mean=False,

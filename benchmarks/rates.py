@@ -1,9 +1,9 @@
 """What a learning rate does to the real model: five facts at once, and a night of 500 examples.
 
-Both are trained in one process by the worker's own step, one example an update unless a run says otherwise;
-then the taught questions, other questions for the same, and general ones are asked (benchmarks/learning.py's,
-those that the model answers right before). A run is a job and its options; FILE keeps the rows of earlier
-calls, so that a long table can be made in pieces.
+Both are trained in one process by the worker's own optimizer and loss (benchmarks/learning_model.py), one
+example an update unless a run says otherwise; then the taught questions, others for the same, and general ones
+are asked (benchmarks/learning.py's, those that the model answers right before). A run is a job and its
+options; FILE keeps the rows of earlier calls, so that a long table can be made in pieces.
 
     python benchmarks/rates.py five:lr=1e-4,epochs=4,schedule=constant night:lr=3e-5 --json rates.json
     python benchmarks/rates.py five:lr=1e-4,epochs=8,limiter_ratio=0 --seeds 0 1 2
@@ -17,7 +17,6 @@ import os
 import sys
 import time
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import learning_data as data
@@ -30,9 +29,10 @@ from apollo_ipc.process.serving import worker_environment
 from apollo_ipc.wire.requests import Example, Message, TrainOptions, TrainRequest
 
 if TYPE_CHECKING:
+    from apollo_worker.jobs.job_plan import JobPlan
     from learning_model import OfflineModel
 
-NIGHT_EXAMPLES, NIGHT_ASKED = 500, 24
+NIGHT_EXAMPLES, NIGHT_ASKED, LOSS_EXAMPLES = 500, 24, 16
 COLUMNS = ("loss", "taught", "paraphrased", "near", "general", "kl", "english", "steps", "seconds")
 
 
@@ -112,20 +112,21 @@ def measure(model: OfflineModel, before: Before, run: Run, seed: int) -> dict[st
     model.config = msgspec.structs.replace(defaults, train=train)
     model.reset(seed)
     todo = model.plan(TrainRequest([Example(messages=some) for some in messages], run.options))
-    started, losses = time.monotonic(), []
-    for step in range(todo.num_steps):
-        done = model.trainer.step_on(todo.examples_of(step), todo.learning_rate(step), todo.weight_decay)
-        losses.append(done.loss)
-    seconds = time.monotonic() - started
+    first, started = loss_of(model, todo), time.monotonic()
+    model.train_plan(todo)
+    seconds = round(time.monotonic() - started, 1)
     model.config = defaults
-    last = fmean(losses[-min(len(losses), todo.steps_of_epoch, 50) :])
-    row = {"name": run.name, "seed": seed, "schedule": todo.schedule, "first_loss": round(losses[0], 3)}
-    row |= {"loss": round(last, 3), "steps": todo.num_steps, "seconds": round(seconds, 1)}
+    row = {"name": run.name, "seed": seed, "schedule": todo.schedule, "first_loss": first}
+    row |= {"loss": loss_of(model, todo), "steps": todo.num_steps, "seconds": seconds}
     return row | look_after(model, before, facts)
 
 
+def loss_of(model: OfflineModel, todo: JobPlan) -> float:
+    """Nats a token, of some that are trained."""
+    return round(model.trainer.mean_loss(todo.examples[:LOSS_EXAMPLES]), 3)
+
+
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """loss: the mean of the last pass, of 50 steps at most."""
     print("| run | seed | " + " | ".join(COLUMNS) + " |\n|" + "---|" * (len(COLUMNS) + 2))
     for row in rows:
         cells = [f"{v[0]}/{v[1]}" if isinstance(v := row[name], list) else f"{v:g}" for name in COLUMNS]
