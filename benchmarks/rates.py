@@ -1,9 +1,9 @@
 """What a learning rate does to the real model: five facts at once, and a night of 500 examples.
 
 Both are trained in one process by the worker's own optimizer and loss (benchmarks/learning_model.py), one
-example an update unless a run says otherwise; then the taught questions, others for the same, and general ones
-are asked (benchmarks/learning.py's, those that the model answers right before). A run is a job and its
-options; FILE keeps the rows of earlier calls, so that a long table can be made in pieces.
+example an update unless a run says otherwise; then taught questions, others for the same, and general ones
+are asked (benchmarks/learning.py's, those that the model answers right before). A run is a job and options;
+FILE keeps the rows of earlier calls, so that a long table can be made in pieces.
 
     python benchmarks/rates.py five:lr=1e-4,epochs=4,schedule=constant night:lr=3e-5 --json rates.json
     python benchmarks/rates.py five:lr=1e-4,epochs=8,limiter_ratio=0 --seeds 0 1 2
