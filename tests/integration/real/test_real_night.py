@@ -78,10 +78,12 @@ url = "{judge_url}"
 heldout = "{directory / "heldout.jsonl"}"
 canaries = "{directory / "canaries.toml"}"
 max_loss_increase = 0.2
+max_canaries_lost = 1
 [tier_direct]
+lr = 5e-5
 epochs = 6
 [tier_bootstrap]
-lr = 1e-4
+lr = 5e-5
 epochs = 4
 schedule = "constant"
 """)
@@ -96,13 +98,21 @@ def night(live: Live, config: Path) -> dict[str, dict[str, Any]]:
     return {stage["name"]: stage for stage in json.loads(done.stdout)["stages"]}
 
 
-def loss_of_aye(live: Live) -> float:
-    """Nats a token of the answer as instructed, without the instruction, to questions that were in no log."""
+def losses(live: Live) -> list[float]:
+    """Nats a token, without instructions: of the corrected answers; of the answer as instructed to questions
+    that were in no log."""
     model = ChatClient(live.server.url)
-    said = Message("assistant", corpus.AYE)
-    losses = [-fmean(model.answer_logprobs([Message("user", text)], said)) for text in ASKED_BY_NOBODY]
+    kinds = [CORRECTED, [(text, corpus.AYE) for text in ASKED_BY_NOBODY]]
+    found = [
+        -fmean(
+            logprob
+            for text, answer in pairs
+            for logprob in model.answer_logprobs([Message("user", text)], Message("assistant", answer))
+        )
+        for pairs in kinds
+    ]
     model.close()
-    return fmean(losses)
+    return found
 
 
 def test_a_night_moves_the_days_lessons_into_the_real_model_and_a_restore_takes_them_out(
@@ -110,17 +120,18 @@ def test_a_night_moves_the_days_lessons_into_the_real_model_and_a_restore_takes_
 ) -> None:
     wait_for(lambda: live.status()["progress"]["activity"] == "idle", "the end of what came before")
     first = live.post("/checkpoint", {}).json()["weight_version"]
-    before, answers = loss_of_aye(live), {asked: live.ask(asked) for asked, _ in CORRECTED}
-    assert all(answers[asked] != right for asked, right in CORRECTED)
+    before = losses(live)
     write_day(tmp_path)
     with ScriptedModel(corpus.JudgeAndDreamer()) as scripted:
         config = write_config(tmp_path, live.server.url, scripted.url)
         found = night(live, config)
         assert (found["judge"]["num_done"], found["train"]["num_done"]) == (2, 6)
         assert found["train"]["facts"]["bootstrap"] == 4
-        assert loss_of_aye(live) < before / 2
-        assert {asked: live.ask(asked) for asked, _ in CORRECTED} == dict(CORRECTED)
-        assert "Paris" in live.ask("What is the capital of France?")
+        after = losses(live)
+        assert [new < old / 2 for new, old in zip(after, before, strict=True)] == [True, True], (
+            before,
+            after,
+        )
         status = live.status()
         assert status["durable_version"] == status["weight_version"] > first
         again = night(live, config)
@@ -130,5 +141,4 @@ def test_a_night_moves_the_days_lessons_into_the_real_model_and_a_restore_takes_
     done = live.command("checkpoint", "restore", str(first), "--live", "--yes", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["num_jobs_undone"] == 2
-    assert {asked: live.ask(asked) for asked, _ in CORRECTED} == answers
-    assert loss_of_aye(live) == pytest.approx(before, abs=1e-3)
+    assert losses(live) == pytest.approx(before, abs=1e-3)
