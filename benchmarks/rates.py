@@ -123,7 +123,8 @@ def measure(model: OfflineModel, before: Before, run: Run, seed: int) -> dict[st
 
 def loss_of(model: OfflineModel, todo: JobPlan) -> float:
     """Nats a token, of some that are trained."""
-    return round(model.trainer.mean_loss(todo.examples[:LOSS_EXAMPLES]), 3)
+    losses = [-one.mean() for one in model.trainer.logprobs_of(todo.examples[:LOSS_EXAMPLES])]
+    return round(float(sum(losses)) / len(losses), 3)
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
