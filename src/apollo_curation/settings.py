@@ -124,9 +124,10 @@ class Tier(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class DirectTier(Tier, frozen=True, forbid_unknown_fields=True):
-    """One shot of what was just said."""
+    """What was just said, until it is known: measured with five facts (docs/apollo.md, Learning rates)."""
 
     lr: Annotated[float, Meta(gt=0, le=0.1)] = 1e-4
+    epochs: Annotated[int, Meta(ge=1, le=1000)] = 4
     schedule: Literal["auto", "constant", "cosine"] = "constant"
     when: When = "idle"
     max_examples: Count = 16

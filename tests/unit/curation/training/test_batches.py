@@ -20,11 +20,10 @@ def test_a_tier_is_trained_by_its_own_settings(server, parts):
     parts.batches.train("dream", parts.add("b", tier="dream"))
     parts.batches.train("bootstrap", parts.add("c", tier="bootstrap"))
     options = [body["options"] for body in server.bodies]
-    common = {"epochs": 1, "on_duplicate": "skip"}
     assert options == [
-        {"lr": 1e-4, "schedule": "constant", **common},
-        {"lr": 2e-5, "schedule": "auto", **common},
-        {"lr": 1e-5, "schedule": "auto", **common},
+        {"lr": 1e-4, "epochs": 4, "schedule": "constant", "on_duplicate": "skip"},
+        {"lr": 2e-5, "epochs": 1, "schedule": "auto", "on_duplicate": "skip"},
+        {"lr": 1e-5, "epochs": 1, "schedule": "auto", "on_duplicate": "skip"},
     ]
     assert [batch.tier for batch in parts.batches.table.list()] == ["direct", "dream", "bootstrap"]
 
