@@ -18,6 +18,7 @@ from apollo_worker.commands import memory_plan
 from apollo_worker.commands.memory_plan import Request, has_compiled_update, plan
 from apollo_worker.jobs.example import TokenisedExample
 from apollo_worker.model.live_model import load_offline
+from apollo_worker.optimizer.cpu import has_bf16_units
 from apollo_worker.step.step import Trainer
 from places import ROOT
 from torch.profiler import ProfilerActivity, profile
@@ -181,6 +182,9 @@ def test_the_projections_that_are_kept_are_forecast_to_the_byte(model_dirs, proj
         trainer.step(TokenisedExample(IDS[:8], [True] * 8), 1e-5)
     sketches = [sketch for _, sketch in trainer.optimizer._backends["cpu"]._kept.values()]
     kept = sum(part.nbytes for sketch in sketches for part in sketch if isinstance(part, torch.Tensor))
+    if projection == "gaussian" and not has_bf16_units():
+        # Each thread converts gradients in memory of its own, which stays: what the largest matrix needs.
+        kept += 4 * SHAPES["vocab_size"] * SHAPES["hidden_size"] * (torch.get_num_threads() + 1)
     assert of(made.trainer, "projections") == kept
 
 

@@ -23,7 +23,7 @@ from apollo_ipc.config import Train
 from apollo_ipc.errors import ApolloError, AttachError, UserError
 from apollo_ipc.memory_plan import Item, MemoryPlan
 from apollo_worker.commands.step_memory import StepSimulator
-from apollo_worker.model.cpu_products import converted_bytes, has_bf16_products
+from apollo_worker.model.cpu_products import has_bf16_products
 from apollo_worker.model.experts import expert_stacks
 from apollo_worker.model.hf_model import read_model_config, vocab_size_of
 from apollo_worker.optimizer.apollo import Apollo
@@ -65,7 +65,8 @@ def plan(request: Request) -> MemoryPlan:
         dtype, assumptions = served_dtype(config)
         positions = getattr(config.get_text_config(), "max_position_embeddings", None) or options.max_tokens
         num_tokens = min(options.max_tokens, positions)
-        step = StepSimulator(model_dir, dtype, num_tokens, options.logit_chunk_tokens)
+        converts = not device.is_gpu and not has_bf16_products()
+        step = StepSimulator(model_dir, dtype, num_tokens, options.logit_chunk_tokens, converts)
     except AttachError as error:
         raise UserError(
             f"{error.message.splitlines()[0]}; give the directory of a causal language model that "
@@ -86,15 +87,11 @@ def plan(request: Request) -> MemoryPlan:
         for checkpointing in (True, False)
     }
     chosen, other = options.activation_checkpointing, not options.activation_checkpointing
-    peak_bytes = needs[chosen].peak_bytes
-    if not device.is_gpu and not has_bf16_products():
-        matrices = [p.shape[-2:] for p in step.model.parameters() if p.dim() > 1]
-        peak_bytes += max(converted_bytes(num_tokens, *shape) for shape in matrices)
     head, largest = head_and_largest(step.model)
     num_trained = sum(p.nbytes for p in step.model.parameters())  # all of them are trained
     trainer = [
         Item("optimizer state", optimizer.state_size_bytes(), f"rank {options.rank}, {options.rounding}"),
-        Item("one step, at its peak", peak_bytes, "not the sum of its parts below"),
+        Item("one step, at its peak", needs[chosen].peak_bytes, "not the sum of its parts below"),
     ]
     if options.accumulate_steps > 1:
         note = f"of {options.accumulate_steps} examples, all parameters, fp32"
@@ -109,7 +106,7 @@ def plan(request: Request) -> MemoryPlan:
         num_bytes = kept_bytes(projected, options.projection, options.rank)
         trainer.append(Item("projections", num_bytes, f"{options.projection}, kept by the compiled update"))
     if not device.is_gpu:
-        num_bytes = int(MALLOC_SHARE * peak_bytes)
+        num_bytes = int(MALLOC_SHARE * needs[chosen].peak_bytes)
         trainer.append(Item("gaps that malloc leaves", num_bytes, f"{MALLOC_SHARE:.0%} of a step, measured"))
     gradient_note = "the head's, and its fp32 sum for many targets" if head else "the largest single one"
     parts = [

@@ -22,10 +22,12 @@ from torch.utils._pytree import tree_iter
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from apollo_worker.model.cpu_products import converted_bytes
 from apollo_worker.model.hf_model import build_model, parameter_names
 from apollo_worker.step.forward import enable_activation_checkpointing, read_head
 from apollo_worker.step.loss import target_loss
 
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 # Of one parameter -> bytes that its update needs for a moment, beside weight, gradient and state.
 Temporaries = Callable[[Tensor], int]
 
@@ -39,10 +41,14 @@ class StepMemory:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that operators return, for as long as they live."""
+    """Counts the bytes of the storages that operators return, for as long as they live.
 
-    def __init__(self) -> None:
+    converts: with what products of bf16 take for a moment where they are made in fp32 (cpu_products.py).
+    """
+
+    def __init__(self, converts: bool = False) -> None:
         super().__init__()
+        self._converts = converts
         self._known: set[int] = set()
         self.live = self.peak = 0
 
@@ -51,6 +57,10 @@ class LiveBytes(TorchDispatchMode):
         for value in tree_iter(result):
             if isinstance(value, Tensor):
                 self._count(value)
+        # autograd adds two gradients of one tensor in place, but not where they are fake: there it drops both
+        # at once. A sum of what is kept is seen by whatever comes next.
+        if func is not torch.ops.aten.add.Tensor:
+            self.reserve(self._converted(func, args))
         return result
 
     def ignore(self, tensor: Tensor) -> None:
@@ -68,8 +78,13 @@ class LiveBytes(TorchDispatchMode):
             return
         self._known.add(key)
         self.live += num_bytes
-        self.reserve(0)
         weakref.finalize(storage, self._drop, key, num_bytes)
+
+    def _converted(self, func: Any, args: Any) -> int:
+        if not self._converts or func not in _PRODUCTS:
+            return 0
+        a, b = args[-2:]
+        return converted_bytes(*a.shape[-2:], b.shape[-1]) if a.dtype == torch.bfloat16 else 0
 
     def _drop(self, key: int, num_bytes: int) -> None:
         self._known.discard(key)
@@ -92,8 +107,10 @@ class StepSimulator:
     64 layers of 2,048 tokens are some 500,000 operators, each of them 100 us also without memory.
     """
 
-    def __init__(self, model_dir: Path, dtype: torch.dtype, num_tokens: int, chunk_tokens: int):
-        self.model = build_model(model_dir, dtype)
+    def __init__(
+        self, model_dir: Path, dtype: torch.dtype, num_tokens: int, chunk_tokens: int, converts: bool = False
+    ):
+        self.model, self._converts = build_model(model_dir, dtype), converts
         self._num_tokens, self._chunk_tokens = num_tokens, chunk_tokens
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._fill()
@@ -180,7 +197,7 @@ class StepSimulator:
         return self.model.base_model(input_ids=self._ids(), use_cache=False).last_hidden_state
 
     def _counter(self) -> LiveBytes:
-        counter = LiveBytes()
+        counter = LiveBytes(self._converts)
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             counter.ignore(tensor)
         return counter
