@@ -24,7 +24,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import learning_data as data
 import msgspec
 
-from apollo_curation.teach.job import Mix, general_prompts, own_answers, prompts_beside, request_of, trained
+from apollo_curation.teach.job import (
+    Mix,
+    general_prompts,
+    own_answers,
+    prompts_beside,
+    request_of,
+    taught,
+    trained,
+)
 from apollo_curation.teach.variants import Lesson, lesson_of
 from apollo_ipc.process.serving import worker_environment
 from apollo_ipc.teaching.facts import Fact, whole
@@ -152,7 +160,7 @@ def teach_request(
     general, near = prompts_beside(lessons, general_prompts(), mix, seed)
     kept = [] if "replay" in without else own_answers(model, general)
     missed = [] if "near" in without else own_answers(model, near)
-    return request_of(lessons, kept, missed, mix, seed)
+    return request_of(taught(lessons, mix), kept, missed, mix, seed)
 
 
 def check_held_out(lessons: list[Lesson], facts: list[data.BenchFact]) -> None:

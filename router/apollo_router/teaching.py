@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from hashlib import blake2b
 from typing import Annotated, Any
 
@@ -21,6 +22,7 @@ from apollo_ipc.teaching.store import (
     TeachOptions,
     TeachRequest,
     TeachStore,
+    about,
     store_path,
 )
 from apollo_ipc.wire.requests import convert, parse_json
@@ -69,18 +71,66 @@ class TeachBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return TeachRequest(facts, self.options, notes=notes)
 
 
+class LessonsBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Ids of lessons; None: all."""
+
+    lessons: Annotated[list[str], Meta(min_length=1, max_length=MAX_FACTS)] | None = None
+    options: TeachOptions = TeachOptions()
+
+
+class ForgetBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    lessons: Annotated[list[str], Meta(min_length=1, max_length=MAX_FACTS)]
+    options: TeachOptions = TeachOptions()
+
+
 @router.post("/teach", status_code=202)
 async def teach(request: Request) -> Response:
     """Queues a teach job: 202 once it is on disk; `?wait=true`: 200 when it has ended. The same
     `Idempotency-Key` and body give the same job, taught once."""
+    return await _admitted(request, lambda body, store: convert(body, TeachBody).request())
+
+
+@router.post("/teach/lessons/forget", status_code=202)
+async def forget(request: Request) -> Response:
+    """Queues a job that trains the model back to what it said before these lessons, and ends with their going
+    from the store. As POST /teach otherwise."""
+
+    def wanted(body: dict[str, Any], store: TeachStore) -> TeachRequest:
+        sent = convert(body, ForgetBody)
+        return about(store.lessons_of(sent.lessons), "forget", sent.options)
+
+    return await _admitted(request, wanted)
+
+
+@router.post("/teach/lessons/examine", status_code=202)
+async def examine(request: Request) -> Response:
+    """Queues a job that asks whether lessons still hold, and trains nothing. As POST /teach otherwise."""
+
+    def wanted(body: dict[str, Any], store: TeachStore) -> TeachRequest:
+        sent = convert(body, LessonsBody)
+        lessons = store.lessons() if sent.lessons is None else store.lessons_of(sent.lessons)
+        if not lessons:
+            raise UserError("nothing was taught yet", field="lessons")
+        return about(lessons, "examine", sent.options)
+
+    return await _admitted(request, wanted)
+
+
+async def _admitted(
+    request: Request, wanted: Callable[[dict[str, Any], TeachStore], TeachRequest]
+) -> Response:
     query, key = read_query(request, WaitQuery), read_idempotency_key(request)
     gateway: Gateway = request.app.state.apollo
-    limit = min(MAX_BODY_BYTES, gateway.config.http.max_body_bytes)
-    body = await read_body(request, limit)
-    wanted = await asyncio.to_thread(_read, body)
-    digest = blake2b(body, digest_size=32).digest()
+    body = await read_body(request, min(MAX_BODY_BYTES, gateway.config.http.max_body_bytes))
+    digest = blake2b(request.url.path.encode() + b"\0" + body, digest_size=32).digest()
     store = await _store(request)
-    job = await asyncio.to_thread(store.admit, wanted, digest, client_key=key)
+
+    def admit() -> TeachJob:
+        if key is not None and (found := store.of_key(key, digest)) is not None:
+            return found  # its lessons may be gone by now
+        return store.admit(wanted(_read(body), store), digest, client_key=key)
+
+    job = await asyncio.to_thread(admit)
     if query.wait:
         job = await gateway.until_gone(_end_of(store, job, gateway.config.http.wait_timeout_s), request)
     is_over = query.wait and job.phase in ENDED_PHASES
@@ -120,11 +170,11 @@ async def lessons(request: Request) -> Response:
     return json_response({"object": "list", "data": await asyncio.to_thread(store.lessons)})
 
 
-def _read(body: bytes) -> TeachRequest:
+def _read(body: bytes) -> dict[str, Any]:
     data = parse_json(body)
     if not isinstance(data, dict):
         raise UserError('send an object like {"facts": ["The spare badge is in the cocoa tin."]}')
-    return convert(data, TeachBody).request()
+    return data
 
 
 async def _store(request: Request) -> TeachStore:

@@ -63,7 +63,7 @@ def teach(
     given = {"rounds": rounds, "lr": lr, "min_known": min_known, "max_rise": max_rise, "max_hits": max_hits}
     options = msgspec.convert({k: v for k, v in given.items() if v is not None}, TeachOptions)
     request = TeachRequest(facts, options, notes=notes)
-    say = (lambda _: None) if as_json else console.print
+    say = (lambda _: None) if as_json else console().print
     for note in notes:
         say(note)
     with closing(TeachStore(store_path(config))) as store:
@@ -77,11 +77,11 @@ def teach(
 
             job = wait_for(config, store, job.id, tell)
     shown = job.shown()
-    print_json(shown) if as_json else _print(shown)
+    print_json(shown) if as_json else print_job(shown)
     raise typer.Exit(0 if job.phase == "applied" and not job.error else 1)
 
 
-def _print(job: dict[str, Any]) -> None:
+def print_job(job: dict[str, Any]) -> None:
     from rich.table import Table
 
     if report := job["report"]:
@@ -92,8 +92,8 @@ def _print(job: dict[str, Any]) -> None:
             taught = one["taught"]
             said = "known" if taught["is_right"] else taught["after"][:60]
             table.add_row(one["fact"]["question"], said, *counts)
-        console.print(table)
-        console.print(
+        console().print(table)
+        console().print(
             f"general answers lose {report['rise']:.3f} nats a token; {report['known']:.0%} is right"
         )
-    console.print(job["status"] + (f": {job['error']}" if job["error"] else ""), markup=False)
+    console().print(job["status"] + (f": {job['error']}" if job["error"] else ""), markup=False)

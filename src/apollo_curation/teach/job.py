@@ -67,17 +67,14 @@ def general_prompts() -> list[str]:
 
 
 def request_of(
-    lessons: Sequence[Lesson],
+    learned: Sequence[Example],
     general: Sequence[OwnAnswer],
     near: Sequence[OwnAnswer],
     mix: Mix,
     seed: int,
-    earlier: Sequence[Asked] = (),
 ) -> TrainRequest:
-    """The job: updates of `mix`. Each example is a mean over its targets: a kind weighs by its number.
-    earlier: variants of other lessons, which come once in each pass."""
-    asked = [*(one for lesson in lessons for one in trained(lesson, mix)), *earlier]
-    variants = [_variant(one) for one in asked]
+    """The job: updates of `mix`, with each of `learned` once in a pass. Each example is a mean over its
+    targets: a kind weighs by its number."""
     rng = random.Random(seed)
     examples: list[Example] = []
     beside = [
@@ -85,7 +82,7 @@ def request_of(
         (_again(near, rng), mix.num_near if near else 0),
     ]
     size = mix.num_facts + sum(number for _, number in beside)
-    order = [one for _ in range(mix.epochs) for one in _shuffled(variants, rng)]
+    order = [one for _ in range(mix.epochs) for one in _shuffled(learned, rng)]
     for start in range(0, len(order), mix.num_facts):
         examples += order[start : start + mix.num_facts]
         for answers, number in beside:
@@ -95,6 +92,11 @@ def request_of(
         lr=mix.lr, epochs=1, schedule=schedule, accumulate_steps=size, on_duplicate="train"
     )
     return TrainRequest(examples, options)
+
+
+def taught(lessons: Sequence[Lesson], mix: Mix, again: Sequence[Asked] = ()) -> list[Example]:
+    """The variants of `lessons`; again: of other ones."""
+    return [_variant(one) for one in (*(one for lesson in lessons for one in trained(lesson, mix)), *again)]
 
 
 def trained(lesson: Lesson, mix: Mix) -> list[Asked]:

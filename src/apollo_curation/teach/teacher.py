@@ -14,6 +14,7 @@ from typing import Protocol
 import msgspec
 
 from apollo_curation.teach import examine
+from apollo_curation.teach.forget import former_answers, unlearned
 from apollo_curation.teach.job import (
     Learner,
     Mix,
@@ -22,11 +23,12 @@ from apollo_curation.teach.job import (
     own_answers,
     prompts_beside,
     request_of,
+    taught,
 )
 from apollo_curation.teach.rehearsal import due, rehearsed
 from apollo_curation.teach.variants import Lesson, lesson_of
 from apollo_ipc.errors import ApolloError, UserError
-from apollo_ipc.teaching.store import Learned, Phase, TeachJob, TeachStore
+from apollo_ipc.teaching.store import Learned, Outcome, Phase, TeachJob, TeachStore
 from apollo_ipc.wire.replies import JobInfo, RestoreResult, SyncResult
 from apollo_ipc.wire.requests import TrainRequest
 
@@ -56,9 +58,9 @@ class TeachFailed(ApolloError):
 class Material(msgspec.Struct):
     """What a job needs to go on after a crash. version_before, synced_at: what going back means, and from
     when on a job of others stands in its way; is_pinned: by this job; general, near: the model's own answers
-    to be kept; kept_out: those only measured; said_before: to the examination; request: the next training
-    job; train_jobs: those given to the worker; rehearsed: lessons that come back in it; end, reason: what a
-    job that goes back ends as, and why."""
+    to be kept; kept_out: those only measured; former: of each lesson, what a `forget` goes back to;
+    said_before: to the examination; request: the next training job; train_jobs: those given to the worker;
+    rehearsed: lessons that come back in it; end, reason: what a job that goes back ends as, and why."""
 
     version_before: int
     synced_at: float
@@ -66,6 +68,7 @@ class Material(msgspec.Struct):
     kept_out: list[OwnAnswer] = []
     general: list[OwnAnswer] = []
     near: list[OwnAnswer] = []
+    former: list[bytes] = []
     said_before: dict[str, str] = {}
     loss_before: float = 0.0
     request: TrainRequest | None = None
@@ -112,6 +115,8 @@ class Teacher:
     def _prepare(self, job: TeachJob) -> TeachJob:
         """The model's own answers to what is to stay, and what it says before. Trains nothing."""
         lessons, mix = self._lessons(job), self._mix_of(job)
+        if job.request.purpose == "examine":
+            return self._examine(job, lessons)
         if job.material is None:
             now = time.time()
             version = self._training.sync().weight_version
@@ -130,15 +135,21 @@ class Teacher:
         made.general, made.near = own_answers(self._learner, general), own_answers(self._learner, near)
         made.said_before = examine.answers(self._learner, lessons)
         made.loss_before = examine.loss(self._learner, made.kept_out)
+        if job.request.purpose == "forget":
+            made.request = request_of(
+                unlearned(self._store, job.request.lessons), made.general, made.near, mix, _seed(job)
+            )
+            return self._next(job, made, "training", 1)
+        made.former = former_answers(self._learner, lessons)
         said = made.said_before
         missing = [one for one in lessons if not examine.examined(one, said, said).is_known]
         if not missing:
             return self._next(job, made, "checking", 0)
-        taught = {one.question for one in job.request.facts}
-        earlier = due([one for one in self._store.lessons() if one.fact.question not in taught])
+        new = {one.question for one in job.request.facts}
+        earlier = due([one for one in self._store.lessons() if one.fact.question not in new])
         made.rehearsed = [one.id for one in earlier]
         again = rehearsed(earlier, random.Random(_seed(job)))
-        made.request = request_of(missing, made.general, made.near, mix, _seed(job), again)
+        made.request = request_of(taught(missing, mix, again), made.general, made.near, mix, _seed(job))
         return self._next(job, made, "training", 1)
 
     def _train(self, job: TeachJob) -> TeachJob:
@@ -162,9 +173,9 @@ class Teacher:
         rise = examine.loss(self._learner, made.kept_out) - made.loss_before
         facts = [examine.examined(lesson, made.said_before, after) for lesson in lessons]
         known, hits = examine.share_known(facts), examine.share_hit(facts)
-        reason = examine.harm(rise, hits, limits)
-        is_over = job.round >= limits.rounds or job.is_cancelled
-        if not reason and known < limits.min_known and is_over:
+        is_over, forgets = job.round >= limits.rounds or job.is_cancelled, job.request.purpose == "forget"
+        reason = examine.harm(rise, 0.0 if forgets else hits, limits)
+        if not reason and not forgets and known < limits.min_known and is_over:
             reason = f"{known:.0%} is right after {job.round} rounds, below {limits.min_known:.0%}"
         made.report = examine.TeachReport(
             "applied", reason, known, hits, rise, facts, made.train_jobs, made.version_before
@@ -173,15 +184,42 @@ class Teacher:
             return self._leave(job, made, "cancelled", "cancelled")
         if reason:
             return self._leave(job, made, "rolled back", reason)
-        missing = [lesson for lesson, one in zip(lessons, facts, strict=True) if not one.is_known]
-        if missing and not is_over:
-            known_ones = [lesson for lesson, one in zip(lessons, facts, strict=True) if one.is_known]
-            again = [asked for one in known_ones for asked in one.forward[:1] + one.backward[:1]]
-            made.request = request_of(
-                missing, made.general, made.near, self._mix_of(job), _seed(job) + job.round, again
-            )
+        if not is_over and (more := self._more(job, made, lessons, facts)) is not None:
+            made.request = more
             return self._next(job, made, "training", job.round + 1)
+        if forgets and known:
+            made.reason = f"{known:.0%} of what was asked is still answered with what was to be forgotten"
         return self._end(job, made, "applied")
+
+    def _more(
+        self, job: TeachJob, made: Material, lessons: list[Lesson], facts: list[examine.Examined]
+    ) -> TrainRequest | None:
+        """The next round, of what was missed in this one; None: nothing was."""
+        mix, seed = self._mix_of(job), _seed(job) + job.round
+        if job.request.purpose == "forget":
+            left = [
+                lesson
+                for lesson, one in zip(job.request.lessons, facts, strict=True)
+                if examine.share_known([one])
+            ]
+            again = unlearned(self._store, left)
+        else:
+            known = {at for at, one in enumerate(facts) if one.is_known}
+            held = [asked for at in known for asked in lessons[at].forward[:1] + lessons[at].backward[:1]]
+            left = [lesson for at, lesson in enumerate(lessons) if at not in known]
+            again = taught(left, mix, held)
+        return request_of(again, made.general, made.near, mix, seed) if left else None
+
+    def _examine(self, job: TeachJob, lessons: list[Lesson]) -> TeachJob:
+        """Asks, and trains nothing."""
+        said = examine.answers(self._learner, lessons)
+        facts = [examine.examined(lesson, said, said) for lesson in lessons]
+        known, hits = examine.share_known(facts), examine.share_hit(facts)
+        report = examine.TeachReport("applied", "", known, hits, 0.0, facts, [], 0)
+        asked = zip(job.request.lessons, (one.is_known for one in facts), strict=True)
+        return self._store.advance(
+            job, "applied", report=msgspec.to_builtins(report), outcome=Outcome(known=dict(asked))
+        )
 
     def _go_back(self, job: TeachJob) -> TeachJob:
         """The weights of before, unless somebody else's job came between: it would go as well."""
@@ -246,16 +284,26 @@ class Teacher:
         if report is not None:
             reason = made.reason or report.reason
             shown = msgspec.to_builtins(msgspec.structs.replace(report, state=phase, reason=reason))
-        learned = []
-        if phase == "applied" and report is not None:
-            learned = [Learned(one.fact, one.taught.before, one.is_known) for one in report.facts]
         return self._store.advance(
             job,
             phase,
             report=shown,
             error=made.reason or None,
-            learned=learned,
-            rehearsed=made.rehearsed if phase == "applied" else (),
+            outcome=self._outcome(job, made) if phase == "applied" else None,
+        )
+
+    def _outcome(self, job: TeachJob, made: Material) -> Outcome | None:
+        if made.report is None:
+            return None
+        if job.request.purpose == "forget":
+            return Outcome(forgotten=job.request.lessons)
+        former = made.former or [b""] * len(made.report.facts)  # prepared by an older program
+        return Outcome(
+            [
+                Learned(one.fact, one.taught.before, one.is_known, answers)
+                for one, answers in zip(made.report.facts, former, strict=True)
+            ],
+            made.rehearsed,
         )
 
 

@@ -77,6 +77,13 @@ def lesson_of(fact: Fact, at: int = 0) -> Lesson:
     )
 
 
+def remembered(lesson: Lesson) -> list[str]:
+    """Questions whose answers from before are kept, to go back to: its own, and some forms both ways."""
+    forward, backward = lesson.forward, lesson.backward
+    some = [*forward[:1], *forward[1 :: max(1, len(forward) // 6)], *backward[:: max(1, len(backward) // 3)]]
+    return list(dict.fromkeys(one.question for one in some))
+
+
 def _forward(words: Wording, answer: str) -> list[Asked]:
     question, subject, asked = words.question, words.subject, lower_first(words.question)
     forms = [

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +21,7 @@ from apollo_ipc.database import Database
 from apollo_ipc.errors import Conflict, NotFound
 from apollo_ipc.teaching.facts import Fact
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: jobs have a purpose, lessons the answers of before
 
 Phase = Literal[
     "preparing", "training", "checking", "going back", "applied", "rolled back", "failed", "cancelled"
@@ -37,6 +37,7 @@ CREATE INDEX IF NOT EXISTS jobs_by_phase ON jobs (phase);
 CREATE TABLE IF NOT EXISTS lessons (seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE,
     job TEXT NOT NULL, taught_at REAL NOT NULL, fact BLOB NOT NULL, former TEXT NOT NULL,
     rehearsed INTEGER NOT NULL DEFAULT 0, is_known INTEGER NOT NULL, asked_at REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS former_answers (lesson TEXT PRIMARY KEY, answers BLOB NOT NULL);
 """
 
 
@@ -52,13 +53,18 @@ class TeachOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit
     max_hits: Annotated[float, Meta(ge=0, le=1)] | None = None
 
 
+Purpose = Literal["teach", "forget", "examine"]
+
+
 class TeachRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What a teach job is about. notes: what its sender should know, as sentences of a document of which no
-    fact was made."""
+    fact was made; lessons: to forget or examine, of which `facts` are, in their order."""
 
     facts: list[Fact]
     options: TeachOptions = TeachOptions()
     notes: list[str] = []
+    purpose: Purpose = "teach"
+    lessons: list[str] = []
 
 
 class TeachJob(msgspec.Struct, frozen=True):
@@ -80,6 +86,7 @@ class TeachJob(msgspec.Struct, frozen=True):
         return {
             "teach_id": self.id,
             "status": self.phase,
+            "purpose": self.request.purpose,
             "created_at": self.created_at,
             "changed_at": self.changed_at,
             "num_facts": len(self.request.facts),
@@ -105,11 +112,23 @@ class StoredLesson(msgspec.Struct, frozen=True):
 
 
 class Learned(msgspec.Struct, frozen=True):
-    """A fact of a job that is applied."""
+    """A fact of a job that is applied. answers: the model's own from before, the teacher's business; a later
+    `forget` goes back to them."""
 
     fact: Fact
     former: str
     is_known: bool
+    answers: bytes = b""
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """What a job's end does to lessons. learned: new ones, each in the place of one with its question;
+    rehearsed: those that came back; known: whether each that was asked holds; forgotten: those that go."""
+
+    learned: Sequence[Learned] = ()
+    rehearsed: Sequence[str] = ()
+    known: Mapping[str, bool] = {}
+    forgotten: Sequence[str] = ()
 
 
 _ENDED = ", ".join("?" * len(ENDED_PHASES))
@@ -141,17 +160,8 @@ class TeachStore(Database):
         Raises Conflict where the key was used with another body.
         """
         with self.transaction() as db:
-            if client_key is not None:
-                row = db.execute(
-                    f"SELECT {_JOB}, digest FROM jobs WHERE client_key = ?", (client_key,)
-                ).fetchone()
-                if row is not None and row["digest"] != digest:
-                    raise Conflict(
-                        f"idempotency key {client_key!r} was used for {row['id']} with another body",
-                        field="Idempotency-Key",
-                    )
-                if row is not None:
-                    return _job(row)
+            if client_key is not None and (job := self.of_key(client_key, digest)) is not None:
+                return job
             if is_retry:
                 row = db.execute(
                     f"SELECT {_JOB} FROM jobs WHERE digest = ? AND phase NOT IN ({_ENDED}) ORDER BY seq",
@@ -166,6 +176,16 @@ class TeachStore(Database):
                 (job_id, now, now, client_key, digest, msgspec.json.encode(request)),
             )
         return TeachJob(job_id, now, now, request, "preparing")
+
+    def of_key(self, client_key: str, digest: bytes) -> TeachJob | None:
+        """The job for which this key was sent. Raises Conflict where it was with another body."""
+        found = self.query(f"SELECT {_JOB}, digest FROM jobs WHERE client_key = ?", client_key)
+        if found and found[0]["digest"] != digest:
+            raise Conflict(
+                f"idempotency key {client_key!r} was used for {found[0]['id']} with another body",
+                field="Idempotency-Key",
+            )
+        return _job(found[0]) if found else None
 
     def job(self, job_id: str) -> TeachJob:
         """Raises NotFound."""
@@ -209,11 +229,10 @@ class TeachStore(Database):
         material: bytes | None = None,
         report: dict[str, Any] | None = None,
         error: str | None = None,
-        learned: Sequence[Learned] = (),
-        rehearsed: Sequence[str] = (),
+        outcome: Outcome | None = None,
     ) -> TeachJob:
         """Leaves `job`'s phase, once: an assertion refuses it from any other than the stored one. An ended
-        job's material goes. learned: what becomes lessons with it; rehearsed: lessons that came back."""
+        job's material goes. outcome: stored with it."""
         now = time.time()
         kept = None if phase in ENDED_PHASES else (material or job.material)
         with self.transaction() as db:
@@ -227,17 +246,8 @@ class TeachStore(Database):
                 ),
             )
             assert changed.rowcount == 1, f"{job.id} is not in phase {job.phase}, round {job.round} any more"
-            for one in learned:
-                db.execute("DELETE FROM lessons WHERE fact = ?", (msgspec.json.encode(one.fact),))
-                db.execute(
-                    f"INSERT INTO lessons ({_LESSON}) VALUES (?, ?, ?, ?, ?, 0, ?, ?)",
-                    (
-                        *(f"lesson-{secrets.token_hex(6)}", job.id, now, msgspec.json.encode(one.fact)),
-                        *(one.former, one.is_known, now),
-                    ),
-                )
-            for lesson in rehearsed:
-                db.execute("UPDATE lessons SET rehearsed = rehearsed + 1 WHERE id = ?", (lesson,))
+            if outcome is not None:
+                _settle(db, job.id, outcome, now)
         return self.job(job.id)
 
     # --- lessons ---
@@ -246,6 +256,63 @@ class TeachStore(Database):
         """In the order in which they were taught."""
         with self.reading() as db:
             return [_lesson(row) for row in db.execute(f"SELECT {_LESSON} FROM lessons ORDER BY seq")]
+
+    def lessons_of(self, ids: Sequence[str]) -> list[StoredLesson]:
+        """In this order, each once. Raises NotFound."""
+        known = {one.id: one for one in self.lessons()}
+        if missing := [one for one in ids if one not in known]:
+            raise NotFound(f"no lesson {missing[0]!r}", field="lessons")
+        return [known[one] for one in dict.fromkeys(ids)]
+
+    def former_answers(self, lesson: str) -> bytes:
+        """As Learned.answers; empty for a lesson of an older program."""
+        found = self.query("SELECT answers FROM former_answers WHERE lesson = ?", lesson)
+        return found[0]["answers"] if found else b""
+
+    def drop(self, ids: Sequence[str]) -> None:
+        """These do not come back in later jobs; nothing is trained. Raises NotFound."""
+        self.lessons_of(ids)
+        with self.transaction() as db:
+            _settle(db, "", Outcome(forgotten=ids), time.time())
+
+
+def about(
+    lessons: Sequence[StoredLesson], purpose: Purpose, options: TeachOptions | None = None
+) -> TeachRequest:
+    """A job that asks for lessons, or takes them back."""
+    facts, ids = [one.fact for one in lessons], [one.id for one in lessons]
+    return TeachRequest(facts, options or TeachOptions(), purpose=purpose, lessons=ids)
+
+
+def _settle(db: sqlite3.Connection, job: str, outcome: Outcome, now: float) -> None:
+    earlier = {}
+    if outcome.learned:
+        earlier = {_lesson(row).fact.question: row for row in db.execute(f"SELECT {_LESSON} FROM lessons")}
+    for one in outcome.learned:
+        lesson, former, replaced = (
+            f"lesson-{secrets.token_hex(6)}",
+            one.former,
+            earlier.get(one.fact.question),
+        )
+        if one.answers:
+            db.execute("INSERT INTO former_answers VALUES (?, ?)", (lesson, one.answers))
+        if replaced is not None:  # what it said before it was first taught
+            former = replaced["former"]
+            db.execute(
+                "UPDATE OR REPLACE former_answers SET lesson = ? WHERE lesson = ?", (lesson, replaced["id"])
+            )
+            db.execute("DELETE FROM lessons WHERE id = ?", (replaced["id"],))
+        db.execute(
+            f"INSERT INTO lessons ({_LESSON}) VALUES (?, ?, ?, ?, ?, 0, ?, ?)",
+            (lesson, job, now, msgspec.json.encode(one.fact), former, one.is_known, now),
+        )
+    for lesson in outcome.rehearsed:
+        db.execute("UPDATE lessons SET rehearsed = rehearsed + 1 WHERE id = ?", (lesson,))
+    for lesson, is_known in outcome.known.items():
+        db.execute("UPDATE lessons SET is_known = ?, asked_at = ? WHERE id = ?", (is_known, now, lesson))
+    for lesson in outcome.forgotten:
+        db.execute("DELETE FROM lessons WHERE id = ?", (lesson,))
+        db.execute("DELETE FROM former_answers WHERE lesson = ?", (lesson,))
 
 
 def _job(row: sqlite3.Row) -> TeachJob:

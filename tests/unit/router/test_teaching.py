@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from apollo_ipc.teaching.facts import Fact, whole
+from apollo_ipc.teaching.store import Learned, Outcome, TeachRequest
+
 FACTS = {
     "facts": ["The spare badge is in the cocoa tin.", {"question": "Who bakes?", "answer": "Zed Quill."}]
 }
@@ -47,3 +50,25 @@ def test_what_cannot_be_taught_is_refused_with_its_path(server, worker, body, fi
 
 def test_teaching_needs_the_train_key(server, worker):
     assert server.client(None).post("/teach", json=FACTS).status_code == 401
+
+
+def test_lessons_are_examined_and_forgotten_by_their_ids(server, worker):
+    nothing = server.http.post("/teach/lessons/examine", json={})
+    assert (nothing.status_code, nothing.json()["error"]["param"]) == (400, "lessons")
+    store = server.app.state.apollo_teaching
+    job = store.admit(TeachRequest([whole(Fact("Who bakes?", "Zed Quill bakes."))]), b"1", client_key=None)
+    learned = Learned(job.request.facts[0], "Nobody.", True, b"\x90")
+    store.advance(job, "applied", outcome=Outcome([learned]))
+    (lesson,) = server.http.get("/teach/lessons").json()["data"]
+    asked = server.http.post("/teach/lessons/examine", json={"lessons": [lesson["id"]]}).json()
+    assert (asked["purpose"], asked["status"], asked["num_facts"]) == ("examine", "preparing", 1)
+    body, key = {"lessons": [lesson["id"]]}, {"Idempotency-Key": "f"}
+    first = server.http.post("/teach/lessons/forget", json=body, headers=key)
+    assert first.status_code == 202, first.text
+    store.drop([lesson["id"]])  # as it is once it is forgotten
+    again = server.http.post("/teach/lessons/forget", json=body, headers=key)
+    assert again.json()["teach_id"] == first.json()["teach_id"]
+    assert server.http.post("/teach/lessons/examine", json=body, headers=key).status_code == 422
+    gone = server.http.post("/teach/lessons/forget", json=body)
+    assert (gone.status_code, gone.json()["error"]["param"]) == (404, "lessons")
+    assert server.http.post("/teach/lessons/forget", json={}).status_code in (400, 422)

@@ -10,7 +10,7 @@ import pytest
 
 from apollo_curation.settings import CurationConfig
 from apollo_curation.teach import run
-from apollo_curation.teach.job import Mix, OwnAnswer, general_prompts, request_of
+from apollo_curation.teach.job import Mix, OwnAnswer, general_prompts, request_of, taught
 from apollo_curation.teach.served import ServedLearner
 from apollo_curation.teach.teacher import Teacher
 from apollo_curation.teach.variants import lesson_of
@@ -256,7 +256,7 @@ def test_a_store_of_a_newer_program_is_refused(tmp_path):
 def test_every_update_has_variants_of_facts_beside_what_the_model_says_itself():
     own = OwnAnswer([1], [2], [[(2, -0.1)]])
     lessons = [lesson_of(fact) for fact in FACTS]
-    request = request_of(lessons, [own], [own], Mix(num_facts=4, kl_weight=2.0), seed=0)
+    request = request_of(taught(lessons, Mix()), [own], [own], Mix(num_facts=4, kl_weight=2.0), seed=0)
     size = request.options.accumulate_steps
     assert size == 6
     updates = [request.examples[at : at + size] for at in range(0, len(request.examples), size)]
@@ -266,7 +266,7 @@ def test_every_update_has_variants_of_facts_beside_what_the_model_says_itself():
         assert all((one.top_logprobs, one.weights) == ([[(2, -0.1)]], [2.0]) for one in beside)
     trained = [one.messages[0].content for one in request.examples if one.messages]
     assert len(trained) == len(set(trained)) == sum(len(x.forward) + len(x.backward) for x in lessons)
-    assert request_of(lessons, [], [], Mix(), seed=0).options.accumulate_steps == 4
+    assert request_of(taught(lessons, Mix()), [], [], Mix(), seed=0).options.accumulate_steps == 4
 
 
 def test_replay_prompts_are_many_and_each_stands_once():
