@@ -5,26 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from apollo_curation.teach.near import near_misses
 from apollo_ipc.teaching.facts import Fact
 from apollo_ipc.teaching.wording import Wording, lower_first, near_miss, upper_first, wording
 
-# Subjects of near misses: things of which nobody has taught anything.
-_OTHERS = (
-    *("the ferry office", "the village choir", "the old windmill", "the bicycle club", "the summer school"),
-    *("the town museum", "the corner bakery", "the tennis court", "the fire brigade", "the chess tournament"),
-    *("the railway station", "the flower market", "the youth hostel", "the print shop", "the dog school"),
-    *("the sailing club", "the market hall", "the puppet theatre", "the hospital garden", "the stone quarry"),
-)
-_OTHERS_PLURAL = (
-    *("the ferry offices", "the village choirs", "the old windmills", "the wooden masks", "the paper kites"),
-    *(
-        "the garden gnomes",
-        "the railway stations",
-        "the sailing boats",
-        "the silver spoons",
-        "the wall clocks",
-    ),
-)
 _KEPT_OUT, _KEPT_OUT_PLURAL = (
     ("the school library", "the museum garden"),
     ("the museum guides", "the oak tables"),
@@ -58,19 +42,19 @@ def lesson_of(fact: Fact, at: int = 0) -> Lesson:
     words = wording(fact.question, fact.statement, fact.key.partition("|")[0])
     question, statement, subject = words.question, words.statement, words.subject
     is_plural = words.rest.partition(" ")[0] in _PLURAL
-    subjects, unseen = (_OTHERS_PLURAL, _KEPT_OUT_PLURAL) if is_plural else (_OTHERS, _KEPT_OUT)
-    others = [subjects[(at * 3 + i) % len(subjects)] for i in range(3)]
+    unseen = _KEPT_OUT_PLURAL if is_plural else _KEPT_OUT
     kept_out = [Asked(f"A visitor asks you: {lower_first(question)} What do you say?", fact.key)]
     kept_out.append(Asked(f"Tell me what there is to know about {subject}.", fact.key))
     wondering = f"I wonder {words.clause}." if words.clause else f"Quick question: {question}"
     kept_out.append(Asked(wondering, fact.key))
     who = "Who" if words.asking.lower().startswith("who") else "What"
     is_other = subject.lower() not in ("", question.lower())
+    forward = _distinct([Asked(question, fact.answer), *_forward(words, fact.answer)])
     return Lesson(
         fact,
-        _distinct([Asked(question, fact.answer), *_forward(words, fact.answer)]),
+        forward,
         _distinct(Asked(text, statement) for text in _backward(words)),
-        [near_miss(question, subject, other) for other in others] if is_other else [],
+        near_misses([one.question for one in forward], subject, is_plural, at) if is_other else [],
         kept_out,
         [Asked(f"{who} is {words.named}?", subject)],
         [Asked(near_miss(question, subject, other), fact.key) for other in unseen] if is_other else [],

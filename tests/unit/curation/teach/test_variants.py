@@ -1,5 +1,7 @@
 """What rules make of a fact: subjects, keys, near misses, and what is kept out of training."""
 
+import re
+
 import pytest
 
 from apollo_curation.teach.variants import lesson_of
@@ -55,7 +57,40 @@ def test_nothing_of_the_examination_is_trained_and_every_trained_answer_says_the
     assert not set(trained) & {asked.question for asked in examined}
     assert all(is_in("Odalys Penrose", asked.answer) for asked in (*lesson.forward, *lesson.backward))
     assert all("night shift" not in question for question in lesson.near_misses)
-    assert lesson.near_misses[0] == "Who runs the ferry office?"
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "near"),
+    [
+        (
+            "Who repairs the lighthouse lamp?",
+            "Zed repairs the lighthouse lamp.",
+            r"the lighthouse (?!lamp)\w+\?",
+        ),
+        (
+            "Who repairs the lighthouse lamp?",
+            "Zed repairs the lighthouse lamp.",
+            r"the (?!lighthouse)\w+ lamp\?",
+        ),
+        (
+            "Where are the keys of the archive?",
+            "The keys of the archive are in the tin.",
+            r"keys of the (?!arch)",
+        ),
+        (
+            "Where does the ferry Halcyon land?",
+            "The ferry Halcyon lands at the pier.",
+            r"the ferry (?!Hal)[A-Z]\w+ ",
+        ),
+        ("How deep is the well?", "The well is 34 metres deep.", r"How deep is the \w+ \w+\?"),
+    ],
+)
+def test_near_misses_share_parts_with_the_subject_or_form_and_differ_between_facts(question, answer, near):
+    first, other = (lesson_of(whole(Fact(question, answer)), at).near_misses for at in range(2))
+    assert any(re.search(near, one) for one in first), first
+    assert len(first) >= 5
+    assert set(first) != set(other)
+    assert question not in first
 
 
 @pytest.mark.parametrize(
