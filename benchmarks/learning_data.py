@@ -43,6 +43,13 @@ def chosen(facts: Sequence[BenchFact], number: int, seed: int) -> list[BenchFact
     return picked[:number]
 
 
+def sequence() -> list[tuple[str, str]]:
+    """A hundred (question, answer) pairs, those of the first set among them."""
+    lines = (HERE / "learning_sequence.txt").read_text().splitlines()
+    more = [tuple(part.strip() for part in line.split("|")) for line in lines]
+    return [*((fact.taught.text, fact.answer) for fact in facts_of("first")), *((q, a) for q, a in more)]
+
+
 def general() -> list[Question]:
     lines = (HERE / "learning_general.txt").read_text().splitlines()
     return [Question(*(part.strip() for part in line.split("|", 1))) for line in lines]
