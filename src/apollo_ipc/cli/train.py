@@ -22,6 +22,7 @@ from apollo_ipc.errors import ApolloError, NotReady, UserError
 from apollo_ipc.model_dir import check_model_dir
 from apollo_ipc.process.progress import progress
 from apollo_ipc.process.say import say
+from apollo_ipc.wire.losses import LossName
 from apollo_ipc.wire.messages import Submit
 from apollo_ipc.wire.replies import ENDED_STATES, JobInfo
 from apollo_ipc.wire.requests import TrainOptions, TrainRequest, convert
@@ -43,6 +44,16 @@ def train(
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
     accumulate_steps: Annotated[
         int | None, typer.Option(help="Examples of one update; several passes keep all gradients.")
+    ] = None,
+    loss: Annotated[
+        LossName | None, typer.Option(help="What is minimised; else what the examples' form says.")
+    ] = None,
+    beta: Annotated[float | None, typer.Option(help="Of dpo and kto [0.1], and of dro [0.05].")] = None,
+    clip: Annotated[
+        list[float] | None, typer.Option(help="Of ppo, cispo, grpo [0.2]; twice: below and above.")
+    ] = None,
+    kl_to_reference: Annotated[
+        float | None, typer.Option(help="What a token's divergence from the weights of before costs.")
     ] = None,
     on_duplicate: Annotated[
         Literal["skip", "train"] | None, typer.Option(help="What to do with examples trained before.")
@@ -71,6 +82,10 @@ def train(
         max_steps=max_steps,
         on_duplicate=on_duplicate,
         accumulate_steps=accumulate_steps,
+        loss=loss,
+        beta=beta,
+        clip=clip[0] if clip and len(clip) == 1 else clip or None,
+        kl_to_reference=kl_to_reference,
     )
     config = load_config(config_file)
     model_dir = check_model_dir(offline) if offline else None

@@ -196,6 +196,8 @@ def test_a_file_that_windows_wrote_is_read(apollo, worker, tmp_path):
         (("train", "."), "Is a directory"),
         (("train", os.devnull), "no examples"),
         (("train", os.devnull, "--lr", "7"), "--lr: Expected `float` <= 0.1"),
+        (("train", os.devnull, "--clip", "0"), "--clip: Expected"),
+        (("train", os.devnull, "--beta", "-1"), "--beta: Expected `float` > 0"),
         (("train", os.devnull, "--max-steps", "0"), "--max-steps: Expected `int` >= 1"),
         (("train", os.devnull, "--offline", "nowhere"), "MODEL_DIR: nowhere: no such directory"),
         (("status", "--config", "missing.toml"), "cannot read missing.toml"),
@@ -302,15 +304,19 @@ def test_offline_training_hands_the_request_to_a_process_of_its_own(apollo, mode
         "    if rank == 3: print(json.dumps({'error': dict(message='bad', field='rank', code='x')}))\n"
         "    sys.exit(2 if rank == 3 else 'it crashed')\n"
         "job = dict(job_id='offline', seq=0, state='durable', created_at=0, num_examples=1, num_steps=1,\n"
-        "           steps_done=1, loss_last=request['options']['lr'], notes=[sys.argv[1]])\n"
+        "           steps_done=1, loss_last=request['options']['lr'],\n"
+        "           notes=[sys.argv[1], json.dumps(request['options'])])\n"
         "print(json.dumps({'job': job}))\n"
     )
     monkeypatch.setenv("PYTHONPATH", f"{package.parent.parent}:{os.environ.get('PYTHONPATH', '')}")
-    arguments = ("train", "-", "--offline", model_dir, "--lr", "0.01", "--json")
+    arguments = ("train", "-", "--offline", model_dir, "--lr", "0.01", "--loss", "grpo", "--clip", "0.2")
+    arguments += ("--clip", "0.3", "--kl-to-reference", "0.1", "--json")
     done = apollo(*arguments, stdin=json.dumps(EXAMPLE))
     assert done.returncode == 0, done.stderr
     job = json.loads(done.stdout)
-    assert (job["state"], job["loss_last"], job["notes"]) == ("durable", 0.01, [str(model_dir)])
+    assert (job["state"], job["loss_last"], job["notes"][0]) == ("durable", 0.01, str(model_dir))
+    options = {"lr": 0.01, "loss": "grpo", "clip": [0.2, 0.3], "kl_to_reference": 0.1}
+    assert json.loads(job["notes"][1]) == options
     refused = apollo(*arguments, "--rank", "3", stdin=json.dumps(EXAMPLE))
     assert refused.returncode == 2
     assert json.loads(refused.stdout) == {"error": {"message": "bad", "param": "rank", "code": "x"}}
