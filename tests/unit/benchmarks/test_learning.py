@@ -6,7 +6,9 @@ import importlib
 import pytest
 from places import BENCHMARKS
 
-from apollo_ipc.demo.models import make_model
+from apollo_ipc.demo.models import make_model, make_tokenizer
+
+pytestmark = pytest.mark.slow  # tests/unit/curation/teach shows the material, tests/unit/step the loss
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +20,9 @@ def module():
 
 @pytest.fixture(scope="module")
 def model(module, tmp_path_factory):
-    return module("learning_model").OfflineModel(make_model(tmp_path_factory.mktemp("model"), "qwen3"))
+    directory, size = tmp_path_factory.mktemp("model"), len(make_tokenizer())
+    model_dir = make_model(directory, "qwen3", vocab_size=size)  # whatever it says has a token
+    return module("learning_model").OfflineModel(model_dir)
 
 
 def test_taught_facts_change_the_model_and_a_reset_puts_it_back(module, model):
