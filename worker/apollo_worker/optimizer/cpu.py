@@ -10,6 +10,7 @@ Fast for bf16 and fp32 with rows that lie without gaps; all else goes to update.
 same random bits and, without weight decay, the same results bit for bit where no sum is involved.
 """
 
+# pyright: basic
 from __future__ import annotations
 
 import functools

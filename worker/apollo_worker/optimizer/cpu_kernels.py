@@ -4,6 +4,7 @@ bf16 comes as uint16: its bits are the upper half of fp32's. Indexes in loops ru
 with an offset might be negative, and numba uses no vectors then.
 """
 
+# pyright: basic
 # pyright: reportOperatorIssue=false, reportCallIssue=false
 # (numba's intrinsics return numbers where they are called, functions where a type checker looks)
 

@@ -27,7 +27,7 @@ class Threads:
         most = 1 if self._is_busy else torch.get_num_threads()
         return max(1, min(most, num_rows, num_elements // MIN_PART_ELEMENTS))
 
-    def share(self, kernel: Callable, num_rows: int, num_elements: int, *arguments: Any) -> None:
+    def share(self, kernel: Callable[..., Any], num_rows: int, num_elements: int, *arguments: Any) -> None:
         """kernel(first row, end row, *arguments) over all rows, in parts, side by side."""
         num_parts = self.num_parts(num_rows, num_elements)
         ends = [num_rows * (i + 1) // num_parts for i in range(num_parts)]
@@ -48,7 +48,8 @@ class Threads:
         """
         if len(work) <= 1 or self._is_busy or torch.get_num_threads() == 1:
             return [one() for one in work]
-        left, done = deque(work), []
+        left: deque[Work] = deque(work)
+        done: list[Written] = []
 
         def take_turns() -> None:
             while left:

@@ -5,6 +5,7 @@ length of a part); scale is (rows, 1), or (1, cols) as (parts of a row, length o
 the bits of bf16.
 """
 
+# pyright: basic
 # pyright: reportOperatorIssue=false, reportCallIssue=false
 # (numba's intrinsics return numbers where they are called, functions where a type checker looks)
 

@@ -21,6 +21,7 @@ and sqrt_rn the arithmetic is TorchBackend's up to the order of sums; the random
 rounding.py. With fp16 anywhere TorchBackend does the step.
 """
 
+# pyright: reportPrivateUsage=false, reportMissingTypeStubs=false
 from __future__ import annotations
 
 import functools

@@ -9,6 +9,8 @@ one behind the other in what belongs to the optimizer, and weights, gradients an
 them. `fine` says that all was finite, `ok` that something was written: no expert without any gradient is.
 """
 
+# pyright: basic
+
 from typing import Any
 
 import triton

@@ -1,5 +1,7 @@
 """What the kernels of gpu_kernels.py share: rounding.py's random bits and its two ways to bf16."""
 
+# pyright: basic
+
 from typing import Any
 
 import torch

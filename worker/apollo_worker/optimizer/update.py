@@ -14,6 +14,8 @@ limiter and random bits of its own. An expert without any gradient was not asked
 held to by tests, and what they leave to it.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownLambdaType=false, reportConstantRedefinition=false
 from __future__ import annotations
 
 import math

@@ -1,6 +1,7 @@
 """From tokens to the loss: one forward pass over a batch of sequences. Legend: B = sequences, S = tokens of
 the longest, T = targets of all, V = vocabulary, H = hidden size."""
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 import dataclasses
@@ -149,7 +150,7 @@ def _joint_policy(rows: Sequence[Row], device: torch.device) -> Policy | None:
     return Policy(objective[0], sampled, advantages, reference)
 
 
-def read_head(model) -> Head | None:
+def read_head(model: Any) -> Head | None:
     """The head by the names that transformers' configurations use; None where the output is not linear."""
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear):
@@ -161,7 +162,7 @@ def read_head(model) -> Head | None:
     return Head(layer, getattr(config, "final_logit_softcapping", None), scale)
 
 
-def enable_activation_checkpointing(model) -> None:
+def enable_activation_checkpointing(model: Any) -> None:
     """Recomputes each layer's activations in backward. Dropout stays off: only the layers' flag is set."""
     model.gradient_checkpointing_enable({"use_reentrant": False})
     for module in model.modules():
@@ -169,6 +170,6 @@ def enable_activation_checkpointing(model) -> None:
             module.training = True
 
 
-def max_tokens_of(model, max_tokens: int) -> int:
+def max_tokens_of(model: Any, max_tokens: int) -> int:
     """The longest sequence that is trained: as configured, or as many as the model has positions."""
     return min(max_tokens, getattr(model.config, "max_position_embeddings", None) or max_tokens)

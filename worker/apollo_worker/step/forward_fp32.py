@@ -3,9 +3,11 @@
 Legend: B = prompts, S = tokens of a prompt.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnnecessaryComparison=false, reportPrivateUsage=false
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -75,7 +77,7 @@ def _hooks(model: PreTrainedModel, head: Head | None) -> Iterator[Any]:
 
 
 @contextmanager
-def _in_fp32(module: nn.Module, parts: list[nn.Module]) -> Iterator[None]:
+def _in_fp32(module: nn.Module, parts: list[nn.Module]) -> Generator[None]:
     """Inside, `module` computes with fp32 copies of its parameters: they live as long as its forward pass."""
     kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
 

@@ -15,6 +15,8 @@ the head is trained, its gradient and at most as much again for the slopes of a 
 several blocks are fp32, since a bf16 sum drops what later ones add: V * H * 4 bytes more.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportIncompatibleMethodOverride=false
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -266,7 +268,7 @@ class _TargetLoss(torch.autograd.Function):
         logit_scale: float | None,
     ) -> Tensor:
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        new = {"dtype": torch.float32, "device": hidden.device}
+        new: dict[str, Any] = {"dtype": torch.float32, "device": hidden.device}
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = _HeadGradient(weight, len(terms.targets), chunk_tokens) if needs_weight else None
         grad_bias = torch.zeros(weight.shape[0], **new) if needs_bias else None

@@ -1,5 +1,6 @@
 """One training step on the live weights: forward, loss at target positions, backward with APOLLO in it."""
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 import dataclasses

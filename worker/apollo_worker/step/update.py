@@ -1,5 +1,6 @@
 """What each sequence of one update is multiplied with: from its job's loss, before any backward pass."""
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
