@@ -44,21 +44,31 @@ class Stream:
 
 
 class JobStream(Stream):
-    """acknowledged: idempotency key -> (job id, steps); only what a 202 has said."""
+    """acknowledged: idempotency key -> (job id, steps); only what a 202 has said. kinds: key -> what it is,
+    where that is no ordinary job: "poison" kills its trainer, "cancelled" was told to end. hold: no new job
+    while it is set; is_mixed: with those kinds, and long jobs."""
 
-    def __init__(self, system: System, seed: int):
+    def __init__(self, system: System, seed: int, is_mixed: bool = False):
         super().__init__(system, "jobs")
         self._random = random.Random(seed)
         self._pending: tuple[str, dict[str, Any]] | None = None
+        self.kinds: dict[str, str] = {}
+        self.hold = threading.Event()
+        self.is_mixed = is_mixed
+        self._to_cancel: list[tuple[float, str]] = []  # (time.monotonic(), key)
         self.acknowledged: dict[str, tuple[str, int]] = {}
         self.num_retries = 0
         self.problems: list[str] = []
 
     def turn(self, client: httpx.Client) -> float:
+        self._cancel(client)
         if self._pending is None:
+            if self.hold.is_set():
+                return RETRY_S
             if self._num_waiting(client) >= MAX_WAITING:
                 return RETRY_S
-            self._pending = f"soak-{len(self.acknowledged)}", self._new_body()
+            key = f"soak-{len(self.acknowledged)}"
+            self._pending = key, self._new_body(key)
         key, body = self._pending
         try:
             headers = {**self.system.headers, "Idempotency-Key": key}
@@ -75,6 +85,8 @@ class JobStream(Stream):
             return RETRY_S
         steps = len(body["examples"]) * body["options"]["epochs"]
         self.acknowledged[key] = response.json()["job_id"], steps
+        if self.is_mixed and self._random.random() < 0.1 and key not in self.kinds:
+            self._to_cancel.append((time.monotonic() + self._random.uniform(0, 20), key))
         if self._random.random() < 0.2:
             self._send_again(client, key, body)
         self._pending = None
@@ -96,9 +108,30 @@ class JobStream(Stream):
         except httpx.TransportError:
             return 0
 
-    def _new_body(self) -> dict[str, Any]:
+    def _cancel(self, client: httpx.Client) -> None:
+        """What has ended by then stays what it is."""
+        for due in [one for one in self._to_cancel if one[0] <= time.monotonic()]:
+            path = f"/train/jobs/{self.acknowledged[due[1]][0]}"
+            try:
+                answer = client.delete(path, headers=self.system.headers)
+            except httpx.TransportError:
+                return
+            if answer.status_code == 503:
+                return
+            self._to_cancel.remove(due)
+            self.kinds[due[1]] = "cancelled"
+
+    def _new_body(self, key: str) -> dict[str, Any]:
         draw = self._random
-        is_big = draw.random() < 0.1
+        is_big, poison = draw.random() < 0.1, self.system.poison
+        if self.is_mixed and poison is not None and draw.random() < 0.04:
+            self.kinds[key] = "poison"
+            example = {"context_ids": [poison, 1], "continuation_ids": [2, 3]}
+            return {"examples": [example], "options": {"lr": LEARNING_RATE, "epochs": 1}}
+        if self.is_mixed and draw.random() < 0.5:
+            ids = [draw.randrange(256) for _ in range(24)]
+            return {"examples": [{"context_ids": ids[:12], "continuation_ids": ids[12:]}],
+                    "options": {"lr": LEARNING_RATE, "epochs": 1}}  # fmt: skip
         examples = []
         for _ in range(draw.randint(1, 6)):
             ids = [draw.randrange(256) for _ in range(draw.randint(8, 120))]

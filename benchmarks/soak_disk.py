@@ -39,10 +39,15 @@ def optimizer_steps(model_dir: Path) -> int:
     return counts.pop()
 
 
-def steps_in_commit(commit: Commit, jobs: list[JobInfo]) -> int:
-    """The steps that `commit` says are in its weights: of all jobs up to its last, and of a half-done one."""
-    running = commit.extra.get("running") or {}
-    return sum(job.steps_done for job in jobs if job.seq <= commit.applied_seq) + running.get("steps_done", 0)
+def steps_in_commit(commit: Commit, jobs: list[JobInfo]) -> tuple[int, int]:
+    """The steps that `commit` says are in its weights: of all jobs up to its last that no restore has undone,
+    and of a half-done one. At least, at most: those of cancelled jobs go where the weights go back behind
+    them."""
+    half_done = (commit.extra.get("running") or {}).get("steps_done", 0)
+    held = [job for job in jobs if job.seq <= commit.applied_seq and job.state != "undone"]
+    cancelled = sum(job.steps_done for job in held if job.state in ("cancelled", "quarantined"))
+    most = sum(job.steps_done for job in held) + half_done
+    return most - cancelled, most
 
 
 def is_last_step_torn(state_dir: Path) -> bool:

@@ -8,10 +8,13 @@ import statistics
 import time
 from typing import Any
 
+from soak_clients import JobStream
 from soak_disk import copy_problems, is_last_step_torn, optimizer_steps, steps_in_commit
+from soak_faults import raise_once, restore_live, restore_on_disk
 from soak_system import System, runs, wait_for
 
 from apollo_ipc.checkpoint import read_commit
+from apollo_ipc.wire.replies import ENDED_STATES
 
 WORKER_PARTS = ("front", "trainer", "worker")
 IN_SYNC_S = 3.0  # at most so long is waited for a sync to begin
@@ -30,9 +33,24 @@ def plan_kills(num: int, vllm_every: int, seed: int) -> list[tuple[str, bool]]:
     return kills
 
 
+def plan_events(options: argparse.Namespace) -> list[tuple[str, bool]]:
+    """Those of plan_kills, with "exception", "restore" and "live restore" among them."""
+    events = plan_kills(options.kills, options.vllm_every, options.seed)
+    draw = random.Random(options.seed + 2)
+    others = ["exception"] * options.exceptions + ["restore", "live restore"] * options.restores
+    for what in others:
+        events.insert(draw.randrange(len(events) + 1), (what, False))
+    return events
+
+
 class Killer:
-    def __init__(self, system: System, options: argparse.Namespace, problems: list[str]):
+    """restored: the versions that were; jobs are held while it restores."""
+
+    def __init__(self, system: System, options: argparse.Namespace, problems: list[str], jobs: JobStream):
         self._system, self._options, self._problems = system, options, problems
+        self._jobs = jobs
+        self.restored: set[int] = set()
+        self._raised: list[str] = []
         self._random = random.Random(options.seed + 1)
         self._num_torn_steps = self._num_in_sync = self._num_torn_checkpoints = 0
         self._serving_s: list[float] = []
@@ -42,9 +60,13 @@ class Killer:
         """Its figures. Raises SoakFailed where something does not come back."""
         system, started, num = self._system, time.monotonic(), 0
         kinds: dict[str, int] = {}
-        for what, is_in_sync in plan_kills(self._options.kills, self._options.vllm_every, self._options.seed):
+        for what, is_in_sync in plan_events(self._options):
             if time.monotonic() - started > self._options.minutes * 60:
                 break
+            if what in ("exception", "restore", "live restore"):
+                system.wait_until_training()
+                self._disturb(what)
+                continue
             # Now and then a kill meets a worker that has not come back yet.
             if what in WORKER_PARTS and num and self._random.random() < 0.2:
                 time.sleep(self._random.uniform(0, 8))
@@ -64,6 +86,9 @@ class Killer:
         return {
             "kills": num,
             "kills_by_kind": kinds,
+            "exceptions": len(self._raised),
+            "exceptions_at": self._raised,
+            "restored_versions": sorted(self.restored),
             "kills_inside_a_sync": self._num_in_sync,
             "torn_steps": self._num_torn_steps,
             "torn_checkpoints": self._num_torn_checkpoints,
@@ -71,6 +96,29 @@ class Killer:
             "training_after_vllm_kill_s": median(self._training_s),
             "recoveries_s": self._serving_s,
         }
+
+    def _disturb(self, what: str) -> None:
+        if what == "exception":
+            self._raised.append(raise_once(self._system, self._random))
+            say(f"exception {len(self._raised)}: {self._raised[-1]}")
+            return
+        self._jobs.hold.set()
+        ids = {job_id for job_id, _ in self._jobs.acknowledged.values()}
+        wait_for(lambda: all(job.state in ENDED_STATES for job in self._system.jobs()), "idleness", 900, 1.0)
+        assert ids <= {job.job_id for job in self._system.jobs()}
+        if what == "live restore":
+            version = restore_live(self._system, self._random)
+        else:
+            if self._system.stop_worker():
+                self._problems.append("the worker did not end well before a restore")
+            self._system.stop_vllm()
+            version = restore_on_disk(self._system, self._random)
+            self._system.start_worker()
+            self._system.start_vllm()
+            self._system.wait_until_training()
+        self.restored.add(version)
+        say(f"{what}: version {version}")
+        self._jobs.hold.clear()
 
     def kill(self, what: str) -> None:
         """And start it again, as systemd would."""
@@ -97,10 +145,11 @@ class Killer:
         self._num_torn_steps += is_last_step_torn(system.config.state_dir)
         found = copy_problems(system.model_dir)
         if (commit := read_commit(system.model_dir)) is not None:
-            steps, expected = optimizer_steps(system.model_dir), steps_in_commit(commit, system.jobs())
-            if steps != expected:
+            steps = optimizer_steps(system.model_dir)
+            least, most = steps_in_commit(commit, system.jobs())
+            if not least <= steps <= most:
                 found.append(
-                    f"commit {commit.serial} holds {expected} steps, its optimizer has counted {steps}"
+                    f"commit {commit.serial} holds {least} to {most} steps, its optimizer has counted {steps}"
                 )
         if found:
             self._num_torn_checkpoints += 1

@@ -61,10 +61,11 @@ def runs(pid: int) -> bool:
 class System:
     """Start and kill from the main thread only: the kernel ties children to the thread that made them."""
 
-    def __init__(self, model_dir: Path, base: Path):
+    def __init__(self, model_dir: Path, base: Path, settings: dict[str, str] | None = None):
         self.model_dir, self.base = model_dir, base
-        self.server = VllmServer(model_dir, base, ["--enforce-eager"], env=SETTINGS)
+        self.server = VllmServer(model_dir, base, ["--enforce-eager"], env=SETTINGS | (settings or {}))
         self.env = worker_environment(self.server.env)
+        self.poison: int | None = None  # the first token of a job that kills its trainer
         self.config = load_config(environ=self.env)
         self.worker: subprocess.Popen | None = None
         self.started_at = 0.0  # of vLLM's last start, time.monotonic()

@@ -20,7 +20,7 @@ async def read_body(request: Request, max_bytes: int, *, is_form: bool = False) 
     """
     _check_type(request, is_form)
     declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > max_bytes:
+    if declared.isdecimal() and declared.isascii() and int(declared) > max_bytes:
         raise _too_large(max_bytes)
     chunks: list[bytes] = []
     num_bytes = 0

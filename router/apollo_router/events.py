@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
 import msgspec
+from anyio import CancelScope
 
 from apollo_ipc.errors import ApolloError
 from apollo_ipc.wire.replies import JobInfo
@@ -47,5 +48,7 @@ async def event_stream(
         finally:
             if following is not None and not following.done():
                 following.cancel()
-                # `jobs` cannot be closed while it is still running.
-                await asyncio.wait({following})
+                # `jobs` cannot be closed while it is still running. Shielded: anyio, by which Starlette ends
+                # a stream, cancels at each await again.
+                with CancelScope(shield=True):
+                    await asyncio.wait({following})

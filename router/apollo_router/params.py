@@ -29,7 +29,7 @@ class TrainQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class JobsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     limit: Annotated[int, Meta(ge=1, le=1000)] = 50
     state: JobState | None = None
-    before: Annotated[int, Meta(ge=1)] | None = None  # the `seq` of a job: only older ones
+    before: Annotated[int, Meta(ge=1, le=2**63 - 1)] | None = None  # the `seq` of a job: only older ones
 
 
 class FeedbackBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

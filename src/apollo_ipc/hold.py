@@ -111,7 +111,7 @@ def _read(fd: int) -> Holder | None:
     """None where the holder has not said it yet, or is an older program."""
     try:
         return msgspec.json.decode(os.pread(fd, 4096, 0), type=Holder)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError):
         return None
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import msgspec
 
 from apollo_ipc.errors import AttachError
+from apollo_ipc.sealed import Damaged, seal, unseal
 
 MANIFEST_FORMAT = 1
 MAX_MANIFEST_BYTES = 256 * 1024 * 1024
@@ -110,7 +111,7 @@ def write_manifest(manifest: Manifest, runtime_dir: Path) -> Path:
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         with os.fdopen(fd, "wb") as file:
-            file.write(msgspec.json.encode(manifest))
+            file.write(seal(manifest))
         os.rename(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)  # a full disk needs the room
@@ -145,8 +146,8 @@ def read_manifest(runtime_dir: Path, rank: int = 0) -> Manifest | None:
         if info.st_size > MAX_MANIFEST_BYTES:
             raise AttachError(f"{path}: {info.st_size} bytes is no manifest")
         try:
-            manifest = msgspec.json.decode(file.read(), type=Manifest)
-        except (msgspec.DecodeError, RecursionError) as error:
+            manifest = unseal(file.read(), Manifest)
+        except Damaged as error:
             raise AttachError(f"{path}: not a weights manifest: {error}") from None
     if manifest.format != MANIFEST_FORMAT:
         raise AttachError(f"{path}: format {manifest.format}, this worker reads {MANIFEST_FORMAT}")

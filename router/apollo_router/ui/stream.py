@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
+from anyio import CancelScope
+
 from apollo_ipc.errors import ApolloError, NotReady
 from apollo_ipc.wire.client import WorkerClient
 from apollo_ipc.wire.replies import JobInfo
@@ -94,4 +96,5 @@ class Follower:
         tasks = [*self._ending, *([self._task] if self._task else [])]
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        with CancelScope(shield=True):  # see apollo_router.events
+            await asyncio.gather(*tasks, return_exceptions=True)

@@ -32,7 +32,7 @@ from apollo_ipc.checkpoint.restore import forget, restore_version
 from apollo_ipc.checkpoint.shards import ShardTensor, shard_index
 from apollo_ipc.checkpoint.snapshot import Snapshot, snapshot
 from apollo_ipc.checkpoint.transaction import SPACE_MARGIN_BYTES, Transaction, begin
-from apollo_ipc.checkpoint.verify import Problem, check_shards, verify
+from apollo_ipc.checkpoint.verify import Problem, check_shards, rounded, verify
 
 __all__ = [
     "LOCK_WAIT_S",
@@ -60,6 +60,7 @@ __all__ = [
     "read_commit",
     "recover",
     "restore_version",
+    "rounded",
     "shard_index",
     "snapshot",
     "verify",

@@ -16,6 +16,7 @@ import msgspec
 from apollo_ipc.checkpoint.disk import Disk
 from apollo_ipc.checkpoint.shards import check_plain
 from apollo_ipc.errors import CheckpointError
+from apollo_ipc.sealed import Damaged, seal, unseal
 
 COMMIT_FORMAT = 2
 READABLE_FORMATS = (1, 2)  # 1 had neither deltas nor history: its records are a full sync's without them
@@ -150,12 +151,12 @@ def read_commit(model_dir: Path) -> Commit | None:
     """The last commit, or None where nothing was ever synced. Raises CheckpointError for a damaged record."""
     path = model_dir / STATE_DIR / "commit.json"
     try:
-        commit = msgspec.json.decode(path.read_bytes(), type=Commit)
+        commit = unseal(path.read_bytes(), Commit)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except (msgspec.DecodeError, RecursionError) as error:
+    except Damaged as error:
         raise CheckpointError(f"{path}: not a commit record: {error}") from None
     if commit.format not in READABLE_FORMATS:
         raise CheckpointError(f"{path}: format {commit.format}, this version reads {COMMIT_FORMAT}")
@@ -193,7 +194,7 @@ def publish(model_dir: Path, commit: Commit, disk: Disk) -> None:
     """
     file = disk.create(state_path(model_dir, "commit.json.new"), 0o600)
     try:
-        disk.write(file, msgspec.json.encode(commit))
+        disk.write(file, seal(commit))
         disk.sync(file)
     finally:
         disk.close(file)

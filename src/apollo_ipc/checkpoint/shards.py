@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import stat
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
@@ -117,7 +117,7 @@ def _read_index(model_dir: Path) -> dict[str, str]:
     try:
         index = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
         weight_map = msgspec.convert(index.get("weight_map"), dict[str, str])
-    except (OSError, msgspec.DecodeError, RecursionError) as error:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not an index of shards: {error}") from None
     for name in weight_map.values():
         check_plain(name, path)
@@ -206,9 +206,10 @@ def reading(path: Path) -> Generator[BufferedReader]:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
 
 
-def file_digest(path: Path, start: int, end: int) -> str:
-    """xxh3_128 (hex) of bytes `start` to `end`."""
+def file_digest(path: Path, start: int, end: int, on_progress: Callable[[], None] = lambda: None) -> str:
+    """xxh3_128 (hex) of bytes `start` to `end`. on_progress: called after each block."""
     digest = xxhash.xxh3_128()
     for block in read_blocks(path, start, end):
         digest.update(block)
+        on_progress()
     return digest.hexdigest()

@@ -20,6 +20,7 @@ from apollo_ipc.checkpoint.record import STATE_DIR, Commit, read_commit
 from apollo_ipc.checkpoint.recovery import LOCK_WAIT_S, recover, remove
 from apollo_ipc.errors import CheckpointError
 from apollo_ipc.hold import try_lock
+from apollo_ipc.sealed import seal
 
 
 class Snapshot(msgspec.Struct, frozen=True):
@@ -100,6 +101,6 @@ def _fill(model_dir: Path, path: Path, commit: Commit | None, disk: Disk) -> Non
         disk.link(model_dir / STATE_DIR / name, path / STATE_DIR / name)
     file = disk.create(path / STATE_DIR / "commit.json", 0o600)
     try:
-        disk.write(file, msgspec.json.encode(present))
+        disk.write(file, seal(present))
     finally:
         disk.close(file)

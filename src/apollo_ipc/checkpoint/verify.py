@@ -11,7 +11,7 @@ import msgspec
 
 from apollo_ipc.checkpoint import history
 from apollo_ipc.checkpoint.record import Commit, pending_dir, read_commit, state_path
-from apollo_ipc.checkpoint.shards import ShardTensor, file_digest, read_shard
+from apollo_ipc.checkpoint.shards import ShardTensor, file_digest, read_blocks, read_shard
 from apollo_ipc.errors import CheckpointError
 
 MAX_THREADS = 8
@@ -41,6 +41,21 @@ def verify(
         latest = read_commit(model_dir)
         if not problems or latest == commit:
             return problems
+
+
+def rounded(model_dir: Path) -> tuple[int, int]:
+    """(those that hold no more than bf16 can, all) of the F32 tensors that the last sync left: what was
+    trained in bf16 a sync rounds."""
+    commit = read_commit(model_dir)
+    shards = [read_shard(model_dir / name) for name in (commit.shards if commit else ())]
+    tensors = [tensor for shard in shards for tensor in shard.tensors if tensor.dtype == "F32"]
+    return sum(_is_bf16(model_dir, tensor) for tensor in tensors), len(tensors)
+
+
+def _is_bf16(model_dir: Path, tensor: ShardTensor) -> bool:
+    """Whether the lower half of each number (little-endian) is zero. Read until it is not."""
+    blocks = map(bytes, read_blocks(model_dir / tensor.shard, tensor.start, tensor.end))
+    return all(not block[at::4].strip(b"\0") for block in blocks for at in (0, 1))
 
 
 def check_shards(model_dir: Path) -> None:

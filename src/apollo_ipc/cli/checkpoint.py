@@ -64,12 +64,19 @@ def verify(model_dir: ModelDir = None, config_file: ConfigFile = None, as_json: 
     path = find_model_dir(model_dir, config_file)
     with progress(f"reading {path}") as doing:
         problems = checkpoint.verify(path, lambda done, total: doing(f"reading {path}", done, total))
+    num_rounded, num_f32 = (0, 0) if problems else checkpoint.rounded(path)
     if as_json:
-        print_json({"model_dir": str(path), "ok": not problems, "problems": problems})
+        told = {"model_dir": str(path), "ok": not problems, "problems": problems}
+        print_json({**told, "num_f32": num_f32, "num_rounded": num_rounded})
     else:
         for problem in problems:
             print(": ".join(part for part in (problem.shard, problem.tensor, problem.message) if part))
         print(f"{path}: {f'{len(problems)} problems' if problems else 'every digest is right'}")
+        if num_rounded:
+            print(
+                f"{num_rounded} of {num_f32} F32 tensors hold values of bf16 only: a sync rounds what was "
+                "trained to what is served"
+            )
     raise typer.Exit(1 if problems else 0)
 
 

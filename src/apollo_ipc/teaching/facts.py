@@ -81,7 +81,7 @@ def _decoded(sent: Any) -> Fact:
             return Fact(statement=text)
         try:
             sent = msgspec.json.decode(text)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
             raise UserError(f"not JSON: {error}") from None
     if not isinstance(sent, dict) or "messages" not in sent:
         return convert(sent, Fact)

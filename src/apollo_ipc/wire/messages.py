@@ -17,9 +17,10 @@ never changes. `decode_*` survives whatever bytes arrive: anything but a known m
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
 from apollo_ipc.errors import ApolloError
 from apollo_ipc.wire.replies import (
@@ -41,6 +42,7 @@ HEARTBEAT_INTERVAL_S = 0.25
 HELLO_INTERVAL_S = 1.0
 PEER_TIMEOUT_S = 5.0  # a client that has not said Hello for this long is forgotten
 ACK_TIMEOUT_S = 0.8
+Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]  # what SQLite takes
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024  # MAXMSGSIZE on both ends; libzmq drops a larger one without a word
 
 
@@ -85,9 +87,9 @@ class GetStatus(msgspec.Struct, frozen=True, tag=True):
 
 class ListJobs(msgspec.Struct, frozen=True, tag=True):
     request_id: str
-    limit: int = 50
+    limit: Int64 = 50
     state: JobState | None = None
-    before_seq: int | None = None  # only older ones
+    before_seq: Int64 | None = None  # only older ones
 
 
 class GetJob(msgspec.Struct, frozen=True, tag=True):
@@ -124,7 +126,7 @@ class RestoreVersion(msgspec.Struct, frozen=True, tag=True):
     RestoreResult; refused while a job trains."""
 
     request_id: str
-    weight_version: int
+    weight_version: Int64
 
 
 class PinVersion(msgspec.Struct, frozen=True, tag=True):
@@ -132,7 +134,7 @@ class PinVersion(msgspec.Struct, frozen=True, tag=True):
     with PinResult."""
 
     request_id: str
-    weight_version: int | None
+    weight_version: Int64 | None
 
 
 class GetHistory(msgspec.Struct, frozen=True, tag=True):

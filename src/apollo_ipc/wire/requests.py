@@ -28,6 +28,7 @@ from apollo_ipc.wire.losses import LOSS_OPTIONS, LossName, resolve_loss
 MAX_EXAMPLES = 100_000  # a job, not a corpus: beyond this send several
 
 SyncKind = Literal["full", "delta"]  # whole shards, or only what differs from them
+Version = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Clip = Annotated[float, Meta(gt=0)]
 
 
@@ -191,13 +192,13 @@ class SyncBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class RestoreBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The body of `POST /checkpoint/restore`."""
 
-    version: Annotated[int, Meta(ge=0)]
+    version: Version
 
 
 class PinBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The body of `POST /checkpoint/pin`; null takes the pin away."""
 
-    version: Annotated[int, Meta(ge=0)] | None
+    version: Version | None
 
 
 def parse_train_data(data: Any) -> TrainRequest:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from apollo_worker.front import admission, front
 from apollo_worker.front.admission import Admitter
+from apollo_worker.jobs.example import TokenisedExample
 from apollo_worker.jobs.queue import JobQueue
 from apollo_worker.link.link import ModelFacts
 from apollo_worker.link.status_board import StatusBoard
 from places import ROOT
 
-from apollo_ipc.config import Train
+from apollo_ipc.config import Train, load_config
 from apollo_ipc.demo.models import make_tokenizer
 from apollo_ipc.errors import NotReady
 from apollo_ipc.wire.requests import Example, TrainOptions, TrainRequest
@@ -61,6 +64,62 @@ def test_an_older_job_that_cannot_be_planned_fails_alone(older, facts):
     assert "13 tokens; at most 10 fit" in jobs[3].error
     assert older.take().info.job_id == jobs[4].job_id
     admitter.stop()
+
+
+class Slow:
+    """Encodes four examples of 400 s each; stands still in the third, where it is told to."""
+
+    def __init__(self, clock, busy, *, stalls):
+        self.clock, self.busy, self.stalls = clock, busy, stalls
+        self.tokenizer, self.max_tokens, self.vocab_size = None, 64, 320
+        self.stood_s = []
+
+    def encode_all(self, numbered, on_progress):
+        sequences = []
+        for i, _ in numbered:
+            self.clock[0] += 400.0
+            self.stood_s.append(self.busy.stands_since_s())
+            if not (self.stalls and i >= 2):
+                on_progress()
+            sequences.append(TokenisedExample([1, 2, 3], [False, True, True], example=i))
+        return sequences
+
+
+@pytest.mark.parametrize("stalls", [False, True])
+def test_tokenising_that_takes_long_gets_on_and_one_that_stands_still_is_seen(
+    tmp_path, facts, monkeypatch, stalls
+):
+    clock = [1000.0]
+    monkeypatch.setattr(admission, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    queue = JobQueue(tmp_path / "new.sqlite", 10)
+    admitter = Admitter(Train(), StatusBoard(), queue, tmp_path)
+    admitter.learn(facts)
+    slow = Slow(clock, admitter.busy, stalls=stalls)
+    monkeypatch.setattr(admitter, "tokeniser", lambda: slow)
+    admitter.admit(TrainRequest([Example(prompt="a", completion=str(i)) for i in range(4)]))
+    assert slow.stood_s == [400.0, 400.0, 400.0, 800.0 if stalls else 400.0]
+    clock[0] += 5000.0
+    assert admitter.busy.stands_since_s() == 0.0, "nothing is being tokenised"
+    admitter.stop()
+    queue.close()
+
+
+def test_the_supervisor_hears_nothing_of_a_front_whose_tokenising_stands_still(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(front, "notify", told.append)
+    overrides = {"paths.runtime_dir": str(tmp_path / "run"), "paths.state_dir": str(tmp_path / "state")}
+    worker = front.Front(load_config(environ={}, overrides=overrides))
+    with worker.admitter.busy:
+        worker.tell_supervisor()
+        assert "WATCHDOG=1" in told
+        told.clear()
+        worker.admitter.busy._moved_at -= 601.0
+        worker.tell_supervisor()
+        assert "WATCHDOG=1" not in told
+        worker.admitter.busy.get_on()
+        worker.tell_supervisor()
+        assert "WATCHDOG=1" in told
+    worker.stop()
 
 
 def test_equal_examples_are_skipped_as_soon_as_a_job_has_them_and_it_says_so(tmp_path, facts):

@@ -10,7 +10,8 @@ import time
 import msgspec
 import pytest
 from apollo_worker.jobs.queue import JobQueue
-from apollo_worker.jobs.queue_file import SCHEMA_VERSION, QueueDamaged
+from apollo_worker.jobs.queue_file import QueueDamaged
+from apollo_worker.jobs.queue_schema import SCHEMA_VERSION
 from apollo_worker.jobs.references import References
 from places import ROOT
 from planned import hash_of, plan_of, reopen, request_of, states, submit, text_of
@@ -202,6 +203,28 @@ def test_a_damaged_file_says_what_to_do(path, damage):
     with pytest.raises(QueueDamaged, match="move the file away") as caught:
         JobQueue(path, 1000)
     assert caught.value.exit_code == 78
+
+
+@pytest.mark.parametrize(
+    "change", ["state = 'durablu'", "notes = '[1'", "steps_done = 'x'", "notes = CAST(x'ff' AS TEXT)"]
+)
+def test_a_row_that_no_program_of_ours_wrote_is_damage(path, change):
+    queue = JobQueue(path, 1000)
+    job_id = submit(queue, request_of(), num_steps=1).job_id
+    with sqlite3.connect(path) as db:
+        db.execute(f"UPDATE jobs SET {change}")
+    for ask in (queue.list, lambda: queue.get(job_id)):
+        with pytest.raises(QueueDamaged, match="move the file away"):
+            ask()
+    queue.close()
+
+
+def test_an_error_without_a_code_is_no_damage(path):
+    """Python's own errors have none: here, of a closed file."""
+    queue = JobQueue(path, 1000)
+    queue.close()
+    with pytest.raises(sqlite3.ProgrammingError):
+        queue.list()
 
 
 def test_a_newer_schema_is_refused_by_number(path):

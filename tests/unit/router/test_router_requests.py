@@ -152,6 +152,13 @@ def test_a_body_that_does_not_arrive_times_out(server, monkeypatch):
     assert raw(server, head.encode()).startswith(b"HTTP/1.1 408")
 
 
+def test_a_version_that_no_file_can_hold_is_refused_by_name(server, worker):
+    for path in ("/checkpoint/restore", "/checkpoint/pin"):
+        error = error_of(server.http.post(path, json={"version": 10**40}))
+        assert (error["code"], error["param"]) == ("invalid_request", "version")
+    assert error_of(server.http.get("/train/jobs?before=" + "9" * 30))["param"] == "before"
+
+
 @pytest.mark.parametrize(
     ("query", "param", "says"),
     [

@@ -313,7 +313,7 @@ def test_a_record_of_the_first_format_is_read(model_dir):
     live.sync()
     path = model_dir / ".apollo" / "commit.json"
     record = msgspec.json.decode(path.read_bytes())
-    for name in ("base", "delta", "history", "undos"):
+    for name in ("base", "delta", "history", "undos", "seal"):
         del record[name]
     record["format"] = 1
     path.write_bytes(msgspec.json.encode(record))

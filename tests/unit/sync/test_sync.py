@@ -27,7 +27,7 @@ from saved_model import (
     stored,
 )
 
-from apollo_ipc.checkpoint import read_commit, recover, verify
+from apollo_ipc.checkpoint import read_commit, recover, rounded, verify
 from apollo_ipc.checkpoint.shards import read_shards, shard_index
 from apollo_ipc.errors import CheckpointError
 
@@ -188,6 +188,7 @@ def test_an_fp32_checkpoint_served_in_bf16_keeps_its_bits_where_nothing_was_trai
     assert writer.sync(kind, weight_version=2, applied_seq=0).num_tensors_changed == 1
     recover(single)  # works a delta in
     assert verify(single) == []
+    assert rounded(single) == (1, len(exact))
     now = stored(single)
     assert bits(now[NORM]) == bits(live[NORM].float())  # trained: what is served
     assert [name for name in exact if bits(now[name]) != bits(exact[name])] == [NORM]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,26 @@ logger = logging.getLogger(__name__)
 LOAD_TIMEOUT_S = 60.0
 
 
+class Busy:
+    """`with busy:` around what takes long, `get_on` in it: whether it hangs is not how long it takes."""
+
+    def __init__(self) -> None:
+        self._moved_at: float | None = None  # time.monotonic(); None: nothing is being done
+
+    def __enter__(self) -> None:
+        self.get_on()
+
+    def __exit__(self, *_: object) -> None:
+        self._moved_at = None
+
+    def get_on(self) -> None:
+        self._moved_at = time.monotonic()
+
+    def stands_since_s(self) -> float:
+        moved_at = self._moved_at
+        return 0.0 if moved_at is None else time.monotonic() - moved_at
+
+
 class Admitter:
     """Knows the last model that a trainer attached to, also after vLLM or the trainer has gone."""
 
@@ -36,6 +57,7 @@ class Admitter:
         self._facts: ModelFacts | None = None
         self._tokeniser: Future[Tokeniser] | None = None
         self._loading = ThreadPoolExecutor(1, "apollo-tokeniser")
+        self.busy = Busy()
 
     def learn(self, facts: ModelFacts) -> None:
         """Returns at once; the tokeniser is loaded beside, and then plans what an older program queued."""
@@ -76,7 +98,10 @@ class Admitter:
         """Raises UserError with the path of a wrong field; NotReady where no model is known yet."""
         loaded, facts = self.tokeniser(), self._facts
         assert facts is not None
-        made = plan(request, loaded, self._options, self._queue.known_examples)
+        with self.busy:
+            made = plan(
+                request, loaded, self._options, self._queue.known_examples, on_progress=self.busy.get_on
+            )
         notes = rank_notes(facts, request.options.rank or self._options.rank, self._options.rank)
         if made.num_skipped:
             notes.append(f"{made.num_skipped} of {made.num_examples} examples are in earlier jobs: skipped")

@@ -54,6 +54,7 @@ class Front:
     def __init__(self, config: Config, trainer_command: tuple[str, ...] = COMMAND):
         """Raises AlreadyRunning where another worker has this state directory: its socket may be elsewhere,
         or gone (a runtime directory goes at logout)."""
+        self._config = config
         make_private_dir(config.state_dir)
         try:
             self._hold = Hold(config.state_dir / "queue.lock", "the worker")
@@ -129,7 +130,8 @@ class Front:
 
     def tell_supervisor(self) -> None:
         """systemd: ready after the first attach; then a sign of life while the trainer gets on, idles or is
-        being started. One that hangs is killed by us: where even that fails, systemd restarts everything."""
+        being started. One that hangs is killed by us: where even that fails, or where tokenising hangs, which
+        no thread can end, systemd restarts everything."""
         if time.monotonic() - self._told_at < TELL_INTERVAL_S and self._is_ready:
             return
         self._told_at = time.monotonic()
@@ -138,7 +140,10 @@ class Front:
             notify("READY=1")
         elif not self._is_ready:
             notify("EXTEND_TIMEOUT_USEC=30000000")  # vLLM may load for minutes
-        if not self.trainer.is_hung():
+        stands_s, limit_s = self.admitter.busy.stands_since_s(), self._config.worker.step_timeout_s
+        if stands_s > limit_s:
+            log.error("tokenising has not got on for %.0f s", stands_s)
+        elif not self.trainer.is_hung():
             notify("WATCHDOG=1")
 
     def stop(self) -> None:

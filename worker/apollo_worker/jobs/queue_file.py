@@ -1,4 +1,4 @@
-"""The file behind JobQueue: how it is opened, changed and asked; its schema; what a row means.
+"""The file behind JobQueue: how it is opened, changed and asked; what a row means.
 
 Two processes have the file open: the front submits and cancels, the trainer does the rest. Every change is
 one IMMEDIATE transaction; reads have a connection of their own and wait for no writer (WAL). A change returns
@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
 import sqlite3
 import threading
 from collections.abc import Generator, Iterable, Sequence
@@ -23,80 +22,12 @@ import msgspec
 from apollo_ipc.config import make_private_dir
 from apollo_ipc.errors import ApolloError, Conflict, NotFound, NotReady
 from apollo_ipc.wire.replies import JobInfo, JobState
+from apollo_worker.jobs.queue_schema import SCHEMA_VERSION, migrate
 
-SCHEMA_VERSION = 4
 BUSY_TIMEOUT_S = 10.0
 # Reading a whole file takes time, and each page is checked again when it is used.
 MAX_CHECKED_BYTES = 16 * 1024 * 1024
 MAX_VARIABLES = 500  # `?` in one statement; SQLite's own limit was 999 before 3.32
-
-# `plans` apart from `jobs`: SQLite writes a changed row whole, and a plan may have 32 MB.
-# `requests`: bodies of schema 1, until the front has made plans of them.
-# `examples`: who has trained, or is going to train, the example with this hash.
-# `losses`: of step 0, that of the text which the loss guard measures before a job.
-# AUTOINCREMENT: a seq is never given twice.
-_JOBS = """
-CREATE TABLE jobs (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,
-    job_id TEXT NOT NULL UNIQUE,
-    state TEXT NOT NULL,
-    created_at REAL NOT NULL,
-    started_at REAL,
-    ended_at REAL,
-    num_examples INTEGER NOT NULL,
-    num_steps INTEGER NOT NULL,
-    steps_done INTEGER NOT NULL DEFAULT 0,
-    loss_first REAL,
-    loss_last REAL,
-    weight_version INTEGER,
-    num_skipped INTEGER NOT NULL,
-    idempotency_key TEXT UNIQUE,
-    request_digest BLOB NOT NULL,
-    error TEXT,
-    traceback TEXT,
-    notes TEXT NOT NULL,
-    attempts INTEGER NOT NULL DEFAULT 0,
-    cancel_requested REAL
-);
-CREATE INDEX jobs_by_state ON jobs (state, seq);
-CREATE TABLE requests (seq INTEGER PRIMARY KEY, body BLOB NOT NULL);
-CREATE TABLE losses (seq INTEGER, step INTEGER, loss REAL, PRIMARY KEY (seq, step)) WITHOUT ROWID;
-"""
-_EXAMPLES = """
-CREATE TABLE examples (hash BLOB, seq INTEGER, PRIMARY KEY (hash, seq)) WITHOUT ROWID;
-CREATE INDEX examples_by_seq ON examples (seq);
-"""
-# One job runs at a time, and none before an earlier one has ended: a commit's `applied_seq` stands for a
-# prefix of the order, and a job outside of it would be trained twice.
-_VERSION_2 = """
-ALTER TABLE jobs ADD COLUMN blamed_step INTEGER NOT NULL DEFAULT 0;
-ALTER TABLE jobs ADD COLUMN undone_by INTEGER;
-CREATE TABLE plans (seq INTEGER PRIMARY KEY, body BLOB NOT NULL);
-CREATE UNIQUE INDEX one_job_runs ON jobs (state) WHERE state = 'running';
-CREATE TRIGGER jobs_run_in_order BEFORE UPDATE OF state ON jobs
-    WHEN NEW.state = 'running' AND OLD.state != 'running'
-    AND EXISTS (SELECT 1 FROM jobs WHERE seq < NEW.seq AND state IN ('queued', 'running'))
-    BEGIN SELECT RAISE(ABORT, 'an earlier job has not ended'); END;
-"""
-_VERSION_3 = "ALTER TABLE jobs ADD COLUMN paused_at REAL;"
-# advantages: JSON; of grpo jobs only. reference_logprobs: fp32, little-endian, of each sequence of the plan.
-_VERSION_4 = """
-ALTER TABLE jobs ADD COLUMN loss TEXT NOT NULL DEFAULT 'cross_entropy';
-CREATE TABLE advantages (seq INTEGER PRIMARY KEY, body TEXT NOT NULL);
-CREATE TABLE reference_logprobs (seq INTEGER, at INTEGER, logprobs BLOB NOT NULL, PRIMARY KEY (seq, at));
-"""
-_FROM_1 = """
-UPDATE jobs SET state = 'queued', steps_done = 0 WHERE state = 'running'
-    AND EXISTS (SELECT 1 FROM jobs AS earlier WHERE earlier.seq < jobs.seq
-                AND earlier.state IN ('queued', 'running'));
-ALTER TABLE examples RENAME TO examples_1;
-DROP INDEX examples_by_seq;
-"""
-_EXAMPLES_FROM_1 = """
-INSERT INTO examples SELECT hash, seq FROM examples_1;
-DROP TABLE examples_1;
-UPDATE jobs SET attempts = 0 WHERE state != 'running';
-"""
 
 _FIELDS = [name for name in JobInfo.__struct_fields__ if name not in ("loss_history", "advantages")]
 JOB_COLUMNS = ", ".join(_FIELDS)
@@ -154,7 +85,7 @@ class QueueFile:
             try:
                 self._db.execute("BEGIN IMMEDIATE")
             except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_BUSY:
                     raise
                 raise NotReady("the trainer is writing to the queue; send it again", code="busy") from error
             try:
@@ -181,7 +112,8 @@ class QueueFile:
             # SQLite stores NaN as NULL (its "Datatypes" page).
             history = [math.nan if row[0] is None else row[0] for row in rows]
             found = db.execute("SELECT body FROM advantages WHERE seq = ?", (info.seq,)).fetchone()
-        return msgspec.structs.replace(info, loss_history=history, advantages=found and json.loads(found[0]))
+            advantages = found and json.loads(found[0])
+        return msgspec.structs.replace(info, loss_history=history, advantages=advantages)
 
     def losses_before(self, job_id: str, limit: int = 64) -> tuple[Sequence[float], float | None]:
         """(the first losses of the last `limit` jobs before it that ended well, what `note_text_loss` noted).
@@ -261,11 +193,8 @@ class QueueFile:
     def _damage_is_named(self) -> Generator[None]:
         try:
             yield
-        except sqlite3.DatabaseError as error:
-            code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
-            # A statement of ours that is wrong for this file: its schema is not what its version says.
-            is_foreign = code == sqlite3.SQLITE_ERROR and "no such" in str(error)
-            if code not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) and not is_foreign:
+        except (sqlite3.DatabaseError, ValueError, msgspec.ValidationError) as error:
+            if not _is_damage(error):
                 raise  # locked, disk full, no permission: says what it is, may be over next time
             raise QueueDamaged(
                 f"{self._path} is damaged ({error}); the weights are not affected. Try `sqlite3 {self._path} "
@@ -289,15 +218,19 @@ class QueueFile:
                 "one wrote it. Install that one, or move the file away to start with an empty queue",
                 code="queue_too_new",
             )
-        if version == 0:
-            _run(db, _JOBS + _EXAMPLES + _VERSION_2 + _VERSION_3 + _VERSION_4)
-            db.execute(f"PRAGMA application_id = {1 + secrets.randbelow(2**31 - 1)}")
-        elif version == 1:
-            _run(db, _FROM_1 + _EXAMPLES + _EXAMPLES_FROM_1 + _VERSION_2 + _VERSION_3 + _VERSION_4)
-        elif version < SCHEMA_VERSION:
-            _run(db, (_VERSION_3 if version == 2 else "") + _VERSION_4)
+        migrate(db, version)
         db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         db.execute("COMMIT")
+
+
+def _is_damage(error: Exception) -> bool:
+    if not isinstance(error, sqlite3.DatabaseError):
+        return True  # what a row holds is no job
+    if (code := getattr(error, "sqlite_errorcode", None)) is None:
+        return type(error) is sqlite3.DatabaseError or "decode" in str(error)  # Python's own: not UTF-8
+    # A statement of ours that is wrong for this file: its schema is not what its version says.
+    is_foreign = code & 0xFF == sqlite3.SQLITE_ERROR and "no such" in str(error)
+    return code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or is_foreign
 
 
 def _connect(path: Path, busy_timeout_s: float) -> sqlite3.Connection:
@@ -306,21 +239,11 @@ def _connect(path: Path, busy_timeout_s: float) -> sqlite3.Connection:
     return db
 
 
-def _run(db: sqlite3.Connection, script: str) -> None:
-    """Inside the open transaction; `executescript` would commit it first."""
-    statement = ""
-    for line in script.strip().splitlines(keepends=True):
-        statement += line
-        if sqlite3.complete_statement(statement):
-            db.execute(statement)
-            statement = ""
-    assert not statement.strip(), statement
-
-
 def job_info(row: sqlite3.Row) -> JobInfo:
+    """Raises ValueError or ValidationError where no program of ours wrote it."""
     values = {name: row[name] for name in _FIELDS}
     values["notes"] = json.loads(values["notes"])
-    return JobInfo(**values)
+    return msgspec.convert(values, JobInfo)
 
 
 def read_job(db: sqlite3.Connection, job_id: str) -> JobInfo:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,21 +53,23 @@ class OptimizerFile:
 
 
 def read_optimizer(
-    model_dir: Path, file: FileRecord | None
+    model_dir: Path, file: FileRecord | None, on_progress: Callable[[], None] = lambda: None
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
     """(tensors on the CPU, state) as they were written, or None where a version has no optimizer.
 
-    Raises CheckpointError when the file is missing or not the one that was committed.
+    on_progress: called after each piece. Raises CheckpointError when the file is missing or not the one that
+    was committed.
     """
     if file is None:
         return None
     path = state_path(model_dir, file.name)
     shard = read_shard(path)
-    if file_digest(path, 0, shard.size_bytes) != file.digest:
+    if file_digest(path, 0, shard.size_bytes, on_progress) != file.digest:
         raise CheckpointError(f"{path}: damaged: its digest is not the one that was committed")
     tensors = {}
     for tensor in shard.tensors:
         data = read_range(path, tensor.start, tensor.end)
+        on_progress()
         dtype = DTYPES[tensor.dtype]
         flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
         tensors[tensor.name] = flat.view(tensor.shape)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from apollo_ipc.checkpoint import Commit, recover
-from apollo_ipc.checkpoint.disk import DISK, ThrottledDisk
+from apollo_ipc.checkpoint.disk import DISK, ThrottledDisk, WatchedDisk
 from apollo_ipc.checkpoint.owner import hold_model
 from apollo_ipc.config import Config
 from apollo_ipc.errors import ApolloError, AttachError, CheckpointError, UserError
@@ -117,28 +118,31 @@ class Attachment:
     def _attach(self, manifest: Manifest) -> None:
         """Raises AttachError; one that will not go away without another vLLM is remembered by its boot_id."""
         config, board = self._config, self._board
-        board.show("attaching")
+        show = partial(board.show, "attaching")
+        show()
         before = read_state(config.state_dir)
         check_same_model(before, manifest.model_path, config.state_dir)
         model_dir = Path(manifest.model_path)
         is_new_boot = before is None or before.boot_id != manifest.boot_id
         self._hold = hold_model(model_dir, "the worker")
         # A vLLM that loads has worked the last delta in before; one written since stays beside the shards.
-        recover(model_dir, is_folding=False)
+        recover(model_dir, is_folding=False, disk=WatchedDisk(show))
         try:
             # Weights that were trained since vLLM loaded them differ from the disk, and rightly so.
             live = attach(
                 manifest,
                 verify=is_new_boot and config.worker.verify_checkpoint,
-                on_progress=lambda: board.show("attaching"),
+                on_progress=show,
             )
         except AttachError as error:
             if error.refused:
                 self._refused_boot = manifest.boot_id
             raise
         self.live = live
+        show()
         self.trainer = self._make_trainer(live)
         self.trainer.main_optimizer.warm_up()  # seconds, the first time ever: not in a job then
+        show()
         self.writer = make_writer(live, config)
         self.writer.prepare(self.trainer.main_optimizer.state_size_bytes())
         self._tell_model(model_facts(live, self.trainer, config))
@@ -148,7 +152,7 @@ class Attachment:
         if self.recovery.at_attach(live, commit, is_new_boot=is_new_boot):
             commit = current_commit(model_dir)
         # Weights may be newer than these moments, whose own steps are what corrects their bias.
-        load_optimizer(self.trainer, model_dir, commit)
+        load_optimizer(self.trainer, model_dir, commit, show)
         board.state.durable_version = commit.weight_version if commit else 0
         board.state.vllm_boot_id, board.state.vllm_pid = manifest.boot_id, manifest.pid
         board.state.model_path = manifest.model_path
@@ -189,13 +193,22 @@ class Attachment:
         if self.trainer is not None:
             self.trainer.close()
         self.trainer = self._make_trainer(live)
-        load_optimizer(self.trainer, live.model_dir, current_commit(live.model_dir))
+        show = partial(self._board.show, "restoring")
+        load_optimizer(self.trainer, live.model_dir, current_commit(live.model_dir), show)
 
 
-def load_optimizer(trainer: Trainer, model_dir: Path, commit: Commit | None) -> None:
+def load_optimizer(
+    trainer: Trainer,
+    model_dir: Path,
+    commit: Commit | None,
+    on_progress: Callable[[], None] = lambda: None,
+) -> None:
     """The moments of the last commit; anew, with a warning, where those do not fit or are damaged."""
     try:
-        if commit is not None and (saved := read_optimizer(model_dir, commit.optimizer)) is not None:
+        if (
+            commit is not None
+            and (saved := read_optimizer(model_dir, commit.optimizer, on_progress)) is not None
+        ):
             trainer.main_optimizer.load_state(*saved)
     except (UserError, CheckpointError) as error:
         log.warning("the saved optimizer state is not used, moments start anew: %s", error.message)

@@ -55,8 +55,12 @@ class Recovery:
         A step that ended but was not recorded is recorded; one that did not end left weights that are neither
         before nor after it: the last commit's are written back, and what came after it is trained again.
         """
+        if self.marks.is_blank:
+            log.warning("the marks of the last step are gone; restoring the last checkpoint")
+            self.write_back(live)
+            return True
         last = self.marks.read()
-        if last is None or last.boot_id != live.boot_id:
+        if last is None or (last.boot_id != live.boot_id and not last.is_torn):
             return False
         job = self._running(last)
         if not last.is_torn:

@@ -14,13 +14,18 @@ import struct
 from pathlib import Path
 
 import msgspec
+import xxhash
 
 from apollo_ipc.errors import ApolloError, AttachError
+from apollo_ipc.sealed import Damaged, seal, unseal
 
 WRITE_BACK = "write-back"  # stands for a job's id in the mark of a write that is no step
 
-# boot_id, job_id's tail, begun, ended, loss of the step that ended, num_steps
+# boot_id, job_id's tail, begun, ended, loss of the step that ended, num_steps; then their digest, which an
+# older program leaves out.
 _LAYOUT = struct.Struct("<32s24sQQdQ")
+_DIGEST = struct.Struct("<Q")
+_SIZE = _LAYOUT.size + _DIGEST.size
 
 
 class TornWeights(ApolloError):
@@ -52,9 +57,22 @@ class StepMarks:
             self._page = mmap.mmap(fd, mmap.PAGESIZE)
         finally:
             os.close(fd)
-        self.num_steps: int = _LAYOUT.unpack_from(self._page)[-1]  # after `clear` too
+        # After `clear` too; of damaged marks, whose write-back sets it.
+        self.num_steps: int = 0 if self._is_damaged() else _LAYOUT.unpack_from(self._page)[-1]
+
+    @property
+    def is_blank(self) -> bool:
+        """No program has written here yet, or what it wrote is gone."""
+        return not any(self._page[:_SIZE])
+
+    def _is_damaged(self) -> bool:
+        (digest,) = _DIGEST.unpack_from(self._page, _LAYOUT.size)
+        return digest not in (0, _digest(self._page[: _LAYOUT.size]))
 
     def read(self) -> LastStep | None:
+        """The marks of a damaged page are torn, of no known boot."""
+        if self._is_damaged():
+            return LastStep("", WRITE_BACK, 1, 0, 0.0, 0)
         boot, job, begun, ended, loss, num_steps = _LAYOUT.unpack_from(self._page)
         boot_id = boot.rstrip(b"\0").decode("ascii", "replace")
         if not boot_id:
@@ -93,18 +111,23 @@ class StepMarks:
     def clear(self, num_steps: int = 0) -> None:
         """No step is in the making, and the optimizer has done `num_steps`."""
         self.num_steps = num_steps
-        self._page[: _LAYOUT.size] = _LAYOUT.pack(b"", b"", 0, 0, 0.0, num_steps)
+        self._put(_LAYOUT.pack(b"", b"", 0, 0, 0.0, num_steps))
 
     def _write(self, boot_id: str, job_id: str, begun: int, ended: int, loss: float) -> None:
-        # One slice assignment; a kill between two of its bytes would need a kill inside memcpy of 88 bytes,
-        # and then `begun` and `ended` differ or the job is unknown: both are read as torn.
         job = job_id.removeprefix("job-").encode()[:24]
-        self._page[: _LAYOUT.size] = _LAYOUT.pack(
-            boot_id.encode()[:32], job, begun, ended, loss, self.num_steps
-        )
+        self._put(_LAYOUT.pack(boot_id.encode()[:32], job, begun, ended, loss, self.num_steps))
+
+    def _put(self, marks: bytes) -> None:
+        # A kill between two bytes leaves what its digest is not of: read as torn.
+        self._page[:_SIZE] = marks + _DIGEST.pack(_digest(marks))
 
     def close(self) -> None:
         self._page.close()
+
+
+def _digest(marks: bytes) -> int:
+    """Never 0, which stands for none."""
+    return xxhash.xxh3_64_intdigest(marks) or 1
 
 
 class LiveState(msgspec.Struct, frozen=True):
@@ -119,10 +142,10 @@ class LiveState(msgspec.Struct, frozen=True):
 def read_state(state_dir: Path) -> LiveState | None:
     path = state_dir / "state.json"
     try:
-        return msgspec.json.decode(path.read_bytes(), type=LiveState)
+        return unseal(path.read_bytes(), LiveState)
     except FileNotFoundError:
         return None
-    except msgspec.DecodeError as error:
+    except Damaged as error:
         raise AttachError(f"{path} is damaged ({error}); see docs/operations.md on what it holds") from None
 
 
@@ -130,7 +153,7 @@ def write_state(state_dir: Path, state: LiveState) -> None:
     """By rename; flushed first, or a power cut could leave an empty file under the name."""
     temporary = state_dir / f".state.json.{os.getpid()}"
     with temporary.open("wb") as file:
-        file.write(msgspec.json.encode(state))
+        file.write(seal(state))
         file.flush()
         os.fsync(file.fileno())
     os.rename(temporary, state_dir / "state.json")
