@@ -32,7 +32,7 @@ def run(script, *arguments):
 
 
 @pytest.mark.parametrize(
-    "script", ["finetune.py", "online.py", "soak.py", "step.py", "checkpoint.py", "gpu_loop.py"]
+    "script", ["finetune.py", "online.py", "soak.py", "fuzz.py", "step.py", "checkpoint.py", "gpu_loop.py"]
 )
 def test_help_is_there_without_loading_torch(script):
     code = (
@@ -214,15 +214,44 @@ def test_a_completion_may_fail_only_while_vllm_is_down(benchmark):
 
 
 def test_what_a_commit_says_it_holds_are_ended_jobs_and_the_steps_of_a_half_done_one(benchmark):
-    def job(seq, steps_done):
-        return JobInfo(f"job-{seq}", seq, "applied", 0.0, 1, 9, steps_done=steps_done)
+    def job(seq, steps_done, state="applied"):
+        return JobInfo(f"job-{seq}", seq, state, 0.0, 1, 9, steps_done=steps_done)
 
     commit = Commit(3, 5, 7, applied_seq=2, committed_at=0.0, shards={}, tensors={})
     steps_in_commit = benchmark("soak_disk").steps_in_commit
     jobs = [job(1, 4), job(2, 3), job(3, 6)]
-    assert steps_in_commit(commit, jobs) == 7
+    assert steps_in_commit(commit, jobs) == (7, 7)
     half = msgspec.structs.replace(commit, extra={"running": {"job_id": "job-3", "steps_done": 2}})
-    assert steps_in_commit(half, jobs) == 9
+    assert steps_in_commit(half, jobs) == (9, 9)
+    # Those of a cancelled job went with the weights, where these went back; a restore has undone the rest.
+    jobs = [job(1, 4), job(2, 3, "cancelled"), job(3, 6)]
+    assert steps_in_commit(half, jobs) == (6, 9)
+    assert steps_in_commit(half, [job(1, 4), job(2, 3, "undone")]) == (6, 6)
+
+
+def test_what_was_cancelled_poison_or_undone_is_not_lost_and_all_else_is(benchmark):
+    def job(seq, state, started_at, **more):
+        return JobInfo(
+            f"job-{seq}", seq, state, 0.0, 1, 2, idempotency_key=f"{seq}", started_at=started_at, **more
+        )
+
+    jobs = [
+        job(1, "durable", 1.0, steps_done=2),
+        job(2, "cancelled", 2.0, steps_done=1),
+        job(3, "quarantined", 4.0),
+        job(4, "undone", 3.0, steps_done=2, undone_by=7),
+        job(5, "undone", 5.0, steps_done=2, undone_by=8),
+        job(6, "quarantined", 6.0),
+    ]
+    acknowledged = {str(seq): (f"job-{seq}", 2) for seq in range(1, 7)}
+    problems = []
+    figures = benchmark("soak").judge_jobs(
+        acknowledged, jobs, problems, {"2": "cancelled", "3": "poison"}, restored={7}
+    )
+    assert (figures["jobs_lost"], figures["jobs_out_of_order"]) == (2, 1), (
+        "5 by no known restore; 6 no poison"
+    )
+    assert (figures["steps_expected"], figures["steps_of_cancelled_jobs"]) == (2, 1)
 
 
 @pytest.mark.slow
