@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import msgspec
 import pytest
-from apollo_worker.jobs.queue import JobQueue
+from apollo_worker.jobs.queue import MAX_CRASHES, JobQueue
 from apollo_worker.step.loss_guard import LossGuard
 from apollo_worker.trainer import recovery
 from trainer_by_hand import Trainer, restore
@@ -97,6 +97,20 @@ def test_no_number_of_such_ends_quarantines_the_job(served, config, monkeypatch)
         queue = JobQueue(config.state_dir / "queue.sqlite", 1)
         assert queue.take().info.steps_done == 2
         queue.close()
+    with Trainer(config) as trainer:
+        assert trainer.train() == [job_id]
+        assert trainer.state(job_id) == "applied"
+
+
+def test_no_number_of_ends_before_its_first_step_quarantines_the_job(served, config, monkeypatch):
+    """A step that is recorded would have cleared the count of attempts; here none is."""
+    with Trainer(config) as trainer:
+        job_id = trainer.submit("one")
+    for _ in range(MAX_CRASHES + 1):
+        with Trainer(config) as trainer:
+            monkeypatch.setattr(trainer.queue, "add_notes", fails_once(None, FULL))
+            with pytest.raises(sqlite3.OperationalError):
+                trainer.train()
     with Trainer(config) as trainer:
         assert trainer.train() == [job_id]
         assert trainer.state(job_id) == "applied"
