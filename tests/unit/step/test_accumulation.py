@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +249,9 @@ class Words:
     vocab_size = 256
     max_tokens = 64
 
-    def encode_all(self, numbered: Iterable[tuple[int, Example]]) -> list[TokenisedExample]:
+    def encode_all(
+        self, numbered: Iterable[tuple[int, Example]], on_progress: Callable[[], None]
+    ) -> list[TokenisedExample]:
         return [
             TokenisedExample([0, *ids], [False] + [True] * len(ids), i)
             for i, example in numbered
