@@ -48,6 +48,8 @@ def test_jobs_that_were_not_on_disk_are_trained_again_into_the_next_vllm(live: L
 
 @pytest.mark.slow
 def test_a_synced_job_is_not_trained_again_by_the_next_vllm(live: Live) -> None:
+    live.train([chat("Who rings the bell?", "Ott.")], lr=1e-3, epochs=20, schedule="constant")
+    assert live.ask("Who rings the bell?") == "Ott."
     assert live.post("/checkpoint", {}).status_code == 200
     version = live.status()["weight_version"]
     assert newest_job(live)["state"] == "durable"
@@ -57,7 +59,7 @@ def test_a_synced_job_is_not_trained_again_by_the_next_vllm(live: Live) -> None:
     live.wait_attached()
     assert newest_job(live)["state"] == "durable"
     assert live.status()["weight_version"] == version
-    assert live.ask(QUESTION) == ANSWER
+    assert live.ask("Who rings the bell?") == "Ott."
 
 
 def test_vllm_does_not_load_a_damaged_shard(live: Live) -> None:
