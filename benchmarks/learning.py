@@ -60,17 +60,7 @@ class Before(NamedTuple):
 
 def main() -> int:
     options = parse_arguments()
-    os.environ.update(worker_environment(os.environ))
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    import torch
-    from learning_model import OfflineModel
-
-    from apollo_ipc.demo.real_model import real_model
-
-    torch.set_num_threads(options.threads)
-    model = OfflineModel(options.model or real_model())
-    before = look_before(model)
-    say(f"general: {len(before.general)} of {len(data.general())} right before; English {before.english:.3f}")
+    model, before = opened(options)
     rows = []
     for method in options.methods:
         for mix in options.mix or [{}]:
@@ -84,6 +74,27 @@ def main() -> int:
     return 0
 
 
+def opened(options: argparse.Namespace) -> tuple[OfflineModel, Before]:
+    """By `add_model_options`."""
+    os.environ.update(worker_environment(os.environ))
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import torch
+    from learning_model import OfflineModel
+
+    from apollo_ipc.demo.real_model import real_model
+
+    torch.set_num_threads(options.threads)
+    model = OfflineModel(options.model or real_model())
+    before = look_before(model)
+    say(f"general: {len(before.general)} of {len(data.general())} right before; English {before.english:.3f}")
+    return model, before
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, help="a directory instead of the real model's")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
@@ -95,8 +106,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--mix", type=settings, action="append", help="fields of Mix, as kl_weight=3,lr=2e-4; may be repeated"
     )
-    add("--model", type=Path, help="a directory instead of the real model's")
-    add("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    add_model_options(parser)
     add("--json", type=Path, metavar="FILE", help="all figures, and what was answered")
     return parser.parse_args()
 

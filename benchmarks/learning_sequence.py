@@ -11,23 +11,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import learning_data as data
 import msgspec
-from learning import Before, learned_kl, look_before, settings
+from learning import Before, add_model_options, learned_kl, opened, say, settings
 
 from apollo_curation.teach import examine
 from apollo_curation.teach.job import Mix, general_prompts, own_answers, prompts_beside, request_of, taught
 from apollo_curation.teach.rehearsal import due, rehearsed
 from apollo_curation.teach.variants import Lesson, lesson_of
-from apollo_ipc.process.serving import worker_environment
 from apollo_ipc.teaching.facts import Fact, whole
 from apollo_ipc.teaching.store import StoredLesson
 from apollo_ipc.words import is_in
@@ -35,21 +32,10 @@ from apollo_ipc.words import is_in
 if TYPE_CHECKING:
     from learning_model import OfflineModel
 
-say = partial(print, file=sys.stderr, flush=True)
-
 
 def main() -> int:
     options = parse_arguments()
-    os.environ.update(worker_environment(os.environ))
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    import torch
-    from learning_model import OfflineModel
-
-    from apollo_ipc.demo.real_model import real_model
-
-    torch.set_num_threads(options.threads)
-    model = OfflineModel(options.model or real_model())
-    before = look_before(model)
+    model, before = opened(options)
     runs = []
     for rehearsal in options.rehearsal:
         runs.append(run(model, before, options, is_rehearsed=rehearsal == "with"))
@@ -70,8 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--rehearsal", nargs="+", choices=["with", "without"], default=["with", "without"])
     add("--mix", type=settings, default={}, help="fields of Mix, as kl_weight=3,lr=2e-4")
     add("--seed", type=int, default=0)
-    add("--model", type=Path, help="a directory instead of the real model's")
-    add("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    add_model_options(parser)
     add("--json", type=Path, metavar="FILE")
     add("--picture", type=Path, metavar="FILE", help="what is known by age, and the KL, as SVG or PNG")
     return parser.parse_args()

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -21,11 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import learning_data as data
 import msgspec
-from learning import Before, look_after, look_before, say
+from learning import Before, add_model_options, look_after, opened, say
 from rates_night import night
 
 from apollo_ipc.config import Train
-from apollo_ipc.process.serving import worker_environment
 from apollo_ipc.wire.requests import Example, Message, TrainOptions, TrainRequest
 
 if TYPE_CHECKING:
@@ -47,18 +45,8 @@ class Run(msgspec.Struct, frozen=True):
 
 def main() -> int:
     options = parse_arguments()
-    os.environ.update(worker_environment(os.environ))
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    import torch
-    from learning_model import OfflineModel
-
-    from apollo_ipc.demo.real_model import real_model
-
-    torch.set_num_threads(options.threads)
     rows = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
-    model = OfflineModel(options.model or real_model())
-    before = look_before(model)
-    say(f"general: {len(before.general)} of {len(data.general())} right before; English {before.english:.3f}")
+    model, before = opened(options)
     for run in options.runs:
         for seed in options.seeds:
             rows.append(measure(model, before, run, seed))
@@ -74,8 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("runs", nargs="+", type=run_of, metavar="JOB[:NAME=VALUE,...]", help="five or night, and its options")
     add("--seeds", type=int, nargs="+", default=[0], help="which facts, their order, and the rounding")
-    add("--model", type=Path, help="a directory instead of the real model's")
-    add("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    add_model_options(parser)
     add("--json", type=Path, metavar="FILE", help="rows are added to those that it has")
     return parser.parse_args()
 

@@ -22,7 +22,7 @@ from apollo_ipc.teaching.store import (
     TeachOptions,
     TeachRequest,
     TeachStore,
-    about,
+    request_about,
     store_path,
 )
 from apollo_ipc.wire.requests import convert, parse_json
@@ -35,6 +35,7 @@ from apollo_router.params import NoQuery, read_idempotency_key, read_query
 MAX_FACTS = 1000  # a job that is examined as a whole, not a corpus
 MAX_BODY_BYTES = 4 * 1024 * 1024
 POLL_S = 0.25
+LessonIds = Annotated[list[str], Meta(min_length=1, max_length=MAX_FACTS)]
 
 router = APIRouter(route_class=KeyedRoute, tags=["apollo-ipc"])
 
@@ -71,15 +72,14 @@ class TeachBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return TeachRequest(facts, self.options, notes=notes)
 
 
-class LessonsBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Ids of lessons; None: all."""
+class ExamineBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Ids; None: all of them."""
 
-    lessons: Annotated[list[str], Meta(min_length=1, max_length=MAX_FACTS)] | None = None
-    options: TeachOptions = TeachOptions()
+    lessons: LessonIds | None = None
 
 
 class ForgetBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    lessons: Annotated[list[str], Meta(min_length=1, max_length=MAX_FACTS)]
+    lessons: LessonIds
     options: TeachOptions = TeachOptions()
 
 
@@ -97,7 +97,7 @@ async def forget(request: Request) -> Response:
 
     def wanted(body: dict[str, Any], store: TeachStore) -> TeachRequest:
         sent = convert(body, ForgetBody)
-        return about(store.lessons_of(sent.lessons), "forget", sent.options)
+        return request_about(store.lessons_of(sent.lessons), "forget", sent.options)
 
     return await _admitted(request, wanted)
 
@@ -107,11 +107,11 @@ async def examine(request: Request) -> Response:
     """Queues a job that asks whether lessons still hold, and trains nothing. As POST /teach otherwise."""
 
     def wanted(body: dict[str, Any], store: TeachStore) -> TeachRequest:
-        sent = convert(body, LessonsBody)
+        sent = convert(body, ExamineBody)
         lessons = store.lessons() if sent.lessons is None else store.lessons_of(sent.lessons)
         if not lessons:
             raise UserError("nothing was taught yet", field="lessons")
-        return about(lessons, "examine", sent.options)
+        return request_about(lessons, "examine")
 
     return await _admitted(request, wanted)
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from contextlib import closing
-from hashlib import blake2b
 from typing import Annotated
 
 import msgspec
 import typer
 
-from apollo_curation.cli.teach import print_job
-from apollo_curation.settings import CurationConfig, load_curation_config
+from apollo_curation.cli.teach import print_job, run_job
+from apollo_curation.settings import load_curation_config
 from apollo_ipc.cli.options import AsJson, ConfigFile
 from apollo_ipc.cli.output import console, describe_ago, print_json
 from apollo_ipc.errors import UserError
-from apollo_ipc.teaching.store import Purpose, TeachStore, about, store_path
+from apollo_ipc.teaching.store import TeachStore, request_about, store_path
 
 app = typer.Typer(
     help="What was taught, and whether it still holds.",
@@ -42,20 +41,19 @@ def lessons(
     config = load_curation_config(config_file)
     with closing(TeachStore(store_path(config))) as store:
         if examine and store.lessons():
-            _run(config, store, [one.id for one in store.lessons()], "examine", is_quiet=as_json)
+            run_job(config, store, request_about(store.lessons(), "examine"), is_quiet=as_json)
         found = store.lessons()
     if as_json:
         print_json({"lessons": found})
     elif not found:
         print("nothing was taught yet; `apollo-ipc teach` does it")
     else:
-        from rich.markup import escape
         from rich.table import Table
 
         table = Table("lesson", "question", "answer", "holds", "asked", "came back")
         for one in found:
             holds = "yes" if one.is_known else "no"
-            cells = (one.id, escape(one.fact.question), escape(one.fact.answer), holds)
+            cells = (one.id, one.fact.question, one.fact.answer, holds)
             table.add_row(*cells, describe_ago(one.asked_at), str(one.rehearsed))
         console().print(table)
     raise typer.Exit(1 if examine and not all(one.is_known for one in found) else 0)
@@ -80,7 +78,7 @@ def forget(
         if without_training:
             store.drop(ids)
             return
-        job = _run(config, store, ids, "forget", is_quiet=as_json)
+        job = run_job(config, store, request_about(store.lessons_of(ids), "forget"), is_quiet=as_json)
     print_json(job) if as_json else print_job(job)
     raise typer.Exit(0 if job["status"] == "applied" and not job["error"] else 1)
 
@@ -91,15 +89,3 @@ def export(context: typer.Context) -> None:
     with closing(TeachStore(store_path(load_curation_config(context.obj)))) as store:
         for one in store.lessons():
             print(msgspec.json.encode(one.fact).decode())
-
-
-def _run(
-    config: CurationConfig, store: TeachStore, ids: list[str], purpose: Purpose, *, is_quiet: bool
-) -> dict:
-    """The job when it has ended, as it is shown. Called again after a kill, it goes on."""
-    from apollo_curation.teach.run import wait_for
-
-    request = about(store.lessons_of(ids), purpose)
-    digest = blake2b(msgspec.json.encode(request), digest_size=32).digest()
-    job = store.admit(request, digest, client_key=None, is_retry=True)
-    return wait_for(config, store, job.id, (lambda _: None) if is_quiet else console().print).shown()

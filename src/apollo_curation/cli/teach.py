@@ -11,11 +11,13 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from apollo_curation.settings import load_curation_config
+from apollo_curation.settings import CurationConfig, load_curation_config
 from apollo_ipc.cli.options import AsJson, ConfigFile
 from apollo_ipc.cli.output import console, print_json
 from apollo_ipc.errors import UserError
 from apollo_ipc.process.progress import progress
+from apollo_ipc.teaching.facts import facts_of_document, parse_facts
+from apollo_ipc.teaching.store import TeachOptions, TeachRequest, TeachStore, store_path
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -50,9 +52,7 @@ def teach(
     """Teach facts to the served model, in several forms each; its general answers and near misses are held as
     they are, and it is examined before and after. Killed and called again with the same file, it goes on.
     Exit status 1: they were not taught, and the weights of before are back where that was possible."""
-    from apollo_curation.teach.run import wait_for
-    from apollo_ipc.teaching.facts import facts_of_document, parse_facts
-    from apollo_ipc.teaching.store import TeachOptions, TeachRequest, TeachStore, store_path
+    from apollo_ipc.teaching.store import TeachRequest, TeachStore
 
     config = load_curation_config(config_file)
     try:
@@ -63,22 +63,30 @@ def teach(
     given = {"rounds": rounds, "lr": lr, "min_known": min_known, "max_rise": max_rise, "max_hits": max_hits}
     options = msgspec.convert({k: v for k, v in given.items() if v is not None}, TeachOptions)
     request = TeachRequest(facts, options, notes=notes)
-    say = (lambda _: None) if as_json else console().print
-    for note in notes:
-        say(note)
+    for note in [] if as_json else notes:
+        console().print(note)
     with closing(TeachStore(store_path(config))) as store:
-        digest = blake2b(msgspec.json.encode(request), digest_size=32).digest()
-        job = store.admit(request, digest, client_key=None, is_retry=True)
-        with progress(f"{job.id}: {job.phase}") as doing:
+        job = run_job(config, store, request, is_quiet=as_json)
+    print_json(job) if as_json else print_job(job)
+    raise typer.Exit(0 if job["status"] == "applied" and not job["error"] else 1)
 
-            def tell(text: str) -> None:
-                say(text)
-                doing(text)
 
-            job = wait_for(config, store, job.id, tell)
-    shown = job.shown()
-    print_json(shown) if as_json else print_job(shown)
-    raise typer.Exit(0 if job.phase == "applied" and not job.error else 1)
+def run_job(
+    config: CurationConfig, store: TeachStore, request: TeachRequest, *, is_quiet: bool
+) -> dict[str, Any]:
+    """The job when it has ended, as it is shown. Called again after a kill, it goes on."""
+    from apollo_curation.teach.run import wait_for
+
+    digest = blake2b(msgspec.json.encode(request), digest_size=32).digest()
+    job = store.admit(request, digest, client_key=None, is_retry=True)
+    with progress(f"{job.id}: {job.phase}") as doing:
+
+        def tell(text: str) -> None:
+            if not is_quiet:
+                console().print(text)
+            doing(text)
+
+        return wait_for(config, store, job.id, tell).shown()
 
 
 def print_job(job: dict[str, Any]) -> None:

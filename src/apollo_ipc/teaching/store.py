@@ -276,7 +276,7 @@ class TeachStore(Database):
             _settle(db, "", Outcome(forgotten=ids), time.time())
 
 
-def about(
+def request_about(
     lessons: Sequence[StoredLesson], purpose: Purpose, options: TeachOptions | None = None
 ) -> TeachRequest:
     """A job that asks for lessons, or takes them back."""

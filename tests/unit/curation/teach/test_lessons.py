@@ -15,7 +15,7 @@ from apollo_curation.teach.job import OwnAnswer
 from apollo_curation.teach.variants import lesson_of
 from apollo_ipc.errors import NotFound
 from apollo_ipc.teaching.facts import parse_facts, whole
-from apollo_ipc.teaching.store import SCHEMA_VERSION, TeachRequest, TeachStore, about
+from apollo_ipc.teaching.store import SCHEMA_VERSION, TeachRequest, TeachStore, request_about
 
 
 class Forgetful(World):
@@ -39,14 +39,14 @@ def store(tmp_path):
 
 
 def forgetting(store, number=2, key=b"forget"):
-    return store.admit(about(store.lessons()[:number], "forget"), key, client_key=None)
+    return store.admit(request_about(store.lessons()[:number], "forget"), key, client_key=None)
 
 
 def test_a_lesson_is_asked_again_and_nothing_is_trained(store):
     world = World()
     teach(store, world, admit(store))
     world.needed = 9  # it has been lost since
-    job = teach(store, world, store.admit(about(store.lessons(), "examine"), b"ask", client_key=None))
+    job = teach(store, world, store.admit(request_about(store.lessons(), "examine"), b"ask", client_key=None))
     assert (job.phase, job.report["known"], job.report["jobs"]) == ("applied", 0.0, [])
     assert [one.is_known for one in store.lessons()] == [False, False]
     assert len(world.requests) == 1
