@@ -156,20 +156,26 @@ def in_halves(layer: torch.nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
     return first + torch.nn.functional.linear(inputs[..., half:], layer.weight[:, half:])
 
 
-def assert_nothing_is_missed_or_refused_wrongly(findings: list, at_least: int) -> None:
+def assert_nothing_is_missed_or_refused_wrongly(
+    findings: list, at_least: int, known: frozenset[str] = frozenset()
+) -> None:
+    """known: what check gets wrong, by name."""
     assert sum(one.is_fault for one in findings) >= at_least
-    assert [(one.name, one.found.served, one.found.floor) for one in findings if one.is_wrong] == []
+    wrong = [one for one in findings if one.is_wrong and one.name not in known]
+    assert [(one.name, one.found.served, one.found.floor) for one in wrong] == []
+
+
+# Of a random qwen3.5 (docs/log.md, 2026-11-27): its rope is lost in its roundings, and a worst token is 4.27
+# floors away where 4 is the limit.
+KNOWN = {
+    "qwen3.5": frozenset(
+        ("model.rotary_emb.inv_freq: theta a hundred times as large", "clean, scrambled, set 5")
+    )
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "arch",
-    [
-        *("qwen3", "llama", "gpt2"),
-        # A fault of check, not of the test: its rope is lost in its roundings (docs/log.md, 2026-11-27).
-        pytest.param("qwen3.5", marks=pytest.mark.xfail(reason="a rope's base is not seen")),
-    ],
-)
+@pytest.mark.parametrize("arch", ["qwen3", "llama", "gpt2", "qwen3.5"])
 def test_faults_in_random_models_are_found(tmp_path: Path, check_faults: Any, arch: str) -> None:
     model_dir = make(tmp_path, arch)
     live, other = load_offline(model_dir), load_offline(model_dir)
@@ -178,7 +184,7 @@ def test_faults_in_random_models_are_found(tmp_path: Path, check_faults: Any, ar
             Trainer(live, Train()), stand_in(other.model), other.trained_tensors(), random_ids(6), num_clean=6
         )
     )
-    assert_nothing_is_missed_or_refused_wrongly(findings, at_least=20)
+    assert_nothing_is_missed_or_refused_wrongly(findings, at_least=20, known=KNOWN.get(arch, frozenset()))
 
 
 def test_one_stale_expert_is_found(tmp_path: Path, check_faults: Any) -> None:
