@@ -199,6 +199,8 @@ class World:
             grammar = Grammar(draw)
             for _ in range(draw.choice((1, 1, 2))):
                 told = grammar.changed(told)
+            if isinstance(told, dict):  # without one it is an older program's file, and believed
+                told.setdefault("seal", "0" * 32)
             after = encode(told)
         elif target == "marks" and draw.random() < 0.5:
             after = self.other_marks(draw) + before[88:]

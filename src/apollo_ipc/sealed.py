@@ -1,7 +1,8 @@
 """JSON files that tell damage: their last field is the digest of all before it.
 
 What such a file says is acted upon (where memory lies, which jobs are on disk), and a flipped bit in a number
-is JSON as good as any. A file without the field is an older program's.
+is JSON as good as any. A file without the field is an older program's; one that has it elsewhere, or written
+otherwise, is not ours.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ def seal(record: msgspec.Struct) -> bytes:
 
 def unseal(data: bytes, into: type[T]) -> T:
     """Raises Damaged."""
-    if found := _SEAL.search(data):
+    found = _SEAL.search(data)
+    if found:
         data = data[: found.start()] + b"}"
-        if xxhash.xxh3_128_hexdigest(data).encode() != found[1]:
-            raise Damaged("its bytes are not those that were written")
+    seal_of = xxhash.xxh3_128_hexdigest(data).encode()
+    if seal_of != found[1] if found else b'"seal"' in data:
+        raise Damaged("its bytes are not those that were written")
     try:
         return msgspec.json.decode(data, type=into)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -43,7 +43,9 @@ class Live:
         self.model_dir = model_dir
         self.server = VllmServer(model_dir, base, ["--enforce-eager", *flags], env=env)
         self.worker: subprocess.Popen | None = None
-        self.env = worker_environment({**self.server.env, "APOLLO_TRAIN__MAX_TOKENS": "512"})
+        # Not SCHED_IDLE: beside the other lane the worker would hardly get on.
+        fair = {"APOLLO_WORKER__IDLE_PRIORITY": "false", "APOLLO_TRAIN__MAX_TOKENS": "512"}
+        self.env = worker_environment({**self.server.env, **fair})
 
     @property
     def key(self) -> str:

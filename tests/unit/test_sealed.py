@@ -1,3 +1,5 @@
+import json
+
 import msgspec
 import pytest
 
@@ -33,6 +35,13 @@ def test_no_flipped_bit_gives_another_record():
         except Damaged:
             refused += 1
     assert refused >= (len(data) - len(b',"seal":""}') - 32) * 8
+
+
+def test_a_record_that_another_program_wrote_again_is_damaged():
+    """Its numbers may be others, and the seal cannot tell."""
+    again = json.dumps({**json.loads(seal(RECORD)), "number": 4712}).encode()
+    with pytest.raises(Damaged, match="not those that were written"):
+        unseal(again, Record)
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"\xff" * 9, b'{"\xb5":1}', b"[" * 100_000])
