@@ -2,13 +2,15 @@
 
 KV blocks in the prefix cache belong to the weights that computed them. Seen on vLLM 0.32: without
 `reset_running_requests` the reset clears nothing while any block is in use, so never under load; with it,
-running requests are preempted and computed again (vllm/v1/core/sched/scheduler.py, reset_prefix_cache), and
-every one of them finishes.
+running requests are preempted and computed again (vllm/v1/core/sched/scheduler.py, reset_prefix_cache). A
+prompt that takes longer than the distance of two drops would never end: each drop waits until what the last
+one preempted has got on by a token.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +21,8 @@ from apollo_router import metrics
 from apollo_router.log import logger
 
 DROP_TIMEOUT_S = 30.0
+PATIENCE_S = 30.0  # with what the drop before preempted
+LOOK_S = 0.02
 
 
 class CacheDropper:
@@ -28,6 +32,7 @@ class CacheDropper:
         self._engine_client: Any = None  # vllm.engine.protocol.EngineClient, from init_state on
         self._wanted: int | None = None
         self._needed = asyncio.Event()
+        self._preempted: dict[str, int] = {}  # request -> output tokens it had
 
     def set_engine(self, engine_client: Any) -> None:
         self._engine_client = engine_client
@@ -41,6 +46,10 @@ class CacheDropper:
         """For ever. answer: sends it to the worker, which asks again for what failed or was not answered."""
         while True:
             await self._needed.wait()
+            if self._is_behind():
+                assert self._wanted is not None
+                answer(CacheDropped(self._wanted, ok=False, is_waiting=True))
+                await self._let_get_on()
             self._needed.clear()
             version, error = self._wanted, None
             assert version is not None
@@ -61,11 +70,33 @@ class CacheDropper:
         """
         if self._engine_client is None:
             raise NotReady("vLLM has no engine yet")
+        self._preempted = _output_tokens(self._engine_client)
         started = time.perf_counter()
         await _drop(self._engine_client)
         duration_s = time.perf_counter() - started
         metrics.cache_drop_seconds.observe(duration_s)
         logger.info("weights %d: prefix cache dropped in %.1f ms", weight_version, duration_s * 1e3)
+
+    def _is_behind(self) -> bool:
+        now = _output_tokens(self._engine_client)
+        return any(now.get(request) == num for request, num in self._preempted.items())
+
+    async def _let_get_on(self) -> None:
+        until = time.monotonic() + PATIENCE_S
+        while time.monotonic() < until and self._is_behind():
+            await asyncio.sleep(LOOK_S)
+
+
+def _output_tokens(engine_client: Any) -> dict[str, int]:
+    """Of each request of this API server that may be running: the oldest ones, as many as vLLM runs."""
+    processor = getattr(engine_client, "output_processor", None)
+    if processor is None:
+        return {}
+    most = engine_client.vllm_config.scheduler_config.max_num_seqs
+    return {
+        request: state.detokenizer.num_output_tokens() if state.detokenizer else 0
+        for request, state in itertools.islice(processor.request_states.items(), most)
+    }
 
 
 async def _drop(engine_client: Any) -> None:

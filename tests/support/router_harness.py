@@ -56,6 +56,7 @@ class FakeEngine:
         self.vllm_config = SimpleNamespace(
             kv_transfer_config=None,
             cache_config=SimpleNamespace(enable_prefix_caching=prefix_caching),
+            scheduler_config=SimpleNamespace(max_num_seqs=256),
         )
 
     async def reset_prefix_cache(self, reset_running_requests=False, reset_connector=False) -> bool:

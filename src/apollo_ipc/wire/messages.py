@@ -155,11 +155,13 @@ class Unwatch(msgspec.Struct, frozen=True, tag=True):
 
 
 class CacheDropped(msgspec.Struct, frozen=True, tag=True):
-    """From the router that got DropCache: no request that starts now reuses KV of an older version."""
+    """From the router that got DropCache: no request that starts now reuses KV of an older version.
+    is_waiting: not yet, for a prompt that the drop before had begin again; another answer follows."""
 
     weight_version: int
     ok: bool
     error: str | None = None
+    is_waiting: bool = False
 
 
 FromClient = (

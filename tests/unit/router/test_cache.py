@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+import types
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import fake_worker
 import msgspec
 import pytest
+from apollo_router import cache as cache_module
 from apollo_router.cache import CacheDropper
 from fake_worker import serving, short_dir
 from router_harness import FakeEngine
@@ -20,10 +22,11 @@ from apollo_ipc.wire.client import WorkerClient
 
 
 class Engine(FakeEngine):
-    """num_failures: so many drops fail first; takes_s: how long one takes."""
+    """num_failures: so many drops fail first; takes_s: how long one takes; processor: with its requests."""
 
-    def __init__(self, num_failures: int = 0, takes_s: float = 0.0):
+    def __init__(self, num_failures: int = 0, takes_s: float = 0.0, processor: Processor | None = None):
         super().__init__()
+        self.output_processor = processor
         self.num_failures, self.takes_s = num_failures, takes_s
         self.num_running = self.most_running = self.num_drops = 0
 
@@ -174,6 +177,57 @@ def test_drops_never_overlap_and_the_newest_version_wins():
 
     with short_dir() as directory:
         asyncio.run(main(directory / "worker.sock"))
+
+
+class Processor:
+    """As much of vLLM's OutputProcessor as tells how far a request is."""
+
+    def __init__(self) -> None:
+        self.request_states = {"a prompt": types.SimpleNamespace(detokenizer=self)}
+        self.num_tokens = 0
+
+    def num_output_tokens(self) -> int:
+        return self.num_tokens
+
+
+@pytest.mark.parametrize("end", ["a token", "its end", "patience"])
+def test_what_a_drop_preempted_gets_on_before_the_next_drop(worker, monkeypatch, end):
+    path, server, board = worker
+    if end == "patience":
+        monkeypatch.setattr(cache_module, "PATIENCE_S", 0.6)
+
+    async def main():
+        engine = Engine(processor=Processor())
+        async with api_server(path, engine):
+            assert await publish(server, board, 1), "never preempted before: dropped at once"
+            publishing = asyncio.create_task(publish(server, board, 2))
+            await asyncio.sleep(0.3)
+            assert engine.num_drops == 1
+            if end == "a token":
+                engine.output_processor.num_tokens += 1
+            elif end == "its end":
+                engine.output_processor.request_states.clear()
+            assert await publishing
+            assert engine.num_drops == 2
+
+    asyncio.run(main())
+
+
+def test_a_publish_waits_longer_for_a_router_that_says_that_it_waits(worker):
+    path, server, board = worker
+
+    async def main():
+        engine = Engine(processor=Processor())
+        async with api_server(path, engine):
+            assert await publish(server, board, 1)
+            board.state.weight_version = 2
+            publishing = asyncio.create_task(asyncio.to_thread(server.publish, 2, 0.2))
+            await asyncio.sleep(1.0)
+            assert not publishing.done()
+            engine.output_processor.num_tokens += 1
+            assert await publishing
+
+    asyncio.run(main())
 
 
 def test_two_drops_are_a_distance_apart_and_a_publish_waits_for_it(monkeypatch):
