@@ -21,7 +21,7 @@ from apollo_router import metrics
 from apollo_router.log import logger
 
 DROP_TIMEOUT_S = 30.0
-PATIENCE_S = 30.0  # with what the drop before preempted
+PATIENCE_S = 120.0  # with what the drop before preempted
 LOOK_S = 0.02
 
 

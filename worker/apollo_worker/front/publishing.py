@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 LOOK_S = 0.1
 RETRY_S = 1.0  # after an attempt that nobody confirmed
 CONFIRM_S = 5.0  # all routers together; what one confirms later counts too
-PATIENCE_S = 31.0  # more, with a router that waits for a long prompt (cache.py of the router has 30)
+PATIENCE_S = 121.0  # more, with a router that waits for a long prompt (its cache.py has 120)
 
 
 class Publisher:

@@ -32,8 +32,8 @@ from apollo_worker.link.link import (
 from apollo_worker.link.status_board import StatusBoard
 
 logger = logging.getLogger(__name__)
-# The front itself gives up after 5 s and the distance to the publish before, 31 s later where a router waits.
-PUBLISH_TIMEOUT_S = 37.0
+# The front itself gives up after 5 s and the distance to the publish before, or 121 s later.
+PUBLISH_TIMEOUT_S = 127.0
 LOCK_LOOK_S = 0.25
 
 
