@@ -15,7 +15,7 @@ from live_server import Live, chat, start_live, wait_for
 from apollo_ipc.demo.real_model import copy_real_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
-NUM_TOKENS = 5_000  # many seconds of one core; as many as 16,000 take on a GPU, and more
+NUM_TOKENS = 3_000  # many seconds of one core, as 16,000 take on a GPU
 
 
 @pytest.fixture(scope="module")
