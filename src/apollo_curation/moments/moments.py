@@ -23,7 +23,23 @@ from apollo_ipc.wire.requests import Example, Message
 
 Kind = Literal["correction", "error_then_fix", "praise", "wrong_refusal", "behaviour", "dream"]
 State = Literal["flagged", "approved", "rejected", "dropped", "training", "trained", "undone", "failed"]
-DecidedBy = Literal["rule", "judge", "person", "auto"]
+DecidedBy = Literal["rule", "judge", "person", "auto", "hindsight"]
+REACTIONS: tuple[Kind, ...] = ("correction", "praise", "wrong_refusal")  # they rest on what a user said next
+
+
+class Hindsight(msgspec.Struct, frozen=True):
+    """What the served model made of the user's next message (moments/hindsight). can_tell: false where its calibration
+    says that it cannot; else probability, 0 to 1, with its 95 % interval low to high, that the message spoke as the
+    moment's kind says: against the answer, or, of praise, for it. nats: the difference a token that it comes from."""
+
+    model: str
+    can_tell: bool = False
+    probability: float | None = None
+    low: float | None = None
+    high: float | None = None
+    nats: float | None = None
+    num_tokens: int = 0
+    sentence: str = ""
 
 
 class Moment(msgspec.Struct, frozen=True):
@@ -56,6 +72,13 @@ class Moment(msgspec.Struct, frozen=True):
     batch_id: str | None = None
     created_at: float = 0.0
     moment_id: str = ""
+    hindsight: Hindsight | None = None
+    is_told: bool = False  # somebody said it outright (POST /feedback): nothing has to be guessed
+
+    @property
+    def is_candidate(self) -> bool:
+        """Noticed by a rule in what a user said, and not scored by hindsight yet."""
+        return self.kind in REACTIONS and not self.is_told and self.hindsight is None
 
     def example(self) -> Example:
         """What is trained: the loss is taken of the answer alone. `answer` must be there."""
