@@ -1,6 +1,7 @@
 """The nightly run, unattended: what happened today into the weights, watched, written to disk, reported.
 
-    watch -> resume -> read -> judge -> score -> dream -> train -> watch again -> checkpoint -> report
+    watch -> resume -> read -> hindsight -> judge -> score -> dream -> train -> watch again -> checkpoint ->
+    report
 
 Each stage stands alone: one whose server stays away is noted, and what came before it is kept. The next night
 goes on with whatever this one left, and trains nothing twice.
@@ -23,6 +24,7 @@ from apollo_curation.dreams.bridge import open_bridge
 from apollo_curation.dreams.seeds import Seed, read_seeds
 from apollo_curation.lock import alone
 from apollo_curation.logs.conversation import Broken
+from apollo_curation.moments.hindsight.score import look_back
 from apollo_curation.moments.judge import approve_confident, judge
 from apollo_curation.moments.moments import Moments
 from apollo_curation.moments.notice import notice
@@ -137,6 +139,7 @@ class _Night:
             self._do("watch", self._watch)
             self._do("resume", self._resume)
             self._do("read", self._read)
+            self._do("hindsight", self._look_back)
             self._do("judge", self._judge)
             self._do("score", self._score)
             try:
@@ -197,6 +200,14 @@ class _Night:
         for taken in both:
             for one in taken.first_broken.values():
                 log.warning("%s: %s", one.source, one.message)
+
+    def _look_back(self, stage: Stage) -> None:
+        counts = look_back(self._store, self._model, stop=self._stop)
+        stage.num_done = counts.num_scored
+        stage.facts = {"scored": counts.num_scored, **counts.facts}
+        if counts.num_away:  # they stay candidates
+            stage.problem = counts.problem
+            self._report.exit_code = NotReady.exit_code
 
     def _judge(self, stage: Stage) -> None:
         if not self._config.judge.enabled:

@@ -16,6 +16,7 @@ for command in (
     curate_input.strip,
     curate_input.flag,
     curate_review.judge,
+    curate_review.calibrate,
     curate_review.review,
     curate_review.approve,
     curate_review.reject,

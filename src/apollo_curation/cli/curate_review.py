@@ -6,6 +6,7 @@ import getpass
 import sys
 from collections.abc import Callable
 from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,6 +16,7 @@ from apollo_curation.settings import CurationConfig, load_curation_config
 from apollo_ipc.cli.options import AsJson, ConfigFile
 from apollo_ipc.cli.output import console, print_error, print_json
 from apollo_ipc.errors import ApolloError, NotReady, UserError
+from apollo_ipc.process.progress import progress
 from apollo_ipc.process.say import say
 
 if TYPE_CHECKING:
@@ -36,8 +38,9 @@ def judge(
     config_file: ConfigFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Let the judge look at flagged moments that it has not seen (learn or skip, and a better answer), and
-    measure how surprising each answer is for the served model without its instructions.
+    """Ask the served model what the next message says of each candidate (hindsight), let the judge look at
+    flagged moments that it has not seen (learn or skip, and a better answer), and measure how surprising each
+    answer is for the served model without its instructions.
 
     Exit status 69 where judge or model was away: what it did not see stays flagged, or without a measure.
     """
@@ -45,11 +48,14 @@ def judge(
     from apollo_curation.chat_client import learner
     from apollo_curation.moments import judge as judging
     from apollo_curation.moments import surprise
+    from apollo_curation.moments.hindsight.score import look_back
 
     config = load_curation_config(config_file)
     if not config.judge.enabled:
         raise UserError("the judge is switched off; set `enabled = true` in [judge]", field="judge.enabled")
-    with open_moments(config) as (_, moments), stop_by_signal() as stop:
+    with open_moments(config) as (store, moments), stop_by_signal() as stop:
+        with closing(learner(config, stop)) as model:
+            looked = look_back(store, model, stop=stop)
         with closing(judge_model(config, stop)) as model:
             which = judging.unjudged(moments)[:limit]
             counts = judging.judge(moments, model, config.judge, which=which, stop=stop)
@@ -58,13 +64,48 @@ def judge(
         approved = _approve_confident(moments, config) if auto else []
     if as_json:
         ids = [moment.moment_id for moment in approved]
-        print_json({"counts": counts, "scored": scored, "approved": ids})
+        print_json({"counts": counts, "scored": scored, "approved": ids, "hindsight": looked})
     else:
+        told = ", ".join(f"{value} {name}" for name, value in looked.facts.items())
+        print(f"hindsight: {looked.num_scored} scored{f' ({told})' if told else ''}")
         _print_judged(counts, scored)
         if auto:
             print(f"{len(approved)} approved by themselves")
-    if counts.num_away or scored.num_away:
+    if counts.num_away or scored.num_away or looked.num_away:
         raise typer.Exit(NotReady.exit_code)
+
+
+def calibrate(
+    samples: Annotated[
+        Path | None,
+        typer.Option(
+            "--samples", help="Labelled ones of your own, in the form of docs/curation.md.", exists=True
+        ),
+    ] = None,
+    config_file: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure on labelled samples what hindsight's differences mean for the served model, and whether it can
+    tell at all. A night does so by itself once for each model name; do it again when the model has become
+    another one."""
+    from apollo_curation.chat_client import learner
+    from apollo_curation.moments.hindsight import calibration as calibrating
+    from apollo_curation.moments.hindsight.samples import calibrating_samples
+
+    config = load_curation_config(config_file)
+    found = calibrating_samples(samples)
+    with (
+        open_moments(config) as (store, _),
+        stop_by_signal() as stop,
+        closing(learner(config, stop)) as model,
+        progress("scoring the samples") as doing,
+    ):
+        made = calibrating.calibrate(model, found, lambda done, of: doing(f"{done} of {of} samples scored"))
+        calibrating.Calibrations(store).keep(made)
+    if as_json:
+        print_json(made)
+    else:
+        print(calibrating.describe(made))
 
 
 def review(

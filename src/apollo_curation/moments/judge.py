@@ -21,7 +21,7 @@ import msgspec
 from msgspec import Meta
 
 from apollo_curation.chat_client import ChatClient, ModelAway, ServerRefused
-from apollo_curation.moments.moments import Moment, Moments
+from apollo_curation.moments.moments import REACTIONS, Hindsight, Moment, Moments
 from apollo_curation.settings import Judge
 from apollo_curation.structured import Counts, ask_for
 from apollo_ipc.errors import UserError
@@ -97,15 +97,16 @@ def unjudged(moments: Moments) -> list[Moment]:
 
 
 def approve_confident(moments: Moments, min_confidence: float, *, only_judged: bool) -> list[Moment]:
-    """`--auto`: what is flagged, has an answer and at least this confidence is approved.
+    """`--auto`: what is flagged, teaches something and has at least this confidence is approved.
 
-    only_judged: not what only a rule has seen; for when there is a judge, who may be away.
+    only_judged: not what no judge has seen; for when there is a judge, who may be away. Never a candidate;
+    and where the model cannot tell by hindsight, only what a judge has read or somebody said outright.
     """
     approved: list[Moment] = []
     for moment in moments.list("flagged"):
-        if moment.answer is None or moment.confidence < min_confidence:
+        if not moment.teaches or moment.is_candidate or moment.confidence < min_confidence:
             continue
-        if only_judged and not moment.num_judged:
+        if not moment.num_judged and (only_judged or not _speaks_for_itself(moment)):
             continue
         reason = f"confidence {moment.confidence:.2f}, from {min_confidence:g} on approved by itself"
         try:
@@ -121,6 +122,11 @@ def approve_confident(moments: Moments, min_confidence: float, *, only_judged: b
         except UserError:
             continue  # a person was faster
     return approved
+
+
+def _speaks_for_itself(moment: Moment) -> bool:
+    """Without a judge."""
+    return moment.kind not in REACTIONS or moment.is_told or (moment.hindsight or Hindsight("")).can_tell
 
 
 def _ask(moment: Moment, model: ChatClient, settings: Judge) -> tuple[MomentVerdict | None, Counts]:

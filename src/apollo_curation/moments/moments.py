@@ -28,9 +28,10 @@ REACTIONS: tuple[Kind, ...] = ("correction", "praise", "wrong_refusal")  # they 
 
 
 class Hindsight(msgspec.Struct, frozen=True):
-    """What the served model made of the user's next message (moments/hindsight). can_tell: false where its calibration
-    says that it cannot; else probability, 0 to 1, with its 95 % interval low to high, that the message spoke as the
-    moment's kind says: against the answer, or, of praise, for it. nats: the difference a token that it comes from."""
+    """What the served model made of the user's next message (moments/hindsight). can_tell: false where its
+    calibration says that it cannot; else probability, 0 to 1, with its 95 % interval low to high, that the
+    message spoke as the moment's kind says: against the answer, or, of praise, for it. nats: the difference a
+    token that it comes from."""
 
     model: str
     can_tell: bool = False
@@ -80,10 +81,28 @@ class Moment(msgspec.Struct, frozen=True):
         """Noticed by a rule in what a user said, and not scored by hindsight yet."""
         return self.kind in REACTIONS and not self.is_told and self.hindsight is None
 
+    @property
+    def moves_away(self) -> bool:
+        """A correction without a better answer: trained is that the wrong one becomes less likely."""
+        return (
+            self.answer is None
+            and self.kind == "correction"
+            and bool(self.original and self.original.content)
+        )
+
+    @property
+    def teaches(self) -> bool:
+        return self.answer is not None or self.moves_away
+
     def example(self) -> Example:
-        """What is trained: the loss is taken of the answer alone. `answer` must be there."""
-        assert self.answer is not None
+        """What is trained: the loss is taken of the answer alone; of the wrong one, labelled bad (KTO), where
+        there is no better one. `teaches` must hold."""
         context = [without_weight(message) for message in self.context]
+        if self.moves_away:
+            assert self.original is not None
+            wrong = msgspec.structs.replace(self.original, weight=None)
+            return Example(messages=[*context, wrong], tools=self.tools, label=False)
+        assert self.answer is not None
         return Example(messages=[*context, self.answer], tools=self.tools)
 
 

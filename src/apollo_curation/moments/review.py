@@ -142,7 +142,7 @@ class Review:
 def approve(moments: Moments, shown: Moment, *, answer: Message | None = None, reason: str = "") -> Moment:
     """By a person. Raises UserError; see Review.approve."""
     chosen = answer if answer is not None else shown.answer
-    if chosen is None:
+    if chosen is None and not shown.moves_away:
         raise UserError(
             f"moment {shown.moment_id} has no answer to learn; edit it, or let `curate judge` propose one"
         )

@@ -76,6 +76,11 @@ def _title(moment: Moment) -> Text:
 def _why(moment: Moment) -> Text:
     why = Text("noticed: ", style="dim")
     why.append(printable(moment.reason), style="not dim")
+    if moment.hindsight is not None:
+        why.append("\nhindsight: ")
+        why.append(printable(moment.hindsight.sentence), style="not dim")
+    elif moment.is_candidate:
+        why.append("\na candidate: the served model has not scored the next message yet")
     if moment.decided_reason:
         why.append(f"\n{moment.decided_by}: ")
         why.append(printable(moment.decided_reason), style="not dim")
@@ -94,6 +99,8 @@ def _message(message: Message, whole: bool) -> Text:
 def _decision_title(moment: Moment) -> str:
     if moment.original is None:
         return "to be learned as it was said"
+    if moment.answer is None and moment.moves_away:
+        return "said then; there is no better answer yet: approved as it is, it becomes less likely"
     return "said then, and to be learned" if moment.answer else "said then; there is no better answer yet"
 
 

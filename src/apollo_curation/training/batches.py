@@ -43,7 +43,7 @@ class StopTraining(Exception):
 
 
 class NothingToTrain(UserError):
-    """None of the moments is approved (any more) and has an answer."""
+    """None of the moments is approved (any more) and teaches something."""
 
     code = "nothing_to_train"
 
@@ -123,7 +123,7 @@ class Batches:
         with self._store.transaction():
             for moment_id in ids:
                 moment = self._moments.get(moment_id)
-                if moment.state == expected and moment.answer is not None:
+                if moment.state == expected and moment.teaches:
                     taken.append(self._moments.change(moment_id, state="training", batch_id=batch_id))
             if not taken:
                 return None

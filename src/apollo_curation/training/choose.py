@@ -18,6 +18,7 @@ from apollo_ipc.wire.requests import MAX_EXAMPLES
 
 Reason = Literal[
     "no answer",  # nobody has proposed one yet
+    "other loss",  # a job has one: the next one may have it
     "known already",  # the model would have said it anyway: curation.min_surprise
     "trained before",  # equal content is in the weights, or in a job under way
     "duplicate",  # of one that was chosen
@@ -75,17 +76,17 @@ def choose(
     chosen: list[Moment] = []
     left: dict[Reason, list[Moment]] = {}
     there = Moments(store).list("training", "trained")
-    trained = {example_hash(moment.example()) for moment in there if moment.answer is not None}
+    trained = {example_hash(moment.example()) for moment in there if moment.teaches}
     hashes = set[str]()
     num_of_source, num_of_topic = Counter[str](), Counter[str]()
     num_bytes = 0
     for moment in candidates:
         reason: Reason | None = None
         size, content = 0, ""
-        if moment.answer is not None:
+        if moment.teaches:
             example = moment.example()
             size, content = len(msgspec.json.encode(example)), example_hash(example)
-        if moment.answer is None:
+        if not moment.teaches:
             reason = "no answer"
         elif moment.surprise is not None and moment.surprise < config.curation.min_surprise:
             reason = "known already"
@@ -99,6 +100,8 @@ def choose(
             reason = places.full
         elif num_bytes + size > places.num_bytes:
             reason = "job full"
+        elif chosen and moment.moves_away != chosen[0].moves_away:
+            reason = "other loss"
         elif num_of_source[moment.source.path] >= places.num_of_source:
             reason = "source share"
         elif num_of_topic[moment.topic] >= places.num_of_topic:

@@ -30,7 +30,7 @@ class NearDuplicates:
 
     def __init__(self, threshold: float, sample: Iterable[Moment] = ()):
         self._threshold = threshold
-        self._frequency = Counter(part for one in sample if one.answer for part in shingles(one))
+        self._frequency = Counter(part for one in sample if one.teaches for part in shingles(one))
         self._known: dict[str, Shingles] = {}
         self._by_shingle: dict[str, list[str]] = {}  # of those in `_prefix`
 
@@ -64,8 +64,9 @@ class NearDuplicates:
 
 
 def shingles(moment: Moment) -> Shingles:
-    assert moment.answer is not None
-    return triples(" ".join(_text(message) for message in (*moment.context[-1:], moment.answer)))
+    decided = moment.answer or moment.original
+    assert decided is not None
+    return triples(" ".join(_text(message) for message in (*moment.context[-1:], decided)))
 
 
 def triples(text: str) -> Shingles:

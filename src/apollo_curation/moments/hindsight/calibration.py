@@ -1,9 +1,11 @@
-"""What hindsight's differences mean for one model: measured once on labelled samples, kept under the model's name.
+"""What hindsight's differences mean for one model: measured once on labelled samples, kept under the model's
+name.
 
     apollo-ipc curate calibrate
 
-All ways of showing the next message are measured, and the one that separates best is kept. A model *can tell* where
-the lower end of the interval of its AUC is at least fit.MIN_AUC; of one that cannot, no difference is believed.
+All ways of showing the next message are measured, and the one that separates best is kept. A model *can tell*
+where the lower end of the interval of its AUC is at least fit.MIN_AUC; of one that cannot, no difference is
+believed.
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ class Difference(msgspec.Struct, frozen=True):
 
 
 class Calibration(msgspec.Struct, frozen=True):
-    """way: the one that is used; auc_of_ways: of each way, of `against` and of `for`; num_refused: samples that the
-    server could not score."""
+    """way: the one that is used; auc_of_ways: of each way, of `against` and of `for`; num_refused: samples
+    that the server could not score."""
 
     model: str
     made_at: float
@@ -177,7 +179,7 @@ def describe(calibration: Calibration) -> str:
     for words, curve in (("against", calibration.against), ("for", calibration.praised)):
         verdict = "can tell" if curve.can_tell else "cannot tell"
         lines.append(
-            f"  whether it spoke {words} the answer: {verdict} (AUC {curve.auc:.2f}, 95 % {curve.auc_low:.2f} to "
-            f"{curve.auc_high:.2f}, {curve.num_positive} of {curve.num_samples} samples)"
+            f"  whether it spoke {words} the answer: {verdict} (AUC {curve.auc:.2f}, 95 % "
+            f"{curve.auc_low:.2f} to {curve.auc_high:.2f}, {curve.num_positive} of {curve.num_samples} samples)"
         )
     return "\n".join(lines)

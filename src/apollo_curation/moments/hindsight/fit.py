@@ -1,4 +1,5 @@
-"""From a difference in likelihood to a probability: a logistic curve, how well it separates, and how sure that is."""
+"""From a difference in likelihood to a probability: a logistic curve, how well it separates, and how sure
+that is."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ Floats = Any  # np.ndarray of float64
 class Curve(msgspec.Struct, frozen=True):
     """p = 1 / (1 + exp(-(slope x + offset))), fitted to num_positive of num_samples.
 
-    auc: of a positive and another sample drawn at random, how often the positive has the larger x; auc_low, auc_high:
-    95 % interval by bootstrap; drawn: (slope, offset) of each resample, for the uncertainty of p.
+    auc: of a positive and another sample drawn at random, how often the positive has the larger x; auc_low,
+    auc_high: 95 % interval by bootstrap; drawn: (slope, offset) of each resample, for the uncertainty of p.
     """
 
     slope: float
@@ -66,8 +67,8 @@ def auc(x: Floats, y: Floats) -> float:
 
 
 def _platt(x: Floats, y: Floats) -> tuple[float, float]:
-    """Slope and offset by maximum likelihood, with Platt's targets, which keep them finite where the classes can be
-    separated (Lin, Lin and Weng 2007, A note on Platt's probabilistic outputs)."""
+    """Slope and offset by maximum likelihood, with Platt's targets, which keep them finite where the classes
+    can be separated (Lin, Lin and Weng 2007, A note on Platt's probabilistic outputs)."""
     num_yes, num_no = float(y.sum()), float((~y).sum())
     target = np.where(y, (num_yes + 1) / (num_yes + 2), 1 / (num_no + 2))
     spread = float(x.std()) or 1.0

@@ -1,4 +1,5 @@
-"""The labelled samples that hindsight is calibrated with: samples.txt beside this file, or a file of that form."""
+"""The labelled samples that hindsight is calibrated with: samples.txt beside this file, or a file of that
+form."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ FORM = "a block of lines is `[LABEL LANGUAGE]`, then `U text`, `A text`, `C name
 
 
 class Sample(msgspec.Struct, frozen=True):
-    """context: what led to the answer; said_next: the user's next message, which speaks against the answer, for it,
-    or of neither."""
+    """context: what led to the answer; said_next: the user's next message, which speaks against the answer,
+    for it, or of neither."""
 
     label: str
     language: str
@@ -29,8 +30,8 @@ class Sample(msgspec.Struct, frozen=True):
 
 
 def read_samples(file: Path | None = None) -> list[Sample]:
-    """Of `file`, or our own. Raises UserError naming the line that is none of the form, or a block without a question,
-    an answer and a next message."""
+    """Of `file`, or our own. Raises UserError naming the line that is none of the form, or a block without a
+    question, an answer and a next message."""
     name = str(file or "samples.txt")
     text = file.read_text() if file else _own_text()
     blocks: list[tuple[int, str, list[Message]]] = []
@@ -82,5 +83,10 @@ def _sample(head: str, messages: list[Message], at: str) -> Sample:
         raise UserError("a sample is a question, an answer in words and the user's next message", field=at)
     last = users[-1]
     return Sample(
-        label, language, messages[: last - 1], messages[last - 1], messages[last].content, messages[last + 1 :]
+        label,
+        language,
+        messages[: last - 1],
+        messages[last - 1],
+        messages[last].content,
+        messages[last + 1 :],
     )

@@ -1,11 +1,12 @@
-"""Candidates become scored moments: the served model is asked what the user's next message says of the answer.
+"""Candidates become scored moments: the served model is asked what the user's next message says of the
+answer.
 
 The rule, for a moment that rests on what a user said (correction, praise, refusal taken back):
 
-    the model can tell, probability below MIN_PROBABILITY -> dropped
-    the model can tell, probability from it on            -> stays flagged, with the probability
-    the model cannot tell                                 -> stays flagged, and only a judge or a person approves it
-    the model is away, or cannot score it                 -> stays a candidate, and nothing approves it but a person
+    it can tell, probability below MIN_PROBABILITY -> dropped
+    it can tell, probability from there on         -> stays flagged, with the probability
+    it cannot tell                                 -> stays flagged, for a judge or a person to approve
+    it is away, or cannot score the moment         -> stays a candidate, for a person alone to approve
 """
 
 from __future__ import annotations
@@ -16,7 +17,13 @@ from typing import Any
 import msgspec
 
 from apollo_curation.chat_client import ChatClient, ModelAway, ServerRefused
-from apollo_curation.moments.hindsight.calibration import Calibration, Calibrations, Direction, calibrate, measure
+from apollo_curation.moments.hindsight.calibration import (
+    Calibration,
+    Calibrations,
+    Direction,
+    calibrate,
+    measure,
+)
 from apollo_curation.moments.hindsight.samples import calibrating_samples
 from apollo_curation.moments.moments import Hindsight, Moment, Moments
 from apollo_curation.store import Store
@@ -26,9 +33,9 @@ MIN_PROBABILITY = 0.5
 
 
 class HindsightCounts(msgspec.Struct):
-    """num_scored: candidates that were; of these num_for_it (the next message says what the rule took it to say),
-    num_against (dropped), num_untold (the model cannot tell); num_refused: the server cannot score them; num_away:
-    left, since it was away."""
+    """num_scored: candidates that were; of these num_for_it (the next message says what the rule took it to
+    say), num_against (dropped), num_untold (the model cannot tell); num_refused: the server cannot score
+    them; num_away: left, since it was away."""
 
     num_scored: int = 0
     num_for_it: int = 0
@@ -39,6 +46,19 @@ class HindsightCounts(msgspec.Struct):
     num_decided_meanwhile: int = 0
     calibrated: str | None = None  # the model that was calibrated on the way
     problem: str | None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is not nothing, in words."""
+        words = {
+            "confirmed": self.num_for_it,
+            "dropped": self.num_against,
+            "the model cannot tell": self.num_untold,
+            "refused": self.num_refused,
+            "away": self.num_away,
+            "calibrated": self.calibrated,
+        }
+        return {name: value for name, value in words.items() if value}
 
 
 def direction_of(moment: Moment) -> Direction:
@@ -57,10 +77,11 @@ def look_back(
     which: Iterable[Moment] | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> HindsightCounts:
-    """Scores `which` (default: all candidates), each by two forward passes. A model that was never calibrated is, before.
+    """Scores `which` (default: all candidates), each by two forward passes. A model that was never calibrated
+    is, before.
 
-    A model that is away costs its patience once: what is left stays a candidate. Raises ServerRefused where the server
-    would refuse every request.
+    A model that is away costs its patience once: what is left stays a candidate. Raises ServerRefused where
+    the server would refuse every request.
     """
     moments, counts = Moments(store), HindsightCounts()
     waiting = list(which) if which is not None else candidates(moments)
@@ -86,9 +107,7 @@ def calibrated(store: Store, model: ChatClient, counts: HindsightCounts) -> Cali
         return known
     try:
         made = calibrate(model, calibrating_samples())
-    except ModelAway:
-        raise
-    except ServerRefused:
+    except (ModelAway, ServerRefused):
         raise
     except UserError as error:  # its template renders no sample, for instance
         counts.problem = error.message
@@ -99,7 +118,11 @@ def calibrated(store: Store, model: ChatClient, counts: HindsightCounts) -> Cali
 
 
 def _score(
-    moments: Moments, moment: Moment, model: ChatClient, calibration: Calibration | None, counts: HindsightCounts
+    moments: Moments,
+    moment: Moment,
+    model: ChatClient,
+    calibration: Calibration | None,
+    counts: HindsightCounts,
 ) -> None:
     decided = moment.original or moment.answer
     assert decided is not None
@@ -107,7 +130,9 @@ def _score(
     direction = direction_of(moment)
     if calibration is None or not calibration.curve(direction).can_tell:
         why = "it was not calibrated" if calibration is None else "by its calibration"
-        changes: dict[str, Any] = {"hindsight": Hindsight(model.model, sentence=f"{model.model} cannot tell, {why}")}
+        changes: dict[str, Any] = {
+            "hindsight": Hindsight(model.model, sentence=f"{model.model} cannot tell, {why}")
+        }
         outcome = "num_untold"
     else:
         try:
@@ -144,6 +169,6 @@ def describe(direction: Direction, nats: float, p: float, low: float, high: floa
     how = "less" if nats < 0 else "more"
     spoke = "against" if direction == "against" else "for"
     return (
-        f"With the next message in view the model finds the answer {how} likely ({nats:+.2f} nats a token): it spoke "
-        f"{spoke} the answer with a probability of {p:.0%} ({low:.0%} to {high:.0%})."
+        f"With the next message in view the model finds the answer {how} likely ({nats:+.2f} nats a token): "
+        f"it spoke {spoke} the answer with a probability of {p:.0%} ({low:.0%} to {high:.0%})."
     )

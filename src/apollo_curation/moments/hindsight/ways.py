@@ -1,5 +1,5 @@
-"""How the next message is shown before an answer is scored again. Which way tells most differs from model to model:
-calibration measures all and keeps the best."""
+"""How the next message is shown before an answer is scored again. Which way tells most differs from model to
+model: calibration measures all and keeps the best."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def shown(way: WayName, context: list[Message], answer: Message, said_next: str)
 
 
 def unshown(way: WayName, context: list[Message], answer: Message) -> list[Message]:
-    """What `shown` is compared with: the same without the message, so that the way itself makes no difference."""
+    """What `shown` is compared with: the same without the message, so that the way itself makes no
+    difference."""
     return _again(context, answer, "OK.") if way == "again" else context
 
 

@@ -55,4 +55,5 @@ def _moment(conversation: Conversation, noticed: Noticed, segments: Segments) ->
         stripped=conversation.removed,
         reason=noticed.reason,
         confidence=noticed.confidence,
+        is_told=noticed.is_told,
     )

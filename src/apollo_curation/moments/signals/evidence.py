@@ -43,6 +43,7 @@ class Noticed(msgspec.Struct, frozen=True):
     answer: Message | None
     reason: str
     confidence: float
+    is_told: bool = False  # not guessed: see Moment.is_told
 
 
 class Evidence:

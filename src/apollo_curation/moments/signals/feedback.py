@@ -17,7 +17,11 @@ def find_feedback(conversation: Conversation) -> Noticed | None:
     at, end = len(messages) - 1, len(messages)
     if said.correction:
         answer = Message("assistant", said.correction)
-        return Noticed("correction", at, end, answer, "Somebody wrote what the answer should be.", CONFIDENCE)
+        return Noticed(
+            "correction", at, end, answer, "Somebody wrote what the answer should be.", CONFIDENCE, True
+        )
     if said.rating == "up":
-        return Noticed("praise", at, end, messages[at], "Somebody rated the answer as good.", CONFIDENCE)
-    return Noticed("correction", at, end, None, "Somebody rated the answer as bad.", CONFIDENCE)
+        return Noticed(
+            "praise", at, end, messages[at], "Somebody rated the answer as good.", CONFIDENCE, True
+        )
+    return Noticed("correction", at, end, None, "Somebody rated the answer as bad.", CONFIDENCE, True)
