@@ -1,12 +1,14 @@
-"""What of people's reactions to answers is noticed, believed and kept: precision and recall of sieve, hindsight, judge.
+"""What of people's reactions to answers is noticed, believed and kept: precision and recall of sieve,
+hindsight, judge.
 
     python benchmarks/reactions.py [--misses] [--json FILE]                        # the rules alone, no model
     python benchmarks/reactions.py --url URL [--judge-url URL] [--state-dir DIR]   # the whole chain
 
-The conversations: reactions_test.txt, and the half of planted_moments.txt and planted_traps.txt that no rule was mended
-with. None is used for a threshold. A conversation counts as right where a moment of its kind is found (correction, or
-refusal taken back, of what was spoken against; praise), or, of plain talk, none. 95 % intervals by bootstrap over
-conversations. With a URL the served model is calibrated first, unless the state directory knows it already.
+The conversations: reactions_test.txt, and the half of planted_moments.txt and planted_traps.txt that no rule
+was mended with. None is used for a threshold. A conversation counts as right where a moment of its kind is
+found (correction, or refusal taken back, of what was spoken against; praise), or, of plain talk, none. 95 %
+intervals by bootstrap over conversations. With a URL the served model is calibrated first, unless the state
+directory knows it already.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ OUT_OF_REACH = "error_then_fix"  # rests on a tool's result, not on what anybody
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--samples", action="store_true", help="the calibration's own samples, to mend rules with")
+    parser.add_argument(
+        "--samples", action="store_true", help="the calibration's own samples, to mend rules with"
+    )
     parser.add_argument("--misses", action="store_true", help="print what was missed or wrongly flagged")
     parser.add_argument("--url", help="of the served model")
     parser.add_argument("--judge-url", help="of the judge [default: none is asked]")
@@ -185,8 +189,12 @@ def interval(marks: Any, draws: list[Any], share: Callable[[Any], float]) -> lis
 def show(name: str, figures: dict[str, Any], with_misses: bool) -> None:
     print(name)
     for kind, row in figures["rows"].items():
-        shares = ", ".join(f"{what} {row[what][0]:.2f} ({row[what][1]:.2f} to {row[what][2]:.2f})" for what in SHARES)
-        print(f"  {kind:<11} {row['right']:>4} right {row['wrong']:>3} wrong {row['missed']:>3} missed: {shares}")
+        shares = ", ".join(
+            f"{what} {row[what][0]:.2f} ({row[what][1]:.2f} to {row[what][2]:.2f})" for what in SHARES
+        )
+        print(
+            f"  {kind:<11} {row['right']:>4} right {row['wrong']:>3} wrong {row['missed']:>3} missed: {shares}"
+        )
     told = ", ".join(f"{k} {a}/{b}/{c}" for k, (a, b, c) in figures["right_wrong_missed_by_language"].items())
     print(f"  right/wrong/missed: {told}")
     if with_misses:

@@ -1,4 +1,5 @@
-"""What people and assistants say when something worth learning has just happened: English, some German.
+"""What people and assistants say when something worth learning has just happened: English and German here,
+others in languages.py.
 
 Matched against text in lower case without code, quotations and curly apostrophes (`plain`). A phrase is
 evidence, no proof: what each weighs, and what speaks against it, stands in signals/.
@@ -8,16 +9,28 @@ from __future__ import annotations
 
 import re
 
+from apollo_curation.moments import languages
+
 MAX_CHARS = 4000  # of a message: who has something to say about an answer says it at once
 
 _QUOTED = re.compile(r"```.*?(?:```|$)|`[^`]*`|\"[^\"]*\"|“[^”]*”|„[^“”]*[“”]|«[^»]*»", re.DOTALL)
+# As people type them: thats, doesnt, youre.
+_TYPED = (
+    (re.compile(r"\b(that|what|there|here)s\b"), r"\1's"),
+    (re.compile(r"\b(do|does|did|is|was|are|were|has|have|had|would|should|could|ca|wo)nt\b"), r"\1n't"),
+    (re.compile(r"\b(you|they|we)re\b"), r"\1're"),
+    (re.compile(r"\bim\b"), "i'm"),
+)
 _SENTENCE = re.compile(r"[^.!?\n]+[.!?]*")
 
 
 def plain(text: str) -> str:
     """For matching phrases: what the speaker says himself, in the first MAX_CHARS of it."""
     text = text[:MAX_CHARS].replace("’", "'").replace("‘", "'")  # noqa: RUF001
-    return _QUOTED.sub(" ", text).lower().strip()
+    text = _QUOTED.sub(" ", text).lower().strip()
+    for typed, meant in _TYPED:
+        text = typed.sub(meant, text)
+    return text
 
 
 def sentences(text: str) -> list[str]:
@@ -31,22 +44,39 @@ def _any(*patterns: str) -> re.Pattern[str]:
 # A user about the answer that he got.
 
 SAYS_WRONG = _any(
+    *languages.SAYS_WRONG,
     r"\b(?:that|this|it|which|your (?:\w+ )?(?:answer|code|query|result|version|translation|list))"
     r"(?:'s| is| was| are| looks| seems)? (?:still |just |simply |completely |plainly |totally |also |all )?"
-    r"(?:not|n't) (?:quite |at all |really )?(?:right|correct|true|accurate|what i|how|in)\b",
+    r"(?:not|n't) (?:quite |at all |really )?(?:right|correct|true|accurate|what i|how (?:i|you|it)|it)\b",
     r"\bisn't (?:right|correct|true|what i)\b",
     r"\b(?:that's|this is|that is|it's|you're|you are|you were|answer is|result is|this was|that was|it was) "
     r"(?:still |just |simply |completely |plainly |totally |also )?(?:wrong|incorrect|false|mistaken|"
     r"nonsense)\b",
     r"^(?:wrong|incorrect|false)\b",
-    r"\byou (?:made|have|got|misread|misunderstood|missed|forgot|ignored|skipped|confused|confuse|mixed|"
+    r"\byou(?:'ve)? (?:have )?(?:made an? (?:\w+ )?(?:mistake|error|typo)|got (?:it|this|that|the \w+) "
+    r"(?:wrong|backwards|mixed)|misread|misunderstood|missed|forgot|ignored|skipped|confused|confuse|mixed|"
     r"left out|overlooked|dropped|broke|swapped|were supposed|should have|shouldn't have)\b",
+    r"\byou (?:just |only |also |have )?(?:converted|renamed|deleted|removed|changed|returned|cut|lost|"
+    r"reversed|"
+    r"sorted|divided|multiplied|translated|misspelled|invented|made up|duplicated|overwrote) ",
     r"\byou're (?:confusing|mixing|missing|ignoring|forgetting)\b",
-    r"\bi (?:said|asked|told you|wanted|specifically|clearly|explicitly|did not ask|didn't ask|didn't say)\b",
+    r"\bi (?:(?:only |just |clearly |explicitly |specifically )?(?:said|asked (?:for|you|about|how|what|"
+    r"not)|told you|"
+    r"wanted (?!to )|did not ask|didn't ask|didn't say)|specifically|clearly|explicitly)\b",
     r"\bnot what i (?:asked|meant|wanted|said)\b",
     r"\b(?:doesn't|does not|didn't|did not|still doesn't|won't) (?:work|compile|run|match|answer|"
     r"add up|help)\b",
-    r"\bstill (?:fails|failing|broken|wrong|not|the same)\b",
+    r"\bstill (?:fails|failing|broken|wrong|not|the same|crash\w*|throws|errors?|does nothing|doing "
+    r"nothing|happens|"
+    r"happening|red|get(?:ting)? (?:the|an?) )",
+    r"\b(?:that's|this is|it's|that is) (?:backwards|reversed|the wrong \w+|the other way|too (?:long|"
+    r"short|many|few)|"
+    r"(?:worse|ruder) than)\b|\b(?:in|into|to|the) (?:the )?wrong (?:direction|way|order|model|file|"
+    r"place|one|language)\b|"
+    r"\b(?:other|wrong) way (?:a?round)\b|\boff by (?:one|two|a)\b",
+    r"\b(?:revert|undo|roll back) (?:that|this|it|your)\b|\bdon't cheat\b|\bloops forever\b|"
+    r"\bnow (?:it|everything|nothing|any|every|the \w+) .{0,30}(?:crash\w*|fails?|breaks?|broken|gone|"
+    r"missing)\b",
     r"\b(?:can't|cannot) be (?:right|correct|true|it)\b",
     r"\btry again\b|\bcheck (?:it |that )?again\b|\bcount again\b|\blook again\b|\bread (?:it |"
     r"that )?again\b",
@@ -59,8 +89,22 @@ SAYS_WRONG = _any(
     r"\b(?:ich|hatte ich) (?:hatte |habe )?(?:doch )?(?:gesagt|geschrieben|gebeten)\b",
     r"\b(?:geht|funktioniert|läuft|passt) (?:so |immer noch |leider )*nicht\b",
 )
+# What it does wrong; a question of the same words asks.
+REPORTS_FAULT = _any(
+    r"(?:^|[.,;!] ?)(?:now )?(?:this|it|that) (?:only |just |also |now )?(?:returns|gives|accepts|"
+    r"matches|loops|prints|loses|"
+    r"drops|ignores|"
+    r"misses|deletes|breaks|crashes|fails|throws|shows|does nothing)\b|\bgives me\b|\b(?:that's|this "
+    r"is) only\b|"
+    r"\bi (?:tried|did) (?:it|that|this)?.{0,20}\b(?:but|and)\b|^did that and\b|\bi (?:count|get|got|"
+    r"see) (?:an? )?\d",
+    *languages.REPORTS_FAULT,
+)
 OBJECTS = _any(
-    r"^(?:no|nope|nah|wait|hm+|huh|but|well|actually|really|sorry, but|um|er|uh)\b",
+    *languages.OBJECTS,
+    r"^(?:(?:lol|omg|ugh|wtf|haha|ah|oh),? )?(?:no|nope|nah|wait|hm+|huh|but|well|actually|really|"
+    r"sorry, but|um|er|uh)\b",
+    r"^(?:wtf|omg|ugh|u sure|you sure)\b|\b(?:lol|omg|wtf)$",
     r"\b(?:isn't|wasn't|aren't|doesn't|shouldn't) (?:it|that|this|there)\b",
     r"\bare you sure\b|\bpretty sure\b|\bi'm (?:quite |fairly )?(?:certain|sure)\b|\bi (?:doubt|"
     r"believe|thought)\b",
@@ -75,17 +119,20 @@ OBJECTS = _any(
     r"kurz|förm)",
 )
 CORRECTS_HIMSELF = _any(
+    *languages.CORRECTS_HIMSELF,
     r"\bi (?:meant|mean|mistyped|misspelled|misspoke)\b|\bi (?:was|am) wrong\b|\bi made a (?:mistake|typo)\b",
     r"\b(?:my (?:mistake|bad|fault|typo|error)|typo|on my side)\b",
     r"\bi (?:should have|forgot to|changed my mind)\b|\bsorry,? (?:i|my)\b",
     r"\bich meinte\b|\bvertippt\b|\bmein fehler\b|\bich habe? mich\b|\bich hab mich\b",
 )
 REFINES = _any(
+    *languages.REFINES,
     r"^(?:and |ok(?:ay)?,? |now |nice|good|can you |could you |please |also |then |und |jetzt )",
     r"\bmake it\b|\badd\b|\bi'd like\b|\bhow about\b|\bwhat about\b|\blet's\b",
 )
 # What makes a sentence a statement rather than a wish: "It has four legs", and not "Add a leg".
 STATES = _any(
+    *languages.STATES,
     r"\b(?:is|are|was|were|am|has|have|had|does|did|would|should|could|isn't|aren't|wasn't|doesn't|didn't|"
     r"wouldn't|hasn't|it's|that's|there's|they're|you're|not|never|no|only|already|means?|gives?|says?)\b|=",
     r"\b(?:ist|sind|war|waren|hat|haben|wird|nicht|kein\w*|nie|nur|schon|heißt|gibt)\b",
@@ -94,6 +141,7 @@ STATES = _any(
 # The assistant after that.
 
 CONCEDES = _any(
+    *languages.CONCEDES,
     r"\byou(?:'re| are) (?:\w+ )?(?:right|correct)\b",
     r"\b(?:good|nice|great) (?:catch|point|spot)\b|\bwell spotted\b|\bfair point\b",
     r"\b(?:my|the) (?:mistake|error|bad|fault|slip|oversight|confusion|apologies)\b|\bmy apologies\b",
@@ -108,6 +156,7 @@ CONCEDES = _any(
     r"\bhabe ich (?:mich )?(?:vertan|verwechselt|übersehen|falsch)\b|\bda habe ich mich\b|\bverzeihung\b",
 )
 STANDS = _any(
+    *languages.STANDS,
     r"\bi (?:understand|see|know|get|realise|realize)\b.{0,60}\bbut\b",
     r"\bi (?:double-?checked|stand by|am confident|can confirm)\b|\b(?:is|are|was|were) (?:indeed|in fact)\b",
     r"\bthere are still\b|\bstill (?:is|are)\b|\bit (?:remains|stays)\b|\bactually,? (?:it|that|"
@@ -117,7 +166,18 @@ STANDS = _any(
 
 # Pleasure with an answer.
 
+# "Give me an amazing recipe" praises nothing yet.
+ASKS_FOR = re.compile(
+    r"^(?:please |now |ok(?:ay)?,? |also |then |and )*(?:give|write|make|create|list|tell|show|explain|"
+    r"suggest|find|help|"
+    r"can|could|would|what|which|how|who|where|when|why|generate|describe|run|read|add|look|open|search|"
+    r"rewrite|design|build|come up|"
+    r"act|imagine|"
+    r"i (?:want|need|would like|am looking|was looking|'m looking)|let's|schreib|gib|mach|erklär)\b"
+)
+
 PRAISES = _any(
+    *languages.PRAISES,
     r"\b(?:perfect|brilliant|excellent|awesome|amazing|fantastic|wonderful|outstanding|superb|flawless|"
     r"beautiful|genius|impressive|incredible|marvell?ous|terrific|stunning|gorgeous)\b",
     r"\b(?:exactly|precisely|just) (?:what|how|the|right|as|my)\b",
@@ -127,14 +187,21 @@ PRAISES = _any(
     r"\b(?:i )?(?:love|adore) (?:it|this|that|the)\b",
     r"\byou(?:'re| are) (?:a|the|so|really|truly) (?:\w+ )?"
     r"(?:best|star|genius|legend|lifesaver|hero|good|helpful|brilliant|smart)\b",
-    r"\bi (?:was|am|'m) (?:looking|hoping) for\b|\bi was after\b|\b(?:great|real|such a) (?:gift|talent)\b",
+    r"\b(?:what|all) i (?:was|am|'m) (?:looking|hoping) for\b|\bwhat i was after\b|\b(?:great|real|such "
+    r"a) (?:gift|talent)\b",
     r"\b(?:saved|made) (?:me|my)\b|\blife-?saver\b|\bcouldn't have (?:said|put|done|written)\b",
-    r"\bworks? (?:perfectly|like a charm|great|beautifully|wonderfully|flawlessly|first time)\b|\bworked\b",
+    r"\b(?:much|way|so much) (?:better|cleaner|nicer|clearer)\b|\byes exactly\b|^exactly\b|\byes,? that "
+    r"was it\b|"
+    r"\b(?:well|great|good|nice) (?:spotted|find|catch)\b|\blgtm\b|\bship it\b|\bi (?:finally )?get "
+    r"it(?: now)?\b",
+    r"\bworks? (?:perfectly|like a charm|great|beautifully|wonderfully|flawlessly|first time|a treat)\b|"
+    r"\b(?:it|that|this) (?:really )?worked\b|\bworks now\b",
     r"\b(?:10|ten) ?(?:/|out of) ?(?:10|ten)\b|\bfive stars\b|\bchef's kiss\b",
     r"\b(?:perfekt|genial|klasse|großartig|ausgezeichnet|super|hervorragend|wunderbar|spitze|prima)\b",
     r"\bgenau (?:so|das|richtig|was)\b|\bhat (?:super |gut |toll )?geklappt\b",
 )
 IS_PLEASED = _any(
+    *languages.IS_PLEASED,
     r"\b(?:great|nice|cool|lovely|neat|helpful|useful|sweet|yes|wow|yay|ha|haha|omg|oh my|love|clever|"
     r"elegant|"
     r"witty|funny|simple|gift|talent|smart|kind|happy|glad|relieved|grateful|finally|magic|beautifully|"
@@ -144,16 +211,19 @@ IS_PLEASED = _any(
     r"\b(?:toll|schön|danke dir|vielen dank|danke sehr|tausend dank|sehr gut|hilft mir)\b",
 )
 REPORTS_SUCCESS = _any(
+    *languages.REPORTS_SUCCESS,
     r"\b(?:solved|fixed|gone|works|working|passes|it runs|no more|resolved)\b",
     r"\b(?:läuft|funktioniert|geht|klappt|gelöst)\b",
 )
 TAKES_IT = _any(
+    *languages.TAKES_IT,
     r"\b(?:i'll|i will|i'm going to|gonna) (?:use|take|send|keep|go with|try|print|frame)\b",
     r"\b(?:taking|using|sending|keeping|stealing|printing) (?:it|that|this)\b|\bnehme ich\b|"
     r"\bso schicke ich\b",
 )
-THANKS = _any(r"\b(?:thanks|thank you|thx|ty|cheers|danke|merci)\b")
+THANKS = _any(*languages.THANKS, r"\b(?:thanks|thank you|thx|ty|cheers|danke|merci)\b")
 RESERVES = _any(
+    *languages.RESERVES,
     r"\b(?:but|however|except|although|though|unfortunately|yet|apart from|only that|almost|nearly)\b",
     r"\b(?:aber|allerdings|leider|jedoch|außer|fast|bis auf)\b",
 )
@@ -226,6 +296,7 @@ IS_HARMFUL = _any(
     r"\bbomben?\b|\bsprengstoff\b|\bfälsch\w+\b",
 )
 MOVES_ON = _any(
+    *languages.MOVES_ON,
     r"^(?:ok(?:ay)?|fine|alright|never ?mind|then|forget it|anyway|well then)\b(?!.{0,40}\bbut\b)",
     r"\b(?:instead|something else|different question|another question)\b|\bstattdessen\b|\bdann eben\b",
 )

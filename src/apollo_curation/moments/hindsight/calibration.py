@@ -180,6 +180,6 @@ def describe(calibration: Calibration) -> str:
         verdict = "can tell" if curve.can_tell else "cannot tell"
         lines.append(
             f"  whether it spoke {words} the answer: {verdict} (AUC {curve.auc:.2f}, 95 % "
-            f"{curve.auc_low:.2f} to {curve.auc_high:.2f}, {curve.num_positive} of {curve.num_samples} samples)"
+            f"{curve.auc_low:.2f} to {curve.auc_high:.2f}, {curve.num_positive} of {curve.num_samples})"
         )
     return "\n".join(lines)

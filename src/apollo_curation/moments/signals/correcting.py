@@ -6,7 +6,7 @@ import re
 
 from apollo_curation.moments import phrases
 from apollo_curation.moments.phrases import plain
-from apollo_curation.moments.signals.evidence import Evidence, likeness, overlap, words
+from apollo_curation.moments.signals.evidence import Evidence, likeness, num_words, overlap, words
 from apollo_curation.moments.signals.refusing import is_refusal
 from apollo_curation.moments.signals.turns import UserTurn
 
@@ -20,6 +20,13 @@ TAKEN_UP = 0.15  # what the user brought in stands in the next answer
 ASKED_BEFORE = 0.15  # the user repeats words of his request
 MIN_LIKENESS = 0.5
 MIN_REPEATED = 0.3
+FAULT = 0.4  # "this returns the oldest ones"
+INSISTS = 0.4  # a few words of the request, said again: "Friday!"
+SAYS_OTHERWISE = 0.25  # a few words that neither request nor answer has: "seven"
+ABOUT_IT = 0.15  # a statement with words of the answer: "Collins stayed in orbit"
+MAX_FEW_WORDS = 4
+MAX_FEW_CHARACTERS = 8  # of Chinese and Japanese, where each counts as a word
+MAX_COMPLAINT_CHARS = 600  # who complains does so at once; behind that a long message is something else
 CHANGED_WISH = 0.6  # "now make it ...": the wish is new, the answer was not wrong
 UNANSWERED = 0.2  # nobody has answered the correction
 
@@ -29,7 +36,7 @@ _NOTABLE = re.compile(r"\d+(?:[.,:]\d+)*|(?<=[\w,;:] )[A-ZÄÖÜ]\w{2,}")
 
 def weigh(wrong: UserTurn, reaction: UserTurn) -> Evidence:
     evidence = Evidence()
-    said, answer = plain(reaction.said), plain(reaction.answer)
+    said, answer = plain(reaction.said)[:MAX_COMPLAINT_CHARS], plain(reaction.answer)
     if (
         wrong.final is None
         or is_refusal(wrong)
@@ -46,6 +53,9 @@ def weigh(wrong: UserTurn, reaction: UserTurn) -> Evidence:
         evidence.add(OBJECTION, "the user objects")
     elif is_remark(said):
         evidence.add(REMARK, "the user remarks on the answer")
+    if phrases.REPORTS_FAULT.search(said) and not is_question(said) and not is_wish(said):
+        evidence.add(FAULT, "the user says what it does wrong")
+    _weigh_few_words(wrong, reaction, said, evidence)
     if is_echo(reaction.said, wrong.answer):
         evidence.add(ECHO, "the user asks back with the answer's own words")
     if concedes:
@@ -54,7 +64,7 @@ def weigh(wrong: UserTurn, reaction: UserTurn) -> Evidence:
         return evidence  # a series of questions alike has answers alike, too
     if likeness(wrong.answer, reaction.answer) >= MIN_LIKENESS and reaction.answer != wrong.answer:
         evidence.add(SAME_AGAIN, "the next answer is the first one with a change")
-    if brought_in(wrong, reaction) & notable(reaction.answer):
+    if (brought_in(wrong, reaction) & notable(reaction.answer)) or _takes_up(wrong, reaction):
         evidence.add(TAKEN_UP, "the next answer takes up what the user said")
     if overlap(words(reaction.said), words(wrong.said)) >= MIN_REPEATED:
         evidence.add(ASKED_BEFORE, "the user repeats what was asked for")
@@ -65,18 +75,53 @@ def weigh(wrong: UserTurn, reaction: UserTurn) -> Evidence:
     return evidence
 
 
+def _weigh_few_words(wrong: UserTurn, reaction: UserTurn, said: str, evidence: Evidence) -> None:
+    """Of a message too short for phrases: what it has in common with request and answer."""
+    if is_question(said) or is_wish(said) or phrases.PRAISES.search(said) or phrases.IS_PLEASED.search(said):
+        return
+    own, asked, answered = words(said), words(wrong.said), words(wrong.answer)
+    if not own:
+        return
+    limit = MAX_FEW_CHARACTERS if any(ord(letter) > 0x3000 for letter in said) else MAX_FEW_WORDS
+    if num_words(said) <= limit:
+        again = own & asked - answered
+        if again and overlap(own, asked) >= MIN_REPEATED:
+            evidence.add(INSISTS, "the user says a word of the request again")
+        elif own - asked - answered and (evidence.confidence or any(word[0].isdigit() for word in own)):
+            evidence.add(SAYS_OTHERWISE, "the user says something else in few words")
+        elif own - asked - answered and words(reaction.answer) & (own - asked - answered):
+            evidence.add(SAYS_OTHERWISE, "the user answers it himself, and the assistant follows")
+    if own & answered and (evidence.confidence or phrases.STATES.search(said)):
+        evidence.add(ABOUT_IT, "the user speaks of what is in the answer")
+
+
+def _takes_up(wrong: UserTurn, reaction: UserTurn) -> bool:
+    new = words(reaction.said) - words(wrong.said) - words(wrong.answer)
+    return bool(new & words(reaction.answer))
+
+
+def is_question(said: str) -> bool:
+    return said.rstrip().endswith(("?", "？"))  # noqa: RUF001
+
+
 def is_own_answer(before: UserTurn, reaction: UserTurn) -> bool:
     """Whether the user only answers the assistant's question: "Outside? - No, inside.\""""
-    return before.answer.rstrip().endswith("?") and not phrases.CONCEDES.search(plain(reaction.answer))
+    return is_question(before.answer) and not phrases.CONCEDES.search(plain(reaction.answer))
 
 
 def is_remark(said: str) -> bool:
     """Whether the message states something: neither a question nor a wish, nor thanks."""
-    return "?" not in said and bool(phrases.STATES.search(said)) and not is_wish(said)
+    has_mark = any(mark in said for mark in "?？")  # noqa: RUF001
+    return not has_mark and bool(phrases.STATES.search(said)) and not is_wish(said)
 
 
 def is_wish(said: str) -> bool:
-    return bool(phrases.REFINES.search(said) or phrases.MOVES_ON.search(said) or phrases.THANKS.search(said))
+    return bool(
+        phrases.REFINES.search(said)
+        or phrases.ASKS_FOR.search(said)
+        or phrases.MOVES_ON.search(said)
+        or phrases.THANKS.search(said)
+    )
 
 
 def is_echo(said: str, answer: str) -> bool:

@@ -21,7 +21,9 @@ MAX_CONFIDENCE = 0.9
 MAX_CHARS = 20_000  # of a text that is compared word by word
 MAX_WORDS = 300
 
-_WORD = re.compile(r"\w+(?:[.,:]\d+)*")
+# A word; of Chinese and Japanese, which have no spaces, a character.
+_CJK = r"\u3040-\u30ff\u4e00-\u9fff"
+_WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+(?:[.,:]\d+)*")
 # Too common to say what a text is about.
 _COMMON = frozenset(
     """a an and are as at be but by can do does for from give have how i in is it its me my no not of on or
@@ -73,6 +75,10 @@ class Evidence:
     def reason(self) -> str:
         text = "; ".join(self._words)
         return text[:1].upper() + text[1:] + "."
+
+
+def num_words(text: str) -> int:
+    return len(_WORD.findall(text))
 
 
 def words(text: str) -> set[str]:

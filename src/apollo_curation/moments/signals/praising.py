@@ -13,19 +13,20 @@ SUCCESS = 0.35  # "it works"
 TAKEN = 0.3  # "I'll use it"
 THANKS = 0.15  # said out of habit
 EXCLAMATION = 0.1
+MAX_PRAISE_CHARS = 300  # who is pleased says so first; behind that a long message is something else
 AFTER_A_REPAIR = 0.3  # what praise of the better answer adds to a correction
 
 
 def weigh(praised: UserTurn, reaction: UserTurn) -> Evidence:
     evidence = Evidence()
-    said, answer = plain(reaction.said), plain(reaction.answer)
+    said, answer = plain(reaction.said)[:MAX_PRAISE_CHARS], plain(reaction.answer)
     if (
         phrases.RESERVES.search(said)
         or phrases.IS_SARCASTIC.search(said)
         or phrases.SAYS_WRONG.search(said)
         or phrases.CONCEDES.search(answer)
         or phrases.REFUSES.search(plain(praised.answer))
-        or praised.answer.rstrip().endswith("?")
+        or praised.answer.rstrip().endswith(("?", "？"))  # noqa: RUF001
     ):
         return evidence
     about_it = [sentence for sentence in sentences(said) if not is_of_others(sentence)]
@@ -49,6 +50,6 @@ def weigh(praised: UserTurn, reaction: UserTurn) -> Evidence:
 
 def is_of_others(sentence: str) -> bool:
     """A question, or a sentence about other people and times that does not speak to the assistant."""
-    if sentence.endswith("?"):
+    if sentence.endswith(("?", "？")) or phrases.ASKS_FOR.search(sentence):  # noqa: RUF001
         return True
     return bool(phrases.IS_ABOUT_OTHERS.search(sentence) and not phrases.ADDRESSES.search(sentence))

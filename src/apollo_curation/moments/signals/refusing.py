@@ -7,9 +7,9 @@ from apollo_curation.moments.phrases import plain
 from apollo_curation.moments.signals.evidence import Evidence, overlap, words
 from apollo_curation.moments.signals.turns import UserTurn
 
-HELPED_AFTER_ALL = 0.3  # the next answer is no refusal: alone it may be about something else
+HELPED_AFTER_ALL = 0.2  # the next answer is no refusal: it may be about something else
 EXPLANATION = 0.3  # "it's for my class", "I need ..."
-SAME_MATTER = 0.25  # what follows is about what was asked
+SAME_MATTER = 0.2  # what follows is about what was asked
 CONCESSION = 0.25  # "you're right", "thanks for the context"
 MIN_OVERLAP = 0.1
 MAX_REFUSAL_CHARS = 400  # a longer answer says more than no
