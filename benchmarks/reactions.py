@@ -192,9 +192,8 @@ def show(name: str, figures: dict[str, Any], with_misses: bool) -> None:
         shares = ", ".join(
             f"{what} {row[what][0]:.2f} ({row[what][1]:.2f} to {row[what][2]:.2f})" for what in SHARES
         )
-        print(
-            f"  {kind:<11} {row['right']:>4} right {row['wrong']:>3} wrong {row['missed']:>3} missed: {shares}"
-        )
+        counted = ", ".join(f"{row[what]} {what}" for what in ("right", "wrong", "missed"))
+        print(f"  {kind}: {counted}; {shares}")
     told = ", ".join(f"{k} {a}/{b}/{c}" for k, (a, b, c) in figures["right_wrong_missed_by_language"].items())
     print(f"  right/wrong/missed: {told}")
     if with_misses:

@@ -71,7 +71,8 @@ REFINES = (
     r"plus|s'il te plaît)",
     r"^(?:¿?y |ahora|vale|añade|hazlo|haz|puedes|podrías|más |otro|ejecuta)",
     r"^(?:e |ora |adesso|aggiungi|fallo|puoi|più )|^(?:e |agora|adicione|deixa|faça|faz|pode|mais )",
-    r"^(?:а |и |теперь|добавь|сделай|можешь|ещё |еще |поподробнее|подлиннее|короче)|^(?:再|然后|现在|那|加|能不能|"
+    r"^(?:а |и |теперь|добавь|сделай|можешь|ещё |еще |поподробнее|подлиннее|короче)|"
+    r"^(?:再|然后|现在|那|加|能不能|"
     r"可以再|运行|怎么|提交)|^(?:もっと|次|では)",
 )
 MOVES_ON = (

@@ -3,16 +3,15 @@ name.
 
     apollo-ipc curate calibrate
 
-All ways of showing the next message are measured, and the one that separates best is kept. A model *can tell*
-where the lower end of the interval of its AUC is at least fit.MIN_AUC; of one that cannot, no difference is
-believed.
+All ways of hearing the next message are measured, and for each direction the one that separates best is kept.
+A model *can tell* where the lower end of the interval of its AUC is at least fit.MIN_AUC; of one that cannot,
+no difference is believed.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from statistics import fmean
 from typing import Any, Literal
 
 import msgspec
@@ -20,7 +19,7 @@ import msgspec
 from apollo_curation.chat_client import ChatClient, ServerRefused
 from apollo_curation.moments.hindsight.fit import Curve, fit
 from apollo_curation.moments.hindsight.samples import Sample
-from apollo_curation.moments.hindsight.ways import WAYS, WayName, shown, unshown
+from apollo_curation.moments.hindsight.ways import WAYS, Spoken, WayName, listen
 from apollo_curation.store import Store
 from apollo_ipc.errors import UserError
 from apollo_ipc.wire.requests import Message
@@ -30,36 +29,30 @@ MIN_SAMPLES = 40  # that the server could score
 MIN_OF_A_KIND = 10
 
 
-class Difference(msgspec.Struct, frozen=True):
-    """nats: per token of the answer, with the next message shown less without; num_tokens: of the answer."""
+class Ear(msgspec.Struct, frozen=True):
+    """How one direction is told: by which way, and by what curve over its values."""
 
-    nats: float
-    num_tokens: int
+    way: WayName
+    curve: Curve
 
 
 class Calibration(msgspec.Struct, frozen=True):
-    """way: the one that is used; auc_of_ways: of each way, of `against` and of `for`; num_refused: samples
-    that the server could not score."""
+    """auc_of_ways: of each way, of `against` and of `for`; num_refused: samples that the server could not
+    score."""
 
     model: str
     made_at: float
-    way: WayName
-    against: Curve
-    praised: Curve
+    against: Ear
+    praised: Ear
     auc_of_ways: dict[str, tuple[float, float]]
     num_refused: int = 0
 
-    def curve(self, direction: Direction) -> Curve:
+    def ear(self, direction: Direction) -> Ear:
         return self.against if direction == "against" else self.praised
 
-    def probability(self, direction: Direction, nats: float) -> tuple[float, float, float]:
-        """That the message spoke in this direction, and the 95 % interval."""
-        return self.curve(direction).probability(oriented(direction, nats))
 
-
-def oriented(direction: Direction, nats: float) -> float:
-    """Larger where more speaks for the direction."""
-    return -nats if direction == "against" else nats
+def of_direction(direction: Direction, spoken: Spoken) -> float:
+    return spoken.against if direction == "against" else spoken.praised
 
 
 def measure(
@@ -69,29 +62,26 @@ def measure(
     answer: Message,
     said_next: str,
     tools: list[dict[str, Any]] | None = None,
-) -> Difference:
-    """Two forward passes, no token sampled. Raises as ChatClient.answer_logprobs does."""
-    before = model.answer_logprobs(unshown(way, context, answer), answer, tools)
-    after = model.answer_logprobs(shown(way, context, answer, said_next), answer, tools)
-    return Difference(fmean(after) - fmean(before), len(before))
+) -> Spoken:
+    """Two or three forward passes, no token sampled. Raises as ChatClient.answer_logprobs does."""
+    own = None if way == "message" else tools
+    return listen(
+        way, context, answer, said_next, lambda before, said: model.answer_logprobs(before, said, own)
+    )
 
 
-def _all_ways(model: ChatClient, sample: Sample) -> dict[WayName, float]:
+def _all_ways(model: ChatClient, sample: Sample) -> dict[WayName, Spoken]:
     """As `measure` for each way; what several are compared with is scored once."""
-    scored: list[tuple[list[Message], float]] = []
+    scored: list[tuple[list[Message], Message, list[float]]] = []
 
-    def nats(context: list[Message]) -> float:
-        for known, value in scored:
-            if known == context:
-                return value
-        scored.append((context, fmean(model.answer_logprobs(context, sample.answer))))
-        return scored[-1][1]
+    def score(before: list[Message], said: Message) -> list[float]:
+        for known, answer, logprobs in scored:
+            if known == before and answer == said:
+                return logprobs
+        scored.append((before, said, model.answer_logprobs(before, said)))
+        return scored[-1][2]
 
-    context, answer = sample.context, sample.answer
-    return {
-        way: nats(shown(way, context, answer, sample.said_next)) - nats(unshown(way, context, answer))
-        for way in WAYS
-    }
+    return {way: listen(way, sample.context, sample.answer, sample.said_next, score) for way in WAYS}
 
 
 def calibrate(
@@ -103,7 +93,7 @@ def calibrate(
 
     Raises ModelAway; UserError where too few samples could be scored.
     """
-    differences: dict[WayName, list[float]] = {way: [] for way in WAYS}
+    heard: dict[WayName, list[Spoken]] = {way: [] for way in WAYS}
     labels: list[str] = []
     num_refused, problem = 0, ""
     for done, sample in enumerate(samples):
@@ -118,8 +108,8 @@ def calibrate(
         except UserError as error:  # its template cannot render the sample
             num_refused, problem = num_refused + 1, error.message
             continue
-        for way, nats in found.items():
-            differences[way].append(nats)
+        for way, spoken in found.items():
+            heard[way].append(spoken)
         labels.append(sample.label)
     few = min(labels.count("against"), labels.count("for"), labels.count("neither"))
     if len(labels) < MIN_SAMPLES or few < MIN_OF_A_KIND:
@@ -127,23 +117,26 @@ def calibrate(
             f"{len(labels)} of {len(samples)} samples could be scored, {MIN_SAMPLES} are needed, "
             f"{MIN_OF_A_KIND} of each label" + (f"; the server said: {problem}" if problem else "")
         )
-    curves = {way: _curves(differences[way], labels) for way in WAYS}
-    best = max(WAYS, key=lambda way: curves[way][0].auc + curves[way][1].auc)
+    against = {way: _curve("against", heard[way], labels) for way in WAYS}
+    praised = {way: _curve("for", heard[way], labels) for way in WAYS}
     return Calibration(
         model=model.model,
         made_at=time.time(),
-        way=best,
-        against=curves[best][0],
-        praised=curves[best][1],
-        auc_of_ways={way: (of[0].auc, of[1].auc) for way, of in curves.items()},
+        against=_best(against),
+        praised=_best(praised),
+        auc_of_ways={way: (against[way].auc, praised[way].auc) for way in WAYS},
         num_refused=num_refused,
     )
 
 
-def _curves(differences: list[float], labels: list[str]) -> tuple[Curve, Curve]:
-    against = fit([oriented("against", nats) for nats in differences], [one == "against" for one in labels])
-    praised = fit([oriented("for", nats) for nats in differences], [one == "for" for one in labels])
-    return against, praised
+def _curve(direction: Direction, heard: list[Spoken], labels: list[str]) -> Curve:
+    values = [of_direction(direction, spoken) for spoken in heard]
+    return fit(values, [label == direction for label in labels])
+
+
+def _best(curves: dict[WayName, Curve]) -> Ear:
+    way = max(WAYS, key=lambda name: curves[name].auc)
+    return Ear(way, curves[way])
 
 
 SCHEMA = """
@@ -175,11 +168,13 @@ class Calibrations:
 
 def describe(calibration: Calibration) -> str:
     """For a person: what it was found to be able to tell."""
-    lines = [f"{calibration.model}: the next message is shown in the way `{calibration.way}`"]
-    for words, curve in (("against", calibration.against), ("for", calibration.praised)):
+    lines = [calibration.model]
+    for words, ear in (("against", calibration.against), ("for", calibration.praised)):
+        curve = ear.curve
         verdict = "can tell" if curve.can_tell else "cannot tell"
         lines.append(
-            f"  whether it spoke {words} the answer: {verdict} (AUC {curve.auc:.2f}, 95 % "
-            f"{curve.auc_low:.2f} to {curve.auc_high:.2f}, {curve.num_positive} of {curve.num_samples})"
+            f"  whether a message spoke {words} the answer: {verdict} (by `{ear.way}` AUC {curve.auc:.2f}, "
+            f"95 % {curve.auc_low:.2f} to {curve.auc_high:.2f}, {curve.num_positive} of {curve.num_samples})"
         )
-    return "\n".join(lines)
+    ways = ", ".join(f"{way} {a:.2f} and {b:.2f}" for way, (a, b) in calibration.auc_of_ways.items())
+    return "\n".join([*lines, f"  AUC of all ways, against and for: {ways}"])

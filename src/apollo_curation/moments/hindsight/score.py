@@ -23,8 +23,10 @@ from apollo_curation.moments.hindsight.calibration import (
     Direction,
     calibrate,
     measure,
+    of_direction,
 )
 from apollo_curation.moments.hindsight.samples import calibrating_samples
+from apollo_curation.moments.hindsight.ways import WayName
 from apollo_curation.moments.moments import Hindsight, Moment, Moments
 from apollo_curation.store import Store
 from apollo_ipc.errors import UserError
@@ -128,15 +130,16 @@ def _score(
     assert decided is not None
     said_next = next((one.content for one in moment.aftermath if one.role == "user"), "")
     direction = direction_of(moment)
-    if calibration is None or not calibration.curve(direction).can_tell:
-        why = "it was not calibrated" if calibration is None else "by its calibration"
+    ear = calibration.ear(direction) if calibration else None
+    if ear is None or not ear.curve.can_tell:
+        why = "it was not calibrated" if ear is None else "by its calibration"
         changes: dict[str, Any] = {
             "hindsight": Hindsight(model.model, sentence=f"{model.model} cannot tell, {why}")
         }
         outcome = "num_untold"
     else:
         try:
-            found = measure(model, calibration.way, moment.context, decided, said_next, moment.tools)
+            found = measure(model, ear.way, moment.context, decided, said_next, moment.tools)
         except ModelAway:
             raise
         except UserError as error:
@@ -145,9 +148,10 @@ def _score(
             counts.num_refused += 1
             counts.problem = error.message
             return
-        p, low, high = calibration.probability(direction, found.nats)
-        sentence = describe(direction, found.nats, p, low, high)
-        hindsight = Hindsight(model.model, True, p, low, high, found.nats, found.num_tokens, sentence)
+        nats = of_direction(direction, found)
+        p, low, high = ear.curve.probability(nats)
+        sentence = describe(ear.way, direction, nats, p, low, high)
+        hindsight = Hindsight(model.model, True, p, low, high, nats, found.num_tokens, sentence)
         changes = {"hindsight": hindsight}
         outcome = "num_for_it"
         if p < MIN_PROBABILITY:
@@ -164,11 +168,17 @@ def _score(
     setattr(counts, outcome, getattr(counts, outcome) + 1)
 
 
-def describe(direction: Direction, nats: float, p: float, low: float, high: float) -> str:
+def describe(way: WayName, direction: Direction, nats: float, p: float, low: float, high: float) -> str:
     """In words: "With the next message in view the model finds the answer less likely (...)."."""
-    how = "less" if nats < 0 else "more"
     spoke = "against" if direction == "against" else "for"
+    if way == "message":
+        what = "a complaint about an answer" if direction == "against" else "praise of an answer"
+        reads = f"The next message reads {'more' if nats > 0 else 'less'} like {what} than like anything else"
+    else:
+        is_likelier = (nats > 0) == (direction == "for")
+        how = "more" if is_likelier else "less"
+        reads = f"With the next message in view the model finds the answer {how} likely"
     return (
-        f"With the next message in view the model finds the answer {how} likely ({nats:+.2f} nats a token): "
-        f"it spoke {spoke} the answer with a probability of {p:.0%} ({low:.0%} to {high:.0%})."
+        f"{reads} ({abs(nats):.2f} nats a token): it spoke {spoke} the answer with a probability of {p:.0%} "
+        f"({low:.0%} to {high:.0%})."
     )

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from apollo_curation.cli import curate_input, curate_review, curate_status
 from apollo_curation.demo.scripted_model import ScriptedModel
+from apollo_curation.moments.moments import Hindsight
 
 
 @pytest.fixture
@@ -47,7 +48,10 @@ def test_from_a_log_to_a_decision_on_the_command_line(curate, tmp_path, monkeypa
         monkeypatch.setenv("APOLLO_CURATION__PATIENCE_S", "0")
         done = json.loads(curate("judge", "--limit", 5, "--auto", "--json", code=69))
     assert done["counts"]["num_judged"] == 5
-    assert len(done["approved"]) + done["counts"]["num_answers_refused"] == 5
+    # The served model is away: what rests on a user's words stays a candidate, whatever the judge says.
+    assert done["hindsight"]["num_away"] > 0
+    approved = [json.loads(curate("status", one, "--json"))[0] for one in done["approved"]]
+    assert {one["kind"] for one in approved} <= {"error_then_fix"}
     assert done["scored"]["num_away"] > 0
     found = json.loads(curate("status", "--state", "flagged", "--json"))
     one = next(one for one in found if one["answer"])
@@ -73,6 +77,9 @@ def test_a_judge_that_is_switched_off_is_not_asked(curate, moments, monkeypatch)
     monkeypatch.setenv("APOLLO_JUDGE__ENABLED", "false")
     curate("judge", code=1)
     monkeypatch.setenv("APOLLO_CURATION__AUTO_CONFIDENCE", "0.5")
+    assert "0 approved" in curate("review", "--auto")  # candidates
+    for one in moments.list():
+        moments.change(one.moment_id, hindsight=Hindsight("m", can_tell=True))
     assert "4 approved" in curate("review", "--auto")
 
 

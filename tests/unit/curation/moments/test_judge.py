@@ -17,7 +17,7 @@ from apollo_curation.moments.judge import (
     judge,
     question,
 )
-from apollo_curation.moments.moments import Moment, Moments
+from apollo_curation.moments.moments import Hindsight, Moment, Moments
 from apollo_curation.settings import Judge
 from apollo_curation.store import Store
 from apollo_ipc.wire.requests import Message
@@ -108,7 +108,7 @@ def test_a_better_answer_that_is_empty_or_the_old_one_or_endless_is_refused(mome
     assert found.state == "flagged"  # a person can still write one
     assert "was refused" in found.decided_reason
     assert (counts.num_answers, counts.num_answers_refused) == (0, 1)
-    assert approve_confident(moments, 0.5, only_judged=True) == []
+    assert approve_confident(moments, 0.5, only_judged=True) == []  # a candidate
 
 
 def test_the_judge_rewrites_neither_what_was_praised_nor_a_call(moments):
@@ -259,18 +259,25 @@ def test_the_rubric_of_the_configuration_is_what_the_judge_reads(moments):
     assert asked(server.requests[0])["proposed"]["content"] == "It is 42."
 
 
-def test_auto_approves_from_the_confidence_on_and_only_what_has_an_answer(moments):
+def test_auto_approves_from_the_confidence_on_what_was_scored_and_teaches_something(moments):
+    told, untold = Hindsight("m", can_tell=True), Hindsight("m")
+    refused = {"kind": "wrong_refusal", "answer": None}
     moments.add(
         [
-            moment("Sure?", confidence=0.8, num_judged=1, decided_reason="It is right."),
-            moment("Unsure?", confidence=0.79, num_judged=1),
-            moment("No answer?", confidence=0.9, answer=None, num_judged=1),
-            moment("Unjudged?", confidence=0.9),
+            moment("Sure?", confidence=0.8, num_judged=1, decided_reason="It is right.", hindsight=told),
+            moment("Untold, judged?", confidence=0.9, num_judged=1, hindsight=untold),
+            moment("A candidate?", confidence=0.9, num_judged=1),
+            moment("Unsure?", confidence=0.79, num_judged=1, hindsight=told),
+            moment("No answer?", confidence=0.9, num_judged=1, hindsight=told, **refused),
+            moment("Unjudged?", confidence=0.9, hindsight=told),
+            moment("Untold, unjudged?", confidence=0.9, hindsight=untold),
+            moment("Said outright?", confidence=0.9, is_told=True),
         ]
     )
-    (approved,) = approve_confident(moments, 0.8, only_judged=True)
-    assert approved.context[0].content == "Sure?"
-    assert (approved.state, approved.decided_by) == ("approved", "auto")
-    assert approved.decided_reason.startswith("It is right.; confidence 0.80")
-    (second,) = approve_confident(moments, 0.8, only_judged=False)
-    assert second.context[0].content == "Unjudged?"
+    approved = approve_confident(moments, 0.8, only_judged=True)
+    assert {one.context[0].content for one in approved} == {"Sure?", "Untold, judged?"}
+    sure = next(one for one in approved if one.context[0].content == "Sure?")
+    assert (sure.state, sure.decided_by) == ("approved", "auto")
+    assert sure.decided_reason.startswith("It is right.; confidence 0.80")
+    more = approve_confident(moments, 0.8, only_judged=False)
+    assert {one.context[0].content for one in more} == {"Unjudged?", "Said outright?"}

@@ -111,13 +111,21 @@ def test_moments_that_come_meanwhile_are_shown_too(store, moments):
     assert review.current.source.number == 5
 
 
-def test_without_an_answer_there_is_nothing_to_approve(store, tmp_path):
+def test_a_refusal_without_an_answer_cannot_be_approved_a_correction_moves_away_from_the_wrong_one(
+    store, tmp_path
+):
     table = Moments(store)
-    table.add([moment(1, answer=None)])
+    table.add([moment(2, answer=None)])
+    assert "it becomes less likely" in screen(Review(store, table, "ada"), "a\nq\n")
+    (away,) = table.list("approved")
+    assert away.example().label is False
+    assert away.example().messages[-1].content == "It is 41."
+    table.change(away.moment_id, state="trained")
+    table.add([moment(1, answer=None, kind="wrong_refusal")])
     review = Review(store, table, "ada")
     assert "has no answer to learn" in screen(review, "a\nq\n")
     screen(review, "e\n", VISUAL=editor(tmp_path, "It is 42."))
-    assert table.list()[0].answer == RIGHT
+    assert table.list("approved")[0].answer == RIGHT
 
 
 @pytest.mark.parametrize(
