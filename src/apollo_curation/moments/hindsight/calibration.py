@@ -70,20 +70,6 @@ def measure(
     )
 
 
-def _all_ways(model: ChatClient, sample: Sample) -> dict[WayName, Spoken]:
-    """As `measure` for each way; what several are compared with is scored once."""
-    scored: list[tuple[list[Message], Message, list[float]]] = []
-
-    def score(before: list[Message], said: Message) -> list[float]:
-        for known, answer, logprobs in scored:
-            if known == before and answer == said:
-                return logprobs
-        scored.append((before, said, model.answer_logprobs(before, said)))
-        return scored[-1][2]
-
-    return {way: listen(way, sample.context, sample.answer, sample.said_next, score) for way in WAYS}
-
-
 def calibrate(
     model: ChatClient,
     samples: list[Sample],
@@ -99,7 +85,8 @@ def calibrate(
     for done, sample in enumerate(samples):
         each(done, len(samples))
         try:
-            found = _all_ways(model, sample)
+            of = (sample.context, sample.answer, sample.said_next)
+            found = {way: measure(model, way, *of) for way in WAYS}
         except ServerRefused as error:
             if not error.is_of_this_request:
                 raise

@@ -12,7 +12,7 @@ import msgspec
 
 from apollo_ipc.wire.requests import Message
 
-WayName = Literal["question", "system", "again", "message"]
+WayName = Literal["question", "message"]
 WAYS: tuple[WayName, ...] = get_args(WayName)
 
 MAX_SHOWN_CHARS = 1000  # of a next message: who speaks of an answer does so at once
@@ -37,8 +37,8 @@ def listen(way: WayName, context: list[Message], answer: Message, said_next: str
     """What `said_next` says of `answer`. Raises what `score` does."""
     if way == "message":
         return _of_message(said_next[:MAX_SHOWN_CHARS], score)
-    before = score(unshown(way, context, answer), answer)
-    after = score(shown(way, context, answer, said_next), answer)
+    before = score(context, answer)
+    after = score(shown(context, said_next), answer)
     difference = fmean(after) - fmean(before)
     return Spoken(-difference, difference, len(before))
 
@@ -51,47 +51,9 @@ def _of_message(said: str, score: Score) -> Spoken:
     return Spoken(complaint - max(praise, question), praise - max(complaint, question), len(scored[0]))
 
 
-def shown(way: WayName, context: list[Message], answer: Message, said_next: str) -> list[Message]:
-    """The context with the next message in it, behind which the answer is scored."""
-    return _SHOW[way](context, answer, said_next[:MAX_SHOWN_CHARS])
-
-
-def unshown(way: WayName, context: list[Message], answer: Message) -> list[Message]:
-    """What `shown` is compared with: the same without the message, so that the way itself makes no
-    difference."""
-    return _again(context, answer, "OK.") if way == "again" else context
-
-
-def _question(context: list[Message], answer: Message, said_next: str) -> list[Message]:
-    """Behind the question, as arXiv:2603.12273 words it."""
-    at = _last_user(context)
+def shown(context: list[Message], said_next: str) -> list[Message]:
+    """The context with the next message behind its question, as arXiv:2603.12273 words it."""
+    at = max(i for i, message in enumerate(context) if message.role == "user")
     hint = "The following is a future user message. Use this to guide your answer to the user prompt: "
-    asked = msgspec.structs.replace(context[at], content=f"{context[at].content}\n\n{hint}{said_next}")
-    return [*context[:at], asked, *context[at + 1 :]]
-
-
-def _system(context: list[Message], answer: Message, said_next: str) -> list[Message]:
-    """In the instructions."""
-    hint = f"After your answer the user will say: {said_next}"
-    if context[0].role == "system":
-        joined = msgspec.structs.replace(context[0], content=f"{context[0].content}\n\n{hint}")
-        return [joined, *context[1:]]
-    return [Message("system", hint), *context]
-
-
-def _again(context: list[Message], answer: Message, said_next: str) -> list[Message]:
-    """As it happened, and then the same question once more."""
-    question = context[_last_user(context)]
-    heard = [Message("user", said_next), Message("assistant", "OK."), question]
-    return [*context, answer, *heard]
-
-
-def _last_user(context: list[Message]) -> int:
-    return max(i for i, message in enumerate(context) if message.role == "user")
-
-
-_SHOW: dict[WayName, Callable[[list[Message], Message, str], list[Message]]] = {
-    "question": _question,
-    "system": _system,
-    "again": _again,
-}
+    text = f"{context[at].content}\n\n{hint}{said_next[:MAX_SHOWN_CHARS]}"
+    return [*context[:at], msgspec.structs.replace(context[at], content=text), *context[at + 1 :]]

@@ -14,7 +14,7 @@ from apollo_curation.moments.hindsight.calibration import Calibrations, calibrat
 from apollo_curation.moments.hindsight.fit import auc, fit
 from apollo_curation.moments.hindsight.samples import calibrating_samples, read_samples
 from apollo_curation.moments.hindsight.score import candidates, look_back
-from apollo_curation.moments.hindsight.ways import COMPLAINT, PRAISE, WAYS, shown
+from apollo_curation.moments.hindsight.ways import COMPLAINT, PRAISE, shown
 from apollo_curation.moments.judge import approve_confident
 from apollo_curation.moments.moments import Moment, Moments
 from apollo_curation.store import Store
@@ -122,14 +122,15 @@ def test_classes_that_are_far_apart_have_a_finite_curve():
     assert 0.5 < curve.probability(1.0)[0] < 1
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way != "message"])
-def test_every_way_shows_the_message_before_the_answer_and_keeps_the_conversation_valid(way):
-    context = [Message("system", "s"), Message("user", "q"), Message("assistant", "a"), Message("user", "q2")]
-    found = shown(way, context, Message("assistant", "b"), "SAID")
-    assert sum("SAID" in message.content for message in found) == 1
-    assert found[-1].role == "user"
-    assert "q2" in found[-1].content
-    assert [message.role for message in found].count("system") == 1
+def test_the_message_is_shown_behind_the_question_and_the_conversation_stays_valid():
+    call = Message("assistant", "", tool_calls=[{"id": "c", "function": {"name": "ls", "arguments": "{}"}}])
+    result = Message("tool", "ok", tool_call_id="c")
+    context = [Message("system", "s"), Message("user", "q"), call, result]
+    found = shown(context, "SAID" * 1000)
+    assert [message.role for message in found] == ["system", "user", "assistant", "tool"]
+    assert found[1].content.startswith("q\n\nThe following is a future user message.")
+    assert found[1].content.count("SAID") == 250
+    assert context[1].content == "q"
 
 
 def test_a_model_that_understands_can_tell_and_one_that_does_not_cannot(store):
