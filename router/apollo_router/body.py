@@ -11,14 +11,23 @@ from apollo_router.errors import HttpError
 BODY_TIMEOUT_S = 120.0  # 32 MiB at 2.3 Mbit/s
 
 
-async def read_body(request: Request, max_bytes: int, *, is_form: bool = False) -> bytes:
-    """The body, never holding more than `max_bytes` of it. is_form: a multipart form is wanted, not JSON.
+PROTOBUF = "application/x-protobuf"
+
+
+async def read_body(
+    request: Request, max_bytes: int, *, is_form: bool = False, is_protobuf: bool = False
+) -> bytes:
+    """The body, never holding more than `max_bytes` of it. is_form: a multipart form is wanted, not JSON;
+    is_protobuf: a message, which may be compressed (zstd).
 
     Raises HttpError: 413 as soon as the body is known to be larger (from Content-Length before the first byte
     is read), 415 where it is declared as something else than plain JSON, 408 where it takes longer than
     BODY_TIMEOUT_S. After a 413 uvicorn discards what is still sent, so that the client can read the answer.
     """
-    _check_type(request, is_form)
+    if is_protobuf:
+        _check_protobuf(request)
+    else:
+        _check_type(request, is_form)
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and declared.isascii() and int(declared) > max_bytes:
         raise _too_large(max_bytes)
@@ -41,8 +50,17 @@ async def read_body(request: Request, max_bytes: int, *, is_form: bool = False) 
     return b"".join(chunks)
 
 
+def _check_protobuf(request: Request) -> None:
+    if _kind(request) != PROTOBUF:
+        raise HttpError(415, "unsupported_media_type", f"send {PROTOBUF}", field="Content-Type")
+
+
+def _kind(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
 def _check_type(request: Request, is_form: bool) -> None:
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = _kind(request)
     if is_form:
         if kind != "multipart/form-data":
             raise HttpError(

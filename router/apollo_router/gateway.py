@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from fastapi import FastAPI
 from starlette.requests import ClientDisconnect, Request
@@ -22,6 +22,15 @@ from apollo_router.log import logger
 from apollo_router.served import ServedModel
 from apollo_router.spool import Spool
 from apollo_router.worker_metrics import WorkerMetrics
+
+
+class VllmOptions(NamedTuple):
+    """What of vLLM's own options matters here; from init_state on."""
+
+    num_api_servers: int = 1
+    max_model_len: int = 0
+    logprobs_mode: str = "raw_logprobs"
+
 
 TICK_S = 1.0
 STATUS_EVERY_S = 2.0
@@ -44,6 +53,7 @@ class Gateway:
         traffic = config.traffic
         self.spool = Spool(Path(traffic.directory), traffic.max_bytes) if traffic.directory else None
         self.model_names: list[str] = []  # as clients of vLLM call the model, from init_state on
+        self.vllm = VllmOptions()
         self._client: WorkerClient | None = None
         self._stopping = asyncio.Event()
 

@@ -52,6 +52,7 @@ class ApolloEndpoints:
         """Before the engine exists. The router's lifespan opens the ZMQ socket when the app starts."""
         from apollo_router import routes, teaching
         from apollo_router.fine_tuning import routes as fine_tuning
+        from apollo_router.tinker import routes as tinker
         from apollo_router.ui import routes as ui
 
         app.state.apollo = self.gateway
@@ -59,6 +60,7 @@ class ApolloEndpoints:
         app.include_router(ui.router)
         app.include_router(ui.open_router)
         app.include_router(fine_tuning.router)  # its lifespan inside that of the first
+        app.include_router(tinker.router)
         app.include_router(teaching.router)
         if self.gateway.spool is not None:
             from apollo_router.traffic import Watch
@@ -72,9 +74,16 @@ class ApolloEndpoints:
         Raises ConfigError, which stops vLLM's start, where an inference key could train.
         """
         from apollo_router.auth import refuse_shared_key
+        from apollo_router.gateway import VllmOptions
         from apollo_router.serving_options import tell_chat_options
 
         refuse_shared_key(self.gateway.train_key, args, os.environ.get("VLLM_API_KEY"))
         self.gateway.cache.set_engine(engine_client)
         self.gateway.model_names = getattr(args, "served_model_name", None) or [args.model]
+        model_config = engine_client.model_config
+        self.gateway.vllm = VllmOptions(
+            getattr(args, "api_server_count", None) or 1,
+            model_config.max_model_len,
+            model_config.logprobs_mode,
+        )
         tell_chat_options(self.gateway.config.runtime_dir, args)

@@ -52,7 +52,9 @@ class FakeEngine:
     def __init__(self, *, prefix_caching=True, multimodal=False, clears=True):
         self.calls: list[tuple] = []
         self.clears = clears
-        self.model_config = SimpleNamespace(is_multimodal_model=multimodal)
+        self.model_config = SimpleNamespace(
+            is_multimodal_model=multimodal, max_model_len=64, logprobs_mode="raw_logprobs"
+        )
         self.vllm_config = SimpleNamespace(
             kv_transfer_config=None,
             cache_config=SimpleNamespace(enable_prefix_caching=prefix_caching),

@@ -42,7 +42,8 @@ class TrainOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit
     targets of an update up, where "mean" takes the mean over an example's targets, then over examples (of
     grpo: over all targets of the update). loss: None is what the examples' form says. beta: of dpo, kto (0.1)
     and dro (0.05); clip: of ppo, cispo and grpo, how far the policy's ratio may be from 1 (0.2), or [below,
-    above]; kl_to_reference: what a token's divergence from the weights before the job costs.
+    above]; kl_to_reference: what a token's divergence from the weights before the job costs. beta1, beta2,
+    eps: of the moments, in this job's steps.
     """
 
     lr: Annotated[float, Meta(gt=0, le=0.1)] | None = None
@@ -59,6 +60,9 @@ class TrainOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit
     # A list: msgspec 0.22 crashes in the garbage collector with a union of a float and a tuple.
     clip: Clip | Annotated[list[Clip], Meta(min_length=2, max_length=2)] | None = None
     kl_to_reference: Annotated[float, Meta(ge=0)] | None = None
+    beta1: Annotated[float, Meta(ge=0, lt=1)] | None = None
+    beta2: Annotated[float, Meta(ge=0, lt=1)] | None = None
+    eps: Annotated[float, Meta(gt=0)] | None = None
 
 
 class TrainRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

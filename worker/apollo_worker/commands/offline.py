@@ -80,6 +80,7 @@ def _train(
             is_mean=todo.is_mean,
             objective=todo.objective,
             reference=reference[step % len(reference)] if reference else None,
+            adam=todo.adam,
         )
         losses.append(result.loss)
         guard.look(step + 1, result.loss, is_written=not result.is_bad)

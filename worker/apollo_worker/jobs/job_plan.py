@@ -23,6 +23,14 @@ Schedule = Literal["auto", "constant", "cosine"]
 Resolved = Literal["constant", "cosine"]
 
 
+class AdamRule(msgspec.Struct, frozen=True, omit_defaults=True):
+    """None: as the optimizer is configured."""
+
+    beta1: float | None = None
+    beta2: float | None = None
+    eps: float | None = None
+
+
 class JobPlan(msgspec.Struct, frozen=True, omit_defaults=True):
     """Everything that a job's steps depend on, but the optimizer's own configuration.
 
@@ -32,8 +40,8 @@ class JobPlan(msgspec.Struct, frozen=True, omit_defaults=True):
     own, None for the optimizer's; is_mean: of an update's losses, else their sum; known_text: tokens that are
     not trained, which the loss guard looks at; objective: what is minimised; starts: where the sequences of
     each unit begin, which one update takes together (empty: each sequence is a unit), and accumulate_steps
-    counts units; advantages: of each group sent, an answer each. Stored: a new field goes last and has a
-    default.
+    counts units; advantages: of each group sent, an answer each; adam: the job's own rule for the moments.
+    Stored: a new field goes last and has a default.
     """
 
     examples: list[TokenisedExample]
@@ -52,6 +60,7 @@ class JobPlan(msgspec.Struct, frozen=True, omit_defaults=True):
     objective: Objective = Objective()
     starts: list[int] = []
     advantages: list[list[float]] = []
+    adam: AdamRule = AdamRule()
 
     @property
     def is_plain(self) -> bool:
@@ -204,6 +213,7 @@ def plan(
         ),
         starts=starts,
         advantages=advantages,
+        adam=AdamRule(options.beta1, options.beta2, options.eps),
     )
 
 

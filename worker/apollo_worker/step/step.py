@@ -17,7 +17,7 @@ from torch import Tensor
 from apollo_ipc.config import Train
 from apollo_ipc.errors import NotReady, UserError
 from apollo_worker.jobs.example import TokenisedExample, Turn, sequence_of
-from apollo_worker.jobs.job_plan import JobPlan
+from apollo_worker.jobs.job_plan import AdamRule, JobPlan
 from apollo_worker.jobs.objective import Objective
 from apollo_worker.model.cpu_products import convert_where_needed
 from apollo_worker.model.experts import expert_stacks, set_routers, trained_parameters
@@ -92,6 +92,7 @@ class Trainer:
         is_mean: bool = True,
         objective: Objective = CROSS_ENTROPY,
         reference: Sequence[Tensor] | None = None,
+        adam: AdamRule | None = None,
     ) -> StepResult:
         """One update, in place. Its loss is the mean over the examples of the mean over an example's targets,
         without is_mean the sum of all of them, or as the objective has it. Raises VllmDied when the exporter
@@ -100,11 +101,12 @@ class Trainer:
         A non-finite loss stops before anything is written; a non-finite gradient leaves its weight
         bit-identical. Several examples share a pass (`pack`); gradients of several passes are summed in fp32.
         on_batch: called after each pass but the last; reference: (T,) log p of each example's targets, by the
-        weights before the job, where the objective needs it.
+        weights before the job, where the objective needs it; adam: of this step's moments.
         """
         self._measured, self._forward_s = None, 0.0
         self.optimizer.lr = lr
         self.optimizer.weight_decay = self.options.weight_decay if weight_decay is None else weight_decay
+        self._use_adam(adam or AdamRule())
         told = on_batch or (lambda: None)
         try:
             update = make_update(
@@ -194,6 +196,12 @@ class Trainer:
             return
         is_main = rank == self.options.rank
         self.optimizer = self.main_optimizer if is_main else make_optimizer(self.live, self.options, rank)
+
+    def _use_adam(self, rule: AdamRule) -> None:
+        options, own = self.options, (rule.beta1, rule.beta2, rule.eps)
+        configured = (options.beta1, options.beta2, options.eps)
+        beta1, beta2, eps = (a if b is None else b for a, b in zip(configured, own, strict=True))
+        self.optimizer.betas, self.optimizer.eps = (beta1, beta2), eps
 
     def close(self) -> None:
         """Takes its hooks off the model, so that another trainer may train it."""

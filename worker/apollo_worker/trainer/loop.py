@@ -207,6 +207,7 @@ class MainLoop:
                     is_mean=todo.is_mean,
                     objective=todo.objective,
                     reference=[reference[i] for i in todo.rows_of(step)] if reference else None,
+                    adam=todo.adam,
                 )
             loss, step_s = result.loss, time.perf_counter() - started
             is_counted = trainer.optimizer is trainer.main_optimizer
