@@ -10,7 +10,7 @@ import msgspec
 import pytest
 import torch
 from apollo_worker.jobs.example import TokenisedExample
-from apollo_worker.jobs.job_plan import JobPlan, plan
+from apollo_worker.jobs.job_plan import AdamRule, JobPlan, plan
 from apollo_worker.jobs.queue import JobQueue
 from apollo_worker.model.live_model import load_offline
 from apollo_worker.step.step import StepResult, Trainer, VllmDied
@@ -333,3 +333,20 @@ def test_the_option_is_read_and_a_wrong_one_names_its_field():
     assert refused.value.field == "options.accumulate_steps"
     with pytest.raises(UserError, match="did you mean 'accumulate_steps'"):
         parse_train_body(body(acumulate_steps=4))
+
+
+def test_a_jobs_own_betas_and_eps_hold_for_its_steps_alone(model_dir):
+    """Three steps, the middle one with betas of its own, are those of an optimizer that is set to them by
+    hand; without them the middle one is another step."""
+    own, example = AdamRule(0.5, 0.6, 1e-3), example_of(1)
+    told, by_hand, plain = (make_trainer(model_dir) for _ in range(3))
+    for number in range(3):
+        is_own = number == 1
+        told.step_on([example], 1e-3, adam=own if is_own else None)
+        plain.step_on([example], 1e-3)
+        by_hand.options = (
+            msgspec.structs.replace(OPTIONS, beta1=0.5, beta2=0.6, eps=1e-3) if is_own else OPTIONS
+        )
+        by_hand.step_on([example], 1e-3)
+    assert differing(weights(told), weights(by_hand)) == []
+    assert differing(weights(told), weights(plain)) != []
