@@ -62,6 +62,7 @@ FOREIGN_FLAGS = {
     "--hf-overrides",
     "--load-format",
     "--logdir",
+    "--logprobs-mode",
     "--max-model-len",
     "--moe-backend",
     "--no-enable-prefix-caching",

@@ -49,7 +49,7 @@ class OptimStep(Body, frozen=True):
 
 
 class SaveWeights(Body, frozen=True):
-    """ttl_seconds: what is kept is said by checkpoint.keep_versions, and by the pin on the last save."""
+    """ttl_seconds: what is kept is said by checkpoint.history, and by the pin on the last save."""
 
     model_id: str
     seq_id: int
