@@ -67,6 +67,7 @@ FOREIGN_FLAGS = {
     "--moe-backend",
     "--no-enable-prefix-caching",
     "--now",
+    "--served-model-name",
 }
 # Of the programs behind our commands, which argparse reads.
 ARGPARSE_FILES = [

@@ -119,6 +119,11 @@ class Sample(Body, frozen=True):
     prompt_logprobs: bool = False
     prompt_logprobs_last_n: int | None = None
 
+    @property
+    def is_scoring(self) -> bool:
+        """compute_logprobs: the one token that it asks for besides is not looked at."""
+        return self.prompt_logprobs and self.num_samples == 1 and self.sampling_params.max_tokens == 1
+
 
 class SessionId(Body, frozen=True):
     session_id: str

@@ -29,6 +29,7 @@ from apollo_router.tinker.bodies import (
     read_json,
     read_path,
 )
+from apollo_router.tinker.reference import Reference
 from apollo_router.tinker.sampling import Vllm
 from apollo_router.tinker.store import Asked, Store
 
@@ -40,6 +41,16 @@ FULL_WEIGHTS = (
 )
 
 
+class StaleSampler(UserError):
+    """weight_version: of the snapshot."""
+
+    code = "stale_sampler"
+
+    def __init__(self, message: str, weight_version: int):
+        super().__init__(message)
+        self.weight_version = weight_version
+
+
 class JobFailed(ApolloError):
     """The step that an optim_step asked for is not in the weights."""
 
@@ -47,11 +58,13 @@ class JobFailed(ApolloError):
 class Runner:
     """Belongs to one event loop, and is the only one that has the store open.
 
-    away: why nothing is done right now, None where something is.
+    reference: the weights that the last model began with. away: why nothing is done right now, None where
+    something is.
     """
 
     def __init__(self, gateway: Gateway, store: Store, vllm: Vllm):
         self._gateway, self._store, self._vllm = gateway, store, vllm
+        self.reference = Reference(gateway.config.runtime_dir)
         self._news, self._settled = asyncio.Event(), asyncio.Condition()
         self.away: str | None = None
 
@@ -175,7 +188,8 @@ class Runner:
         return {"type": "save_weights", "path": path}
 
     async def _save_for_sampler(self, request: Asked) -> dict[str, Any]:
-        """Writes nothing: the weights are served already. What is kept is which version they are."""
+        """The weights are served already: what is kept is which version they are. Those that a run begins
+        with are kept themselves, since runs are measured against them."""
         await asyncio.to_thread(self._store.require_owner, request.scope)
         body, version = read_json(request.body, SaveForSampler), await self.weight_version()
         if body.path is not None:
@@ -183,8 +197,16 @@ class Runner:
             await asyncio.to_thread(self._store.save, path, version)
             return {"type": "save_weights_for_sampler", "path": path}
         sampler_id = f"{request.scope}:sample:{body.sampling_session_seq_id}"
+        if body.kind == "snapshot" and not await asyncio.to_thread(self._store.has_stepped, request.scope):
+            await self._keep_reference(version)
         await asyncio.to_thread(self._store.add_sampler, sampler_id, body.kind, version)
         return {"type": "save_weights_for_sampler", "sampling_session_id": sampler_id}
+
+    async def _keep_reference(self, version: int) -> None:
+        if self.reference.version != version:
+            # Whole shards: what reads them knows no differences.
+            await self._gateway.client.request(SyncCheckpoint(""), timeout_s=SYNC_TIMEOUT_S)
+            await self.reference.keep(version)
 
     async def _load_weights(self, request: Asked) -> dict[str, Any]:
         body = read_json(request.body, LoadWeights)
@@ -224,7 +246,7 @@ class Runner:
         return sampler_id
 
     async def require_fresh(self, sampler_id: str) -> None:
-        """Raises UserError where a snapshot's weights are served no more."""
+        """Raises StaleSampler where a snapshot's weights are served no more."""
         sampler = await asyncio.to_thread(self._store.sampler, sampler_id)
         if sampler.kind == "snapshot":
             _require_fresh("this sampler", sampler.weight_version, await self.weight_version())
@@ -277,8 +299,8 @@ def _require_adam(config: dict[str, Any]) -> None:
 
 def _require_fresh(what: str, version: int, served: int) -> None:
     if version != served:
-        raise UserError(
+        raise StaleSampler(
             f"{what} is of weights {version}, and the one copy of the weights is at {served}: make a "
             "new sampling client (save_weights_and_get_sampling_client), or one of kind 'inflight'",
-            code="stale_sampler",
+            version,
         )

@@ -66,10 +66,7 @@ class Vllm:
                 **({"logprobs": floats(logprobs)} if logprobs else {}),
             )
         if asked.prompt_logprobs:
-            values = _prompt_logprobs(said, prompt)
-            if asked.prompt_logprobs_last_n is not None:
-                values[: len(values) - asked.prompt_logprobs_last_n] = np.nan
-            response.prompt_logprobs = floats(values)
+            response.prompt_logprobs = floats(_last(asked, _prompt_logprobs(said, prompt)))
         return response.SerializeToString()
 
     async def logprobs(self, data: Sequence[Datum]) -> list[NDArray[np.float64]]:
@@ -120,6 +117,21 @@ class Vllm:
         if answer.status_code >= 500:
             raise ApolloError(f"vLLM failed: {message}")
         raise UserError(f"vLLM refuses it: {message}")
+
+
+def scores(asked: Sample, logprobs: Sequence[float]) -> bytes:
+    """A SampleResponse of an empty sequence. logprobs: of each token of the prompt but the first."""
+    pb = schema()
+    response = pb.SampleResponse(prompt_logprobs=floats(_last(asked, np.asarray([np.nan, *logprobs]))))
+    response.sequences.add(stop_reason=pb.STOP_REASON_LENGTH)
+    return response.SerializeToString()
+
+
+def _last(asked: Sample, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Only those that were asked for."""
+    if asked.prompt_logprobs_last_n is not None:
+        values[: len(values) - asked.prompt_logprobs_last_n] = np.nan
+    return values
 
 
 def _prompt_logprobs(said: dict[str, Any], prompt: Sequence[int]) -> NDArray[np.float64]:

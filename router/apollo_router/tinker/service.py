@@ -15,8 +15,8 @@ from apollo_router.fine_tuning.delivery import patiently
 from apollo_router.gateway import Gateway
 from apollo_router.log import logger
 from apollo_router.tinker.bodies import Sample
-from apollo_router.tinker.runner import Runner
-from apollo_router.tinker.sampling import Vllm
+from apollo_router.tinker.runner import Runner, StaleSampler
+from apollo_router.tinker.sampling import Vllm, scores
 from apollo_router.tinker.store import Store, store_path
 
 SAMPLE_KEPT_S = 600.0  # an answer that nobody fetches; the SDK asks every 45 s
@@ -62,6 +62,7 @@ class Service:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.runner.reference.close()
         await self.vllm.close()
         self.store.close()
 
@@ -94,9 +95,7 @@ class Service:
     async def _sample(self, asked: Sample) -> Answer:
         """Asked before and after: a snapshot's answer is of its weights alone."""
         try:
-            await self._require_fresh(asked)
-            answer = await self.vllm.sample(asked)
-            await self._require_fresh(asked)
+            answer = await self._fresh_sample(asked)
         except ApolloError as error:
             category = "user" if isinstance(error, UserError) else "server"
             return "json", msgspec.json.encode({"error": error.message, "category": category})
@@ -106,6 +105,19 @@ class Service:
                 {"error": "internal error; see vLLM's log", "category": "server"}
             )
         return "protobuf", answer
+
+    async def _fresh_sample(self, asked: Sample) -> bytes:
+        try:
+            await self._require_fresh(asked)
+            answer = await self.vllm.sample(asked)
+            await self._require_fresh(asked)
+        except StaleSampler as error:
+            is_kept = error.weight_version == self.runner.reference.version
+            if not (is_kept and asked.is_scoring):
+                raise
+            ids = asked.prompt.ids()
+            answer = scores(asked, await self.runner.reference.logprobs(ids))
+        return answer
 
     async def _require_fresh(self, asked: Sample) -> None:
         await patiently(lambda: self.runner.require_fresh(asked.sampling_session_id))

@@ -109,8 +109,8 @@ class Store(Database):
             ).fetchone()
             if owner is not None and (left_s := owner["seen_at"] + LEASE_S - now) > 0:
                 raise UserError(
-                    f"the one copy of the weights is being trained by {owner['id']}; close its "
-                    f"ServiceClient, or wait: its lease ends {left_s:.0f} s after its last sign of life"
+                    f"the one copy of the weights is being trained by {owner['id']}: close its client, "
+                    f"or wait until its lease ends, {left_s:.0f} s from now if its program has ended"
                 )
             db.execute("UPDATE models SET is_owner = 0")
             db.execute(
@@ -182,6 +182,14 @@ class Store(Database):
             request.seq,
         )
         return [Asked(**row) for row in rows]
+
+    def has_stepped(self, scope: str) -> bool:
+        return bool(
+            self.query(
+                "SELECT 1 FROM requests WHERE scope = ? AND kind = 'optim_step' AND state = 'done' LIMIT 1",
+                scope,
+            )
+        )
 
     # --- what was kept ---
 

@@ -4,15 +4,21 @@ and the model gives each token a log-probability that its id says."""
 from __future__ import annotations
 
 import math
+import os
+import queue
+import threading
+from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from apollo_router.tinker.store import Store, store_path
-from router_harness import TRAIN_KEY, FakeWorker, Server, wait_until
+from router_harness import TRAIN_KEY, FakeWorker, Server, share_weights, wait_until
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from apollo_ipc.wire.replies import PinResult, RestoreResult
+from apollo_ipc.wire.messages import SyncCheckpoint
+from apollo_ipc.wire.replies import PinResult, RestoreResult, SyncResult
 
 tinker = pytest.importorskip("tinker", reason="the extra `tinker` is not installed")
 from tinker import types  # noqa: E402
@@ -58,7 +64,27 @@ def make_service(server, key=TRAIN_KEY):
 
 
 @pytest.fixture
-def service(server, worker, asked):
+def told(worker):
+    """What the trainer was asked between two steps: it syncs as version 3, and restores."""
+    told, stop = [], threading.Event()
+
+    def answer() -> None:
+        while not stop.is_set():
+            with suppress(queue.Empty):
+                asked = worker.board.asked.get(timeout=0.05)
+                told.append(asked.request)
+                is_sync = isinstance(asked.request, SyncCheckpoint)
+                synced = SyncResult(3, 1.0, 10, 2, 1, 1000, 200, 0.5)
+                asked.done.set_result(synced if is_sync else RestoreResult(3, 6, 1, 0, True, 0.1))
+
+    thread = worker.in_background(answer)
+    yield told
+    stop.set()
+    thread.join(10)
+
+
+@pytest.fixture
+def service(server, worker, asked, told):
     with make_service(server) as service:
         yield service
 
@@ -181,32 +207,64 @@ def test_logprobs_that_do_not_follow_the_temperature_are_not_given(training):
     assert said.sequences[0].logprobs is None
 
 
-def test_weights_are_saved_by_a_sync_and_loaded_by_a_restore(service, training, worker, monkeypatch):
-    pinned, restored = [], []
+def test_weights_are_saved_by_a_sync_and_loaded_by_a_restore(service, training, worker, told, monkeypatch):
+    pinned = []
 
     def pin(version):
         pinned.append(version)
         return PinResult("/m", version, None)
 
-    def restore():
-        asked = worker.board.asked.get(timeout=10)
-        restored.append(asked.request.weight_version)
-        asked.done.set_result(RestoreResult(restored[0], 6, 1, 0, True, 0.1))
-
     monkeypatch.setattr(worker.server._answers, "_pin", pin)
-    worker.in_background(worker.answer_sync)
     path = training.save_state("one").result(20).path
     assert path == f"tinker://{training.model_id}/weights/one"
     assert pinned == [3]
     worker.board.state.weight_version = 5
-    worker.in_background(restore)
     training.load_state_with_optimizer(path).result(20)
-    assert restored == [3]
+    assert told[-1].weight_version == 3
     rest = service.create_rest_client()
     info = rest.get_weights_info_by_tinker_path(path).result(20)
     assert (info.base_model, info.is_lora) == ("m", False)
     assert rest.get_training_run_by_tinker_path(path).result(20).base_model == "m"
     assert fails(lambda: training.save_state("one")).startswith(f"{path} is there already")
+
+
+def test_the_weights_of_a_runs_beginning_still_score_when_they_are_served_no_more(
+    training, worker, asked, config, tmp_path, monkeypatch
+):
+    """As the recipe of DPO wants it. Read from hard links beside the model, by a process of its own; here one
+    that gives each token its place."""
+    model_dir = tmp_path / "m"
+    model_dir.mkdir()
+    (model_dir / "weights").write_text("as they were")
+    monkeypatch.setattr("apollo_router.tinker.reference.snapshot", fake_snapshot(model_dir))
+    share_weights(config, "boot")
+    program = tmp_path / "apollo_worker" / "commands" / "logprobs.py"
+    program.parent.mkdir(parents=True)
+    for package in (program.parent, program.parent.parent):
+        (package / "__init__.py").touch()
+    program.write_text(
+        "import json, sys\n"
+        "assert open(sys.argv[1] + '/weights').read() == 'as they were'\n"
+        "for line in sys.stdin: print([-i for i in range(1, len(json.loads(line)))], flush=True)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    sampler = training.save_weights_and_get_sampling_client().result(20)
+    prompt = types.ModelInput.from_ints([1, 2, 3])
+    assert sampler.compute_logprobs(prompt).result(20)[1:] == pytest.approx([-0.02, -0.03])  # vLLM's
+    worker.board.state.weight_version += 1
+    assert sampler.compute_logprobs(prompt).result(20) == [None, -1, -2]
+    params = types.SamplingParams(max_tokens=2)
+    assert "this sampler is of weights 0" in fails(lambda: sampler.sample(prompt, 1, params))
+
+
+def fake_snapshot(model_dir):
+    @contextmanager
+    def taken(_):
+        held_by = os.open(model_dir, os.O_RDONLY)
+        yield SimpleNamespace(path=model_dir, held_by=held_by, commit=SimpleNamespace(weight_version=0))
+        os.close(held_by)
+
+    return taken
 
 
 # --- what dies, and what comes twice ---
