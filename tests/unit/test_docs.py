@@ -14,6 +14,8 @@ from apollo_router import teaching
 from apollo_router.fine_tuning.store import Store as FineTuningStore
 from apollo_router.fine_tuning.store import store_path as fine_tuning_path
 from apollo_router.routes import router
+from apollo_router.tinker.store import Store as TinkerStore
+from apollo_router.tinker.store import store_path as tinker_path
 from apollo_router.worker_metrics import WorkerMetrics
 from apollo_worker.curves.marks import Marks, marks_path
 from apollo_worker.front.endpoint import Endpoint
@@ -291,6 +293,7 @@ def test_every_file_of_the_state_page_is_one_that_the_code_makes(tmp_path):
     curves = Marks(marks_path(config.state_dir), "wandb")
     store = Store(store_path(config))
     uploads = FineTuningStore(fine_tuning_path(config))
+    futures = TinkerStore(tinker_path(config))
     outbox = Outbox(outbox_path(config), [])
     lessons = TeachStore(teach_path(config))
     with the_teacher(config) as is_ours:
@@ -305,6 +308,7 @@ def test_every_file_of_the_state_page_is_one_that_the_code_makes(tmp_path):
     made = {file.name for file in [*config.runtime_dir.iterdir(), *config.state_dir.iterdir()]}
     store.close()
     uploads.close()
+    futures.close()
     outbox.close()
     curves.close()
     lessons.close()
