@@ -27,6 +27,7 @@ from apollo_router.body import read_body
 from apollo_router.errors import ErrorRoute, HttpError, json_response
 from apollo_router.gateway import Gateway
 from apollo_router.params import NoQuery, read_query
+from apollo_router.ui.forecast import Forecast
 from apollo_router.ui.stream import page_stream
 
 MAX_LOGIN_BYTES = 4096
@@ -150,6 +151,15 @@ async def quality(request: Request) -> Response:
     read_query(request, NoQuery)
     gateway: Gateway = request.app.state.apollo
     return json_response({"measurements": await asyncio.to_thread(_measurements, gateway)})
+
+
+@router.get("/plan")
+async def plan(request: Request) -> Response:
+    """The MemoryPlan of the served model; computed when it is first asked for."""
+    read_query(request, NoQuery)
+    state = request.app.state
+    state.apollo_forecast = getattr(state, "apollo_forecast", None) or Forecast()
+    return json_response(await state.apollo.until_gone(state.apollo_forecast.get(state.apollo), request))
 
 
 def _measurements(gateway: Gateway) -> list[Any]:

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import msgspec
 import typer
 from rich.table import Column, Table
 
 from apollo_ipc.cli.options import AsJson, ConfigFile
 from apollo_ipc.cli.output import console, describe_bytes, print_json
 from apollo_ipc.config import load_config
-from apollo_ipc.errors import ApolloError, ConfigError, UserError
-from apollo_ipc.memory_plan import Item, MemoryPlan
+from apollo_ipc.errors import ConfigError, UserError
+from apollo_ipc.memory_plan import VLLM_UTILIZATION, Item, MemoryPlan, plan_command, read_plan
 from apollo_ipc.model_dir import check_is_dir
 from apollo_ipc.process.progress import progress
 
-VLLM_UTILIZATION = 0.92  # vLLM's default: gpu_memory_utilization in vllm/config/cache.py
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY_UNITS = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 MIN_DEVICE_BYTES = 10**6  # below it a unit was forgotten
@@ -103,25 +100,9 @@ def _train_options(config_file: Path | None, flags: dict[str, tuple[str, Any]]) 
 
 
 def _run(request: dict[str, Any]) -> MemoryPlan:
-    """Runs apollo_worker.commands.memory_plan. Raises ApolloError with what it said and its exit status."""
-    command = [
-        sys.executable,
-        "-m",
-        "apollo_worker.commands.memory_plan",
-        msgspec.json.encode(request).decode(),
-    ]
     with progress("computing a step on shapes alone"):
-        done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
-    answer = msgspec.json.decode(done.stdout) if done.stdout else {}
-    if done.returncode == 0:
-        return msgspec.convert(answer, MemoryPlan)
-    told = answer.get("error") or {
-        "message": "the plan ended early; what it said is above",
-        "code": "plan_failed",
-    }
-    error = ApolloError(**told)
-    error.exit_code = done.returncode if done.returncode > 0 else 1
-    raise error
+        done = subprocess.run(plan_command(request), stdout=subprocess.PIPE, check=False)
+    return read_plan(done.stdout, done.returncode)
 
 
 def _print(made: MemoryPlan) -> None:

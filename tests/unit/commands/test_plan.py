@@ -17,8 +17,8 @@ import torch
 from apollo_worker.commands import memory_plan
 from apollo_worker.commands.memory_plan import Request, has_compiled_update, plan
 from apollo_worker.jobs.example import TokenisedExample
+from apollo_worker.model.cpu_products import has_bf16_units
 from apollo_worker.model.live_model import load_offline
-from apollo_worker.optimizer.cpu import has_bf16_units
 from apollo_worker.step.step import Trainer
 from places import ROOT
 from torch.profiler import ProfilerActivity, profile
@@ -191,6 +191,7 @@ def test_the_projections_that_are_kept_are_forecast_to_the_byte(model_dirs, proj
 def test_gradients_that_wait_are_forecast_on_a_cpu_and_not_on_a_gpu(model_dirs, monkeypatch):
     """The head is the peak, unless more may wait than a model of this size has."""
     request = Request(str(model_dirs["qwen3"]), Train(max_tokens=8), 0.5)
+    monkeypatch.setattr(memory_plan, "extra_bytes", lambda *_: 0)  # of some CPUs' head that is more
     monkeypatch.setattr(memory_plan, "CPU_HELD_ELEMENTS", 0)
     none = of(plan(request).trainer, "one step")
     monkeypatch.setattr(memory_plan, "CPU_HELD_ELEMENTS", 2**40)

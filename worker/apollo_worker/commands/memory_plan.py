@@ -23,7 +23,7 @@ from apollo_ipc.config import Train
 from apollo_ipc.errors import ApolloError, AttachError, UserError
 from apollo_ipc.memory_plan import Item, MemoryPlan
 from apollo_worker.commands.step_memory import StepSimulator
-from apollo_worker.model.cpu_products import has_bf16_products
+from apollo_worker.model.cpu_products import extra_bytes
 from apollo_worker.model.experts import expert_stacks
 from apollo_worker.model.hf_model import read_model_config, vocab_size_of
 from apollo_worker.optimizer.apollo import Apollo
@@ -65,8 +65,8 @@ def plan(request: Request) -> MemoryPlan:
         dtype, assumptions = served_dtype(config)
         positions = getattr(config.get_text_config(), "max_position_embeddings", None) or options.max_tokens
         num_tokens = min(options.max_tokens, positions)
-        converts = not device.is_gpu and not has_bf16_products()
-        step = StepSimulator(model_dir, dtype, num_tokens, options.logit_chunk_tokens, converts)
+        of_product = None if device.is_gpu else extra_bytes
+        step = StepSimulator(model_dir, dtype, num_tokens, options.logit_chunk_tokens, of_product)
     except AttachError as error:
         raise UserError(
             f"{error.message.splitlines()[0]}; give the directory of a causal language model that "

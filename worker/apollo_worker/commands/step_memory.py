@@ -22,7 +22,6 @@ from torch.utils._pytree import tree_iter
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from apollo_worker.model.cpu_products import converted_bytes
 from apollo_worker.model.hf_model import build_model, parameter_names
 from apollo_worker.step.forward import enable_activation_checkpointing, read_head
 from apollo_worker.step.loss import target_loss
@@ -43,12 +42,12 @@ class StepMemory:
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the storages that operators return, for as long as they live.
 
-    converts: with what products of bf16 take for a moment where they are made in fp32 (cpu_products.py).
+    of_product: what a product of bf16 of that m, k, n takes for a moment beside its result.
     """
 
-    def __init__(self, converts: bool = False) -> None:
+    def __init__(self, of_product: Callable[[int, int, int], int] | None = None) -> None:
         super().__init__()
-        self._converts = converts
+        self._of_product = of_product
         self._known: set[int] = set()
         self.live = self.peak = 0
 
@@ -60,7 +59,7 @@ class LiveBytes(TorchDispatchMode):
         # autograd adds two gradients of one tensor in place, but not where they are fake: there it drops both
         # at once. A sum of what is kept is seen by whatever comes next.
         if func is not torch.ops.aten.add.Tensor:
-            self.reserve(self._converted(func, args))
+            self.reserve(self._extra(func, args))
         return result
 
     def ignore(self, tensor: Tensor) -> None:
@@ -80,11 +79,11 @@ class LiveBytes(TorchDispatchMode):
         self.live += num_bytes
         weakref.finalize(storage, self._drop, key, num_bytes)
 
-    def _converted(self, func: Any, args: Any) -> int:
-        if not self._converts or func not in _PRODUCTS:
+    def _extra(self, func: Any, args: Any) -> int:
+        if self._of_product is None or func not in _PRODUCTS:
             return 0
         a, b = args[-2:]
-        return converted_bytes(*a.shape[-2:], b.shape[-1]) if a.dtype == torch.bfloat16 else 0
+        return self._of_product(*a.shape[-2:], b.shape[-1]) if a.dtype == torch.bfloat16 else 0
 
     def _drop(self, key: int, num_bytes: int) -> None:
         self._known.discard(key)
@@ -108,9 +107,14 @@ class StepSimulator:
     """
 
     def __init__(
-        self, model_dir: Path, dtype: torch.dtype, num_tokens: int, chunk_tokens: int, converts: bool = False
+        self,
+        model_dir: Path,
+        dtype: torch.dtype,
+        num_tokens: int,
+        chunk_tokens: int,
+        of_product: Callable[[int, int, int], int] | None = None,
     ):
-        self.model, self._converts = build_model(model_dir, dtype), converts
+        self.model, self._of_product = build_model(model_dir, dtype), of_product
         self._num_tokens, self._chunk_tokens = num_tokens, chunk_tokens
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._fill()
@@ -197,7 +201,7 @@ class StepSimulator:
         return self.model.base_model(input_ids=self._ids(), use_cache=False).last_hidden_state
 
     def _counter(self) -> LiveBytes:
-        counter = LiveBytes(self._converts)
+        counter = LiveBytes(self._of_product)
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             counter.ignore(tensor)
         return counter

@@ -23,6 +23,12 @@ def has_bf16_products() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def has_bf16_units() -> bool:
+    """Whether this CPU multiplies bf16 in hardware (AVX512-BF16, AMX), which torch's products then use."""
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in probes)
+
+
 def convert_where_needed() -> None:
     """From here on, all of this process's products of bf16 on its CPU, backward passes too. Where torch has
     kernels, nothing is changed."""
@@ -67,8 +73,16 @@ def bmm(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
+def extra_bytes(m: int, k: int, n: int) -> int:
+    """What a product of bf16 holds at one time beside its operands and its result, on this CPU."""
+    if not has_bf16_products():
+        return converted_bytes(m, k, n)
+    # Without the instructions oneDNN sums in fp32 all of the result before it rounds it.
+    return 0 if has_bf16_units() else 4 * m * n
+
+
 def converted_bytes(*dimensions: int) -> int:
-    """What a product of these m, k and n holds at one time beside its operands and its result."""
+    """The same of our own products of these m, k and n."""
     short, middle, long = sorted(dimensions)
     step = min(long, max(1, BLOCK_ELEMENTS // max(1, middle)))
     return 4 * (short * middle + step * (short + middle))

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from apollo_worker.model.cpu_products import has_bf16_units
 from apollo_worker.optimizer import cpu_kernels as sketching
 from apollo_worker.optimizer import cpu_write as kernels
 from apollo_worker.optimizer.cpu_kernels import F32, U32
@@ -273,12 +274,6 @@ def _to_write(arrays: _Arrays, G: np.ndarray, scale: np.ndarray, hyper: Hyper, p
         scale.reshape(-1, 1 if len(scale) == len(G) else part),
         *(F32(-hyper.lr), F32(hyper.weight_decay), U32(key1), U32(key2)),
     )
-
-
-def has_bf16_units() -> bool:
-    """Whether this CPU multiplies bf16 in hardware (AVX512-BF16, AMX), which torch's products then use."""
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, lambda: False)() for name in probes)
 
 
 def kept_bytes(parameters: Iterable[Tensor], kind: str, rank: int) -> int:

@@ -16,6 +16,7 @@ let history = []; // [seconds, steps done] of the job
 let tokens = []; // [seconds, tokens] of the worker
 let drawnAt = 0;
 let timer = null;
+let plan = null; // of the memory: null not asked for, undefined on its way, else {trainer_bytes} or {error}
 
 export function onStatus(newest) {
   status = newest;
@@ -110,14 +111,26 @@ function chart() {
   });
 }
 
+async function forecast() {
+  plan = undefined;
+  try {
+    plan = await api("GET", "train/ui/plan");
+  } catch (error) {
+    plan = { error: error.message };
+  }
+  memory();
+}
+
 function memory() {
   const { memory_bytes: own = {}, last_sync: sync, tally } = status;
-  const planned = status.optimizer_state_bytes;
+  const moments = status.optimizer_state_bytes;
+  if (plan === null && status.attached) forecast();
   figures($("memory-figures"), [
     ["trainer's own memory", bytes(own.trainer)],
-    ["of it planned: the optimizer's moments", planned ? bytes(planned) : null],
-    ["front's own memory", bytes(own.front)],
+    ["of it the optimizer's moments", moments ? bytes(moments) : null],
     ["most reserved on the GPU", status.device_bytes ? bytes(status.device_bytes) : null],
+    ["training at its peak, by plan", plan?.error ?? (plan ? bytes(plan.trainer_bytes) : "being computed")],
+    ["front's own memory", bytes(own.front)],
     ["last checkpoint", sync ? `version ${sync.weight_version}, ${ago(sync.committed_at)}` : "none yet"],
     ["it took", sync ? `${duration(sync.duration_s)}, ${bytes(sync.bytes_written)}` : null],
     ["training waited for it", sync ? duration(sync.training_waited_s) : null],
