@@ -84,8 +84,11 @@ def train(
 
 def run(config_file: ConfigFile = None, as_json: AsJson = False) -> None:
     """Train continuous tiers as moments are approved, and idle ones while nobody asks the model; until Ctrl-C
-    or SIGTERM. A job that runs then goes on, and is settled at the next start. With --json a line a batch."""
-    from apollo_curation.chat_client import learner
+    or SIGTERM. A job that runs then goes on, and is settled at the next start. With --json a line a batch.
+
+    Watched where quality.heldout is set: exit status 1 where the model became worse than it may."""
+    from apollo_curation.chat_client import judging, learner
+    from apollo_curation.quality.watch import Watching
     from apollo_curation.training import schedule
     from apollo_curation.training.idle import Idleness
 
@@ -94,11 +97,15 @@ def run(config_file: ConfigFile = None, as_json: AsJson = False) -> None:
         stop_by_signal() as stop,
         open_learning(config, stop) as learning,
         closing(learner(config, stop)) as model,
+        closing(judging(config, stop)) as other,
     ):
+        judge = other if config.judge.enabled else None
+        watching = Watching(config, learning.store, model, judge, learning.training)
         schedule.run(
             learning,
             Idleness(model, config.curation.idle_s),
             stop=stop,
+            watch=watching.turn,
             on_batch=lambda batch: print_json_line(batch) if as_json else say(describe_batch(batch)),
             on_away=lambda error: say(f"{error}; waiting for it"),
         )
@@ -243,7 +250,9 @@ def _as_data(turn: Trained) -> dict[str, Any]:
 def _describe_moment(moment: Moment) -> str:
     surprise = "-" if moment.surprise is None else f"{moment.surprise:.2f}"
     shown = short(moment.answer.content, TEXT_SHOWN) if moment.answer else ""
+    if moment.moves_away and moment.original:
+        shown = f"away from: {short(moment.original.content, TEXT_SHOWN)}"
     return (
         f"{moment.moment_id}  {moment.kind}  {moment.source}  surprise {surprise}  "
-        f"confidence {moment.confidence:.2f}  {shown}"
+        f"confidence {moment.confidence:.2f}  {shown}\n      {moment.why}"
     )

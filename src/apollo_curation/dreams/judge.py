@@ -19,6 +19,7 @@ from apollo_ipc.wire.requests import Message
 # examples that differ by a few names are two, but the second one is no new situation.
 MAX_SIMILARITY = 0.5
 MAX_REPEATS = 3  # a dreamer that repeats itself is asked again so many times
+NUM_IMPROVEMENTS = 2  # attempts at a response that is judged good
 NUM_EARLIER_SHOWN = 5  # situations that the dreamer is shown to avoid
 
 _SPEAKER = re.compile(r"\s*(?:user|person|human|assistant)\s*:\s*", re.IGNORECASE)
@@ -88,15 +89,24 @@ class Dreamer:
         return Judged(verdict.good, verdict.reason, min(max(verdict.confidence, 0.0), 1.0))
 
     def improve(self, dream: Dream) -> Message:
-        """The response that should have been given."""
+        """The response that should have been given: one that is judged good itself, at the second attempt at
+        the latest."""
         assert dream.response is not None
         assert dream.verdict is not None
-        case = (dream.lesson, dream.good, dream.situation, dream.response.content, dream.verdict.reason)
-        better = self._ask(prompts.Better, prompts.improve(*case)).response.strip()
-        if not better or better == dream.response.content.strip():
-            self.counts.num_dropped += 1
-            raise NoAnswer(f"the dreamer's better response is {'the same' if better else 'empty'}")
-        return Message("assistant", better)
+        response, reason = dream.response.content, dream.verdict.reason
+        for _ in range(NUM_IMPROVEMENTS):
+            case = (dream.lesson, dream.good, dream.situation, response, reason)
+            better = self._ask(prompts.Better, prompts.improve(*case)).response.strip()
+            if not better or better == dream.response.content.strip():
+                self.counts.num_dropped += 1
+                raise NoAnswer(f"the dreamer's better response is {'the same' if better else 'empty'}")
+            asked = prompts.judge(dream.lesson, dream.good, dream.situation, better)
+            verdict = self._ask(prompts.DreamVerdict, asked)
+            if verdict.good:
+                return Message("assistant", better)
+            response, reason = better, verdict.reason
+        self.counts.num_dropped += 1
+        raise NoAnswer(f"the dreamer's better response was judged bad as well: {reason}")
 
     def _ask(self, kind: type[T], messages: list[Message], temperature: float = 0.0) -> T:
         try:

@@ -75,7 +75,7 @@ def judge(
     """
     counts = JudgeCounts()
     waiting = list(which) if which is not None else unjudged(moments)
-    running: dict[Future[tuple[MomentVerdict | None, Counts]], Moment] = {}
+    running: dict[Future[_Judged], Moment] = {}
     with ThreadPoolExecutor(settings.num_parallel, thread_name_prefix="judge") as pool:
         while True:
             while waiting and len(running) < settings.num_parallel and not counts.num_away and not stop():
@@ -129,17 +129,44 @@ def _speaks_for_itself(moment: Moment) -> bool:
     return moment.kind not in REACTIONS or moment.is_told or (moment.hindsight or Hindsight("")).can_tell
 
 
-def _ask(moment: Moment, model: ChatClient, settings: Judge) -> tuple[MomentVerdict | None, Counts]:
+class _Judged(msgspec.Struct, frozen=True):
+    """better: what is to be learned instead, None where that stays as it is; refused: why the verdict's was
+    not taken."""
+
+    verdict: MomentVerdict | None
+    counts: Counts
+    better: Message | None = None
+    refused: str | None = None
+
+
+def _ask(moment: Moment, model: ChatClient, settings: Judge) -> _Judged:
     counts = Counts()
     asked = question(moment, settings.rubric)
-    return ask_for(MomentVerdict, model, asked, max_tokens=settings.max_tokens, counts=counts), counts
+    verdict = ask_for(MomentVerdict, model, asked, max_tokens=settings.max_tokens, counts=counts)
+    if verdict is None or verdict.verdict == "skip":
+        return _Judged(verdict, counts)
+    # What pleased the user is learned as it was, and a text cannot take the place of a call.
+    takes_text = moment.kind != "praise" and not (moment.answer and moment.answer.tool_calls)
+    text = verdict.better_answer.strip()
+    if not takes_text or (not text and moment.answer is not None):
+        return _Judged(verdict, counts)
+    if why := refuse_answer(moment, text):
+        return _Judged(verdict, counts, refused=why)
+    better = Message("assistant", text)
+    if better == moment.answer:
+        return _Judged(verdict, counts)
+    # It is trained only if the judge stands by it when it reads it as one that somebody proposes.
+    asked = question(msgspec.structs.replace(moment, answer=better), f"{settings.rubric.strip()}\n\n{AGAIN}")
+    again = ask_for(MomentVerdict, model, asked, max_tokens=settings.max_tokens, counts=counts)
+    if again is None or again.verdict == "skip":
+        why = "the second verdict did not parse" if again is None else again.reason.strip()
+        return _Judged(verdict, counts, refused=f"read again, it did not hold: {why}")
+    return _Judged(verdict, counts, better)
 
 
-def _take(
-    moments: Moments, moment: Moment, future: Future[tuple[MomentVerdict | None, Counts]], counts: JudgeCounts
-) -> None:
+def _take(moments: Moments, moment: Moment, future: Future[_Judged], counts: JudgeCounts) -> None:
     try:
-        verdict, parsed = future.result()
+        judged = future.result()
     except ModelAway as error:
         counts.num_away += 1
         counts.problem = error.message
@@ -150,12 +177,13 @@ def _take(
         counts.num_refused += 1
         counts.problem = error.message
         return
-    counts.num_retried += parsed.num_retried
+    verdict = judged.verdict
+    counts.num_retried += judged.counts.num_retried
     changes: dict[str, Any] = {"num_judged": moment.num_judged + 1, "decided_by": "judge"}
     if verdict is None:
         changes |= {"state": "dropped", "decided_reason": "two answers of the judge did not parse"}
     else:
-        changes |= _changes(moment, verdict, counts)
+        changes |= _changes(judged, verdict, counts)
     try:
         moments.change(moment.moment_id, expected=["flagged"], **changes)
     except UserError:
@@ -169,24 +197,17 @@ def _take(
     counts.num_to_skip += verdict.verdict == "skip"
 
 
-def _changes(moment: Moment, verdict: MomentVerdict, counts: JudgeCounts) -> dict[str, Any]:
+def _changes(judged: _Judged, verdict: MomentVerdict, counts: JudgeCounts) -> dict[str, Any]:
     changes: dict[str, Any] = {"confidence": verdict.confidence, "decided_reason": verdict.reason.strip()}
     if verdict.verdict == "skip":
         return changes | {"state": "rejected"}
-    # What pleased the user is learned as it was, and a text cannot take the place of a call.
-    takes_text = moment.kind != "praise" and not (moment.answer and moment.answer.tool_calls)
-    better = verdict.better_answer.strip()
-    if not takes_text or (not better and moment.answer is not None):
-        return changes
-    if why := refuse_answer(moment, better):
+    if judged.refused is not None:
         counts.num_answers_refused += 1
-        return changes | {
-            "decided_reason": f"{verdict.reason.strip()} (Its better answer was refused: {why})"
-        }
-    answer = Message("assistant", better)
-    if answer != moment.answer:
+        reason = f"{verdict.reason.strip()} (Its better answer was refused: {judged.refused})"
+        return changes | {"decided_reason": reason}
+    if judged.better is not None:
         counts.num_answers += 1
-        changes |= {"answer": answer, "surprise": None}
+        changes |= {"answer": judged.better, "surprise": None}
     return changes
 
 
@@ -219,6 +240,10 @@ confidence: 0 to 1, how sure you are that learning from it serves people;
 better_answer: what the assistant should have said at the decision, complete, without an apology and without a
 word about what came later; empty where `proposed` is right as it stands, where it is a call of a tool, or
 where the verdict is "skip"."""
+
+AGAIN = """\ Now judge `proposed` alone: it was written to stand in the place of the decision. The verdict is
+"learn" only where it answers what was asked, is right, and is what the user turned out to want; else
+"skip"."""
 
 
 def question(moment: Moment, rubric: str) -> list[Message]:

@@ -82,6 +82,18 @@ class Moment(msgspec.Struct, frozen=True):
         return self.kind in REACTIONS and not self.is_told and self.hindsight is None
 
     @property
+    def why(self) -> str:
+        """In words: what was noticed, what hindsight said, and who decided for what reason."""
+        parts = [self.reason or "Dreamt."]
+        if self.hindsight is not None:
+            parts.append(self.hindsight.sentence)
+        elif self.is_candidate:
+            parts.append("A candidate: the served model has not scored the next message yet.")
+        if self.decided_reason:
+            parts.append(f"Decided by {self.decided_by}: {self.decided_reason}")
+        return " ".join(part if part.endswith((".", "!", "?", ")")) else f"{part}." for part in parts)
+
+    @property
     def moves_away(self) -> bool:
         """A correction without a better answer: trained is that the wrong one becomes less likely."""
         return (

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 
-from apollo_curation.chat_client import judging, learner
+from apollo_curation.chat_client import ChatClient, judging, learner
 from apollo_curation.quality.monitor import Monitor, QualityReport
 from apollo_curation.settings import CurationConfig
 from apollo_curation.store import Store
@@ -42,6 +43,49 @@ def watched(
         after = monitor.after()
         if not after.ok:
             raise QualityBroken(describe_breaches(after))
+
+
+class Watching:
+    """Of a loop of small jobs: measured before the first one and after each, against the same reference for
+    curation.window_s, so that many small losses add up to one that is seen. A breach of a job brings back the
+    reference, as quality.on_breach says.
+
+    model: the one that learns; judge: None where no canary can be judged.
+    """
+
+    def __init__(
+        self,
+        config: CurationConfig,
+        store: Store,
+        model: ChatClient,
+        judge: ChatClient | None,
+        training: TrainClient,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        is_on = config.quality.enabled and bool(config.quality.heldout)
+        self._monitor = Monitor(config, store, model, judge, training) if is_on else None
+        self._window_s, self._clock = config.curation.window_s, clock
+        self._since: float | None = None  # None: no reference stands
+
+    @contextmanager
+    def turn(self) -> Iterator[Each]:
+        """`each` for what is trained within. Raises QualityBroken, before anything is trained or after; where
+        the block raises, or the server is away, the next turn makes up for it."""
+        if self._monitor is None:
+            yield ignore
+            return
+        since, self._since = self._since, None
+        if since is None or self._clock() - since >= self._window_s:
+            self._monitor.baseline = None  # so that `before` sees what a turn that raised has left
+            before = self._monitor.before()
+            if not before.may_go_on:
+                raise QualityBroken(f"worse than when it was last good: {describe_breaches(before)}")
+            since = self._clock()
+        yield self._monitor.guard()
+        after = self._monitor.after()
+        if not after.ok:
+            raise QualityBroken(describe_breaches(after))
+        self._since = since
 
 
 def describe_breaches(report: QualityReport) -> str:

@@ -6,7 +6,8 @@ A job that runs is not stopped when somebody comes: the worker trains at idle pr
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import msgspec
 
@@ -68,6 +69,11 @@ class Learning:
         return Trained(tier, choice, batch, sync)
 
 
+@contextmanager
+def unwatched() -> Iterator[Each]:
+    yield ignore
+
+
 class _Leave(Exception):
     """We are asked to end while a job runs: it goes on without us, `resume` settles it."""
 
@@ -78,36 +84,46 @@ def run(
     tiers: Sequence[TierName] = TIERS,
     stop: Callable[[], bool] = lambda: False,
     *,
-    each: Each = ignore,
+    watch: Callable[[], AbstractContextManager[Each]] = unwatched,
     on_batch: Callable[[Batch], None] = lambda batch: None,
     on_away: Callable[[NotReady], None] = lambda error: None,
 ) -> None:
     """Trains the continuous and idle ones of `tiers` until `stop()`; nightly tiers wait for `curate night`.
 
-    First, and whenever a server was away, what was left open is gone on with. A server that is away is
-    waited for without end, and said to `on_away`. A job that runs when `stop()` becomes true is left to
-    `resume`: it is not cancelled. Raises UserError where the server refuses us as a whole (key, no /train, no
-    metrics). `each` may raise StopTraining: it ends one batch, not the loop.
+    First, and whenever a server was away, what was left open is gone on with. A server that is away is waited
+    for without end, and said to `on_away`. A job that runs when `stop()` becomes true is left to `resume`: it
+    is not cancelled. Raises UserError where the server refuses us as a whole (key, no /train, no metrics).
+    watch: opened around whatever is trained; what it yields sees each job, and may raise StopTraining, which
+    ends one batch; what it raises itself ends the loop.
     """
 
-    def follow(job: JobInfo) -> None:
-        each(job)
-        if stop() and job.state not in ENDED_STATES:
-            raise _Leave
+    def followed(each: Each) -> Each:
+        def follow(job: JobInfo) -> None:
+            each(job)
+            if stop() and job.state not in ENDED_STATES:
+                raise _Leave
+
+        return follow
 
     waiting = _Waiting()
     while not stop():
         try:
-            for batch in learning.batches.resume(follow):
-                on_batch(batch)
+            if learning.batches.table.open():
+                with watch() as each:
+                    for batch in learning.batches.resume(followed(each)):
+                        on_batch(batch)
             has_trained = False
             for tier in tiers:
                 if stop() or not _is_due(learning, tier, idleness, waiting):
                     continue
-                done = learning.train(tier, each=follow)
-                if done.batch is None:
-                    waiting.remember(tier, done.choice)
-                else:
+                choice = learning.choose(tier)
+                if not choice.chosen:
+                    waiting.remember(tier, choice)
+                    continue
+                with watch() as each:
+                    done = learning.train(tier, each=followed(each))
+                    if done.batch is None:
+                        continue
                     has_trained = True
                     on_batch(done.batch)
         except NotReady as error:

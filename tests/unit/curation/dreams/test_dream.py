@@ -48,7 +48,7 @@ def test_bad_responses_are_replaced_and_trained_until_new_variations_are_answere
 
 
 def test_a_bad_response_among_good_ones_begins_the_count_again(config):
-    verdicts = iter([True, True, False, True, True, True])
+    verdicts = iter([True, True, False, True, True, True, True])  # the fourth is of the better response
     with dream_world(config, dream=THREE) as world:
         world.script.verdict = lambda body: {"reason": "r", "good": next(verdicts), "confidence": 1}
         world.learner.needs = 99
@@ -250,7 +250,8 @@ def test_an_empty_response_is_bad_and_needs_no_judge(config):
         night = dream([make_seed()], world.bridge)
         assert (night.num_bad, night.seeds[0].state) == (2, "given_up")
         assert world.learner.taught[0].startswith(GOOD)
-        assert "verdict" not in {asks_for(body) for body in world.server.requests}
+        judged = [body for body in world.server.requests if asks_for(body) == "verdict"]
+        assert len(judged) == 1, "the better one alone"
 
 
 def test_a_response_that_was_cut_off_is_never_a_good_one(config):
@@ -262,7 +263,26 @@ def test_a_response_that_was_cut_off_is_never_a_good_one(config):
             "the response was cut off at dream.max_tokens"
         }
         assert len(world.learner.taught) == 1, "a better one, and not what breaks off"
-        assert "verdict" not in {asks_for(body) for body in world.server.requests}
+        judged = [body for body in world.server.requests if asks_for(body) == "verdict"]
+        assert len(judged) == 1, "the better one alone"
+
+
+def test_a_better_response_is_judged_before_it_is_trained_and_written_again_once(config):
+    with dream_world(config, needs=1, dream={"num_variations": 1}) as world:
+        drafts = iter(["I would guess", f"{GOOD} the second draft"])
+        world.script.better = lambda body: {"response": next(drafts)}
+        night = dream([make_seed()], world.bridge)
+        assert (world.learner.taught[0], night.num_dropped) == (f"{GOOD} the second draft", 0)
+        again = [body for body in world.server.requests if asks_for(body) == "better"][1]
+        assert "I would guess" in again["messages"][-1]["content"]
+
+
+def test_a_better_response_that_stays_bad_is_not_trained(config):
+    with dream_world(config, needs=99, dream={"num_variations": 1}) as world:
+        world.script.better = lambda body: {"response": "I would guess"}
+        night = dream([make_seed()], world.bridge)
+        assert (night.num_dropped, world.jobs()) == (MAX_DROPPED, [])
+        assert "judged bad as well" in night.seeds[0].reason
 
 
 def test_a_better_response_that_is_none_is_not_trained(config):

@@ -111,6 +111,17 @@ def test_a_better_answer_that_is_empty_or_the_old_one_or_endless_is_refused(mome
     assert approve_confident(moments, 0.5, only_judged=True) == []  # a candidate
 
 
+def test_a_better_answer_is_read_again_and_not_taken_where_it_does_not_hold(moments):
+    (added,) = moments.add([moment()])
+    verdicts = iter([LEARN | {"better_answer": "It is 43."}, SKIP | {"reason": "It is not 43."}])
+    counts, server = judged(moments, lambda body: next(verdicts))
+    found = moments.get(added.moment_id)
+    assert (found.state, found.answer) == ("flagged", RIGHT)
+    assert "read again, it did not hold: It is not 43." in found.decided_reason
+    assert (counts.num_answers, counts.num_answers_refused) == (0, 1)
+    assert asked(server.requests[1])["proposed"]["content"] == "It is 43."
+
+
 def test_the_judge_rewrites_neither_what_was_praised_nor_a_call(moments):
     calls = [{"id": "c", "type": "function", "function": {"name": "ls", "arguments": "{}"}}]
     call = Message("assistant", "", tool_calls=calls)

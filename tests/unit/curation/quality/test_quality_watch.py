@@ -8,8 +8,9 @@ import pytest
 from fake_vllm import FakeVllm
 from quality_night import night_in
 
+from apollo_curation.chat_client import ModelAway
 from apollo_curation.quality import watch
-from apollo_curation.quality.watch import QualityBroken, watched
+from apollo_curation.quality.watch import QualityBroken, Watching, watched
 
 
 @pytest.fixture
@@ -54,6 +55,41 @@ def test_without_a_heldout_set_training_by_command_is_not_watched(night, watchin
     with watching() as each:
         night.batches.train("bootstrap", night.add("poison"), each=each)
     assert night.labels() == []
+
+
+def test_small_jobs_of_a_loop_are_watched_against_one_reference_until_a_window_is_over(night):
+    now = 0.0
+    night.change(on_breach="restore")
+    night.server.effects |= {"creep": night.server.creep, "creep more": night.server.creep}
+    watching = Watching(night.config, night.store, night.server, night.judge, night.server, clock=lambda: now)
+
+    def train(kind):
+        with watching.turn() as each:
+            night.batches.train("bootstrap", night.add(kind), each=each)
+
+    train("fine")
+    train("also fine")
+    assert night.labels() == ["before", "after", "after"]
+    now += night.config.curation.window_s
+    train("fine again")
+    assert night.labels()[3:] == ["before", "after"]
+    # 3 % each, 5 % are allowed: no single job breaks it, both together do.
+    watching = Watching(night.config, night.store, night.server, night.judge, night.server, clock=lambda: now)
+    train("creep")
+    with pytest.raises(QualityBroken, match="is restored as"):
+        train("creep more")
+    assert night.server.losses["facts"] == 1.0
+
+
+def test_a_turn_that_was_not_measured_after_is_made_up_for_by_the_next(night):
+    watching = Watching(night.config, night.store, night.server, night.judge, night.server)
+    night.server.effects["fine"] = lambda: setattr(night.server, "is_away", True)
+    with pytest.raises(ModelAway), watching.turn() as each:
+        night.batches.train("bootstrap", night.add("fine"), each=each)
+    night.server.is_away = False
+    with watching.turn():
+        pass
+    assert night.labels() == ["before", "after", "before", "after"]
 
 
 @pytest.fixture

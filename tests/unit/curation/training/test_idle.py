@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import msgspec
 import pytest
@@ -132,7 +133,7 @@ class Loop:
                     learning,
                     self.idleness,
                     stop=self.asked.is_set,
-                    each=self.each,
+                    watch=lambda: nullcontext(self.each),
                     on_batch=self.batches.append,
                     on_away=lambda error: self.away.append(str(error)),
                 )
