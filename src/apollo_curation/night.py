@@ -24,6 +24,7 @@ from apollo_curation.dreams.bridge import open_bridge
 from apollo_curation.dreams.seeds import Seed, read_seeds
 from apollo_curation.lock import alone
 from apollo_curation.logs.conversation import Broken
+from apollo_curation.moments.hindsight.better import check_better
 from apollo_curation.moments.hindsight.score import look_back
 from apollo_curation.moments.judge import approve_confident, judge
 from apollo_curation.moments.moments import Moments
@@ -224,6 +225,9 @@ class _Night:
             self._report.exit_code = NotReady.exit_code
 
     def _score(self, stage: Stage) -> None:
+        better = check_better(self._store, self._model, self._stop)
+        if better.num_set_aside:
+            stage.facts["better answers set aside"] = better.num_set_aside
         if self._is_auto:
             approved = approve_confident(
                 self._moments, self._config.curation.auto_confidence, only_judged=self._config.judge.enabled

@@ -48,6 +48,7 @@ def judge(
     from apollo_curation.chat_client import learner
     from apollo_curation.moments import judge as judging
     from apollo_curation.moments import surprise
+    from apollo_curation.moments.hindsight.better import check_better
     from apollo_curation.moments.hindsight.score import look_back
 
     config = load_curation_config(config_file)
@@ -60,6 +61,7 @@ def judge(
             which = judging.unjudged(moments)[:limit]
             counts = judging.judge(moments, model, config.judge, which=which, stop=stop)
         with closing(learner(config, stop)) as model:
+            check_better(store, model, stop)
             scored = surprise.score(moments, model)
         approved = _approve_confident(moments, config) if auto else []
     if as_json:

@@ -41,6 +41,7 @@ class Hindsight(msgspec.Struct, frozen=True):
     nats: float | None = None
     num_tokens: int = 0
     sentence: str = ""
+    better_nats: float | None = None  # likewise of the better answer (hindsight/better.py)
 
 
 class Moment(msgspec.Struct, frozen=True):

@@ -6,10 +6,12 @@ from __future__ import annotations
 import math
 import random
 
+import msgspec
 import pytest
 
 from apollo_curation.chat_client import ModelAway, ServerRefused
 from apollo_curation.logs.conversation import Source
+from apollo_curation.moments.hindsight.better import check_better
 from apollo_curation.moments.hindsight.calibration import Calibrations, calibrate, describe, measure
 from apollo_curation.moments.hindsight.fit import auc, fit
 from apollo_curation.moments.hindsight.samples import calibrating_samples, read_samples
@@ -217,6 +219,32 @@ def test_candidates_are_what_rests_on_a_users_words_the_surest_first(store):
         ]
     )
     assert [one.kind for one in candidates(moments)] == ["praise", "correction"]
+
+
+@pytest.mark.parametrize(("gain", "is_kept"), [(0.5, True), (-3.0, False)])
+def test_a_better_answer_against_which_the_message_speaks_no_less_is_set_aside(store, gain, is_kept):
+    class Gaining(Listener):
+        """The better answer gains by the message in view."""
+
+        def _shift(self, text, said):
+            return (
+                gain * ("future user message" in text) if "Wellington" in said else super()._shift(text, said)
+            )
+
+    good = calibrate(Listener(), calibrating_samples())  # pyright: ignore[reportArgumentType]
+    by_answers = msgspec.structs.replace(good, against=msgspec.structs.replace(good.against, way="question"))
+    Calibrations(store).keep(by_answers)
+    moments, model = Moments(store), Gaining()
+    (added,) = moments.add([moment()])
+    look_back(store, model)  # pyright: ignore[reportArgumentType]
+    counts = check_better(store, model)  # pyright: ignore[reportArgumentType]
+    assert (counts.num_checked, counts.num_set_aside) == (1, not is_kept)
+    found = moments.get(added.moment_id)
+    assert (found.answer is not None) == is_kept
+    assert found.teaches
+    assert found.moves_away != is_kept
+    assert ("set aside" in found.decided_reason) != is_kept
+    assert check_better(store, model).num_checked == 0  # pyright: ignore[reportArgumentType]
 
 
 def test_the_labelled_reactions_of_the_benchmark_share_nothing_with_the_samples():
