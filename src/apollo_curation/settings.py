@@ -45,7 +45,13 @@ class StripRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
 
 
 # Instructions, and what programs put into the user's mouth or behind a tool's result.
-INJECTED = ("system-reminder", "environment_context", "user_instructions", "user-prompt-submit-hook")
+INJECTED = (
+    "system-reminder",
+    "environment_context",
+    "user_instructions",
+    "user-prompt-submit-hook",
+    "task-notification",
+)
 DEFAULT_STRIP = (
     StripRule(role="system"),
     StripRule(role="developer"),

@@ -84,7 +84,7 @@ STATES = (
     r"\b(?:é|são|foi|tem|está)\b|\b(?:это|не|есть|был\w*)\b|是|不|有|です|ます",
 )
 CONCEDES = (
-    r"\b(?:exact|tu as raison|vous avez raison|pardon|désolée?|mes excuses|au temps pour moi|corrigé)\b|"
+    r"^exact\b|\b(?:tu as raison|vous avez raison|pardon|désolée?|mes excuses|au temps pour moi|corrigé)\b|"
     r"\b(?:tienes razón|tiene razón|"
     r"perdón|lo siento|mis disculpas|corregido)\b|\b(?:hai ragione|ha ragione|scusa|mi dispiace|giusto,|"
     r"corretto)\b",
@@ -97,7 +97,8 @@ STANDS = (
     r"^нет, .*|^不是[，,]|^不，|^いいえ",
 )
 PRAISES = (
-    r"\b(?:parfait|génial|excellent|super|magnifique|nickel|impeccable|bravo)\b|\bj'adore\b|"
+    r"\b(?:parfait|génial|magnifique|nickel|impeccable)\b|^(?:excellent|super|bravo)\b|\bsuper (?:clair|"
+    r"bien)\b|\bj'adore\b|"
     r"\bexactement ce (?:qu'il|que)\b",
     r"\b(?:perfect[oa]|genial|excelente|estupend[oa]|fantástic[oa]|maravillos[oa])\b|\bme (?:encanta|"
     r"gusta mucho)\b",

@@ -21,6 +21,7 @@ _TYPED = (
     (re.compile(r"\b(you|they|we)re\b"), r"\1're"),
     (re.compile(r"\bim\b"), "i'm"),
 )
+_INTERRUPTED = re.compile(r"\[request interrupted by user[^\]]*\]")  # Claude Code's words
 _SENTENCE = re.compile(r"[^.!?\n]+[.!?]*")
 
 
@@ -30,7 +31,7 @@ def plain(text: str) -> str:
     text = _QUOTED.sub(" ", text).lower().strip()
     for typed, meant in _TYPED:
         text = typed.sub(meant, text)
-    return text
+    return _INTERRUPTED.sub(" ", text).strip()
 
 
 def sentences(text: str) -> list[str]:
@@ -53,7 +54,7 @@ SAYS_WRONG = _any(
     r"(?:still |just |simply |completely |plainly |totally |also )?(?:wrong|incorrect|false|mistaken|"
     r"nonsense)\b",
     r"^(?:wrong|incorrect|false)\b",
-    r"\byou(?:'ve)? (?:have )?(?:made an? (?:\w+ )?(?:mistake|error|typo)|got (?:it|this|that|the \w+) "
+    r"\byou(?:'ve)? (?:have )?(?:made an? (?:\w+ )?(?:mistake|error|typo)|got .{1,40} "
     r"(?:wrong|backwards|mixed)|misread|misunderstood|missed|forgot|ignored|skipped|confused|confuse|mixed|"
     r"left out|overlooked|dropped|broke|swapped|were supposed|should have|shouldn't have)\b",
     r"\byou (?:just |only |also |have )?(?:converted|renamed|deleted|removed|changed|returned|cut|lost|"
@@ -144,13 +145,14 @@ CONCEDES = _any(
     *languages.CONCEDES,
     r"\byou(?:'re| are) (?:\w+ )?(?:right|correct)\b",
     r"\b(?:good|nice|great) (?:catch|point|spot)\b|\bwell spotted\b|\bfair point\b",
-    r"\b(?:my|the) (?:mistake|error|bad|fault|slip|oversight|confusion|apologies)\b|\bmy apologies\b",
+    r"\bmy (?:mistake|error|bad|fault|slip|oversight|apologies)\b|\bfor (?:the|my) (?:mistake|error|"
+    r"slip|confusion)\b",
     r"\bapologi[sz]e\b(?!.{0,5}but)|\bapologies\b|\bsorry (?:about|for) (?:that|the|my)\b",
     r"\bthank(?:s| you) for (?:pointing|the correction|correcting|catching|letting)\b",
     r"\bi (?:misread|misunderstood|miscounted|miscalculated|misspoke|mixed|confused|overlooked|forgot|missed|"
     r"was wrong|got that wrong|made a mistake|swapped|should have)\b",
     r"^(?:oops|whoops|ah|oh)\b",
-    r"\b(?:corrected|fixed|revised) (?:version|answer|code|query|list)\b",
+    r"\b(?:corrected|revised) (?:version|answer|code|query|list)\b",
     r"\b(?:du hast|sie haben|da hast du|da haben sie) (?:\w+ )?recht\b|\bstimmt,|\bmein fehler\b|"
     r"\bentschuldig",
     r"\bhabe ich (?:mich )?(?:vertan|verwechselt|übersehen|falsch)\b|\bda habe ich mich\b|\bverzeihung\b",
@@ -171,6 +173,8 @@ ASKS_FOR = re.compile(
     r"^(?:please |now |ok(?:ay)?,? |also |then |and )*(?:give|write|make|create|list|tell|show|explain|"
     r"suggest|find|help|"
     r"can|could|would|what|which|how|who|where|when|why|generate|describe|run|read|add|look|open|search|"
+    r"proceed|continue|go|update|implement|begin|start|commit|push|review|"
+    r"address|document|check|test|"
     r"rewrite|design|build|come up|"
     r"act|imagine|"
     r"i (?:want|need|would like|am looking|was looking|'m looking)|let's|schreib|gib|mach|erklär)\b"
@@ -224,7 +228,8 @@ TAKES_IT = _any(
 THANKS = _any(*languages.THANKS, r"\b(?:thanks|thank you|thx|ty|cheers|danke|merci)\b")
 RESERVES = _any(
     *languages.RESERVES,
-    r"\b(?:but|however|except|although|though|unfortunately|yet|apart from|only that|almost|nearly)\b",
+    r"\b(?:but|however|except|although|though|unfortunately|yet|apart from|only that|almost|nearly|mostly|"
+    r"the (?:only )?(?:issue|problem)|(?:issue|problem) is|don't|didn't|doesn't|isn't)\b",
     r"\b(?:aber|allerdings|leider|jedoch|außer|fast|bis auf)\b",
 )
 IS_SARCASTIC = _any(

@@ -23,10 +23,13 @@ MIN_REPEATED = 0.3
 FAULT = 0.4  # "this returns the oldest ones"
 INSISTS = 0.4  # a few words of the request, said again: "Friday!"
 SAYS_OTHERWISE = 0.25  # a few words that neither request nor answer has: "seven"
-ABOUT_IT = 0.15  # a statement with words of the answer: "Collins stayed in orbit"
+ABOUT_IT = 0.1  # a statement with words of the answer: "Collins stayed in orbit"
 MAX_FEW_WORDS = 4
 MAX_FEW_CHARACTERS = 8  # of Chinese and Japanese, where each counts as a word
-MAX_COMPLAINT_CHARS = 600  # who complains does so at once; behind that a long message is something else
+MAX_COMPLAINT_CHARS = 300  # who complains does so at once; behind that a long message is something else
+MAX_OBJECTION_CHARS = 120  # likewise where the words are weaker
+MAX_CONCESSION_CHARS = 250  # of the next answer
+MAX_SHORT_WORDS = 25  # from there on two messages share words whatever they say
 CHANGED_WISH = 0.6  # "now make it ...": the wish is new, the answer was not wrong
 UNANSWERED = 0.2  # nobody has answered the correction
 
@@ -37,6 +40,7 @@ _NOTABLE = re.compile(r"\d+(?:[.,:]\d+)*|(?<=[\w,;:] )[A-ZÄÖÜ]\w{2,}")
 def weigh(wrong: UserTurn, reaction: UserTurn) -> Evidence:
     evidence = Evidence()
     said, answer = plain(reaction.said)[:MAX_COMPLAINT_CHARS], plain(reaction.answer)
+    is_short = len(reaction.said) <= MAX_COMPLAINT_CHARS and num_words(said) <= MAX_SHORT_WORDS
     if (
         wrong.final is None
         or is_refusal(wrong)
@@ -44,18 +48,23 @@ def weigh(wrong: UserTurn, reaction: UserTurn) -> Evidence:
         or is_own_answer(wrong, reaction)
     ):
         return evidence
-    concedes = phrases.CONCEDES.search(answer) is not None
+    concedes = phrases.CONCEDES.search(answer[:MAX_CONCESSION_CHARS]) is not None
     if not concedes and stands_by_it(wrong, reaction):
         return evidence
     if phrases.SAYS_WRONG.search(said):
         evidence.add(PLAINLY_WRONG, "the user says that the answer was wrong")
-    elif phrases.OBJECTS.search(said):
+    elif phrases.OBJECTS.search(said[:MAX_OBJECTION_CHARS]):
         evidence.add(OBJECTION, "the user objects")
-    elif is_remark(said):
+    elif is_short and is_remark(said):
         evidence.add(REMARK, "the user remarks on the answer")
-    if phrases.REPORTS_FAULT.search(said) and not is_question(said) and not is_wish(said):
+    if (
+        phrases.REPORTS_FAULT.search(said[:MAX_OBJECTION_CHARS])
+        and not is_question(said)
+        and not is_wish(said)
+    ):
         evidence.add(FAULT, "the user says what it does wrong")
-    _weigh_few_words(wrong, reaction, said, evidence)
+    if is_short:
+        _weigh_few_words(wrong, reaction, said, evidence)
     if is_echo(reaction.said, wrong.answer):
         evidence.add(ECHO, "the user asks back with the answer's own words")
     if concedes:
@@ -64,9 +73,9 @@ def weigh(wrong: UserTurn, reaction: UserTurn) -> Evidence:
         return evidence  # a series of questions alike has answers alike, too
     if likeness(wrong.answer, reaction.answer) >= MIN_LIKENESS and reaction.answer != wrong.answer:
         evidence.add(SAME_AGAIN, "the next answer is the first one with a change")
-    if (brought_in(wrong, reaction) & notable(reaction.answer)) or _takes_up(wrong, reaction):
+    if is_short and (brought_in(wrong, reaction) & notable(reaction.answer) or _takes_up(wrong, reaction)):
         evidence.add(TAKEN_UP, "the next answer takes up what the user said")
-    if overlap(words(reaction.said), words(wrong.said)) >= MIN_REPEATED:
+    if is_short and overlap(words(reaction.said), words(wrong.said)) >= MIN_REPEATED:
         evidence.add(ASKED_BEFORE, "the user repeats what was asked for")
     if phrases.REFINES.search(said) and not phrases.SAYS_WRONG.search(said):
         evidence.doubt(CHANGED_WISH, "it may be a new wish")
@@ -85,7 +94,8 @@ def _weigh_few_words(wrong: UserTurn, reaction: UserTurn, said: str, evidence: E
     limit = MAX_FEW_CHARACTERS if any(ord(letter) > 0x3000 for letter in said) else MAX_FEW_WORDS
     if num_words(said) <= limit:
         again = own & asked - answered
-        if again and overlap(own, asked) >= MIN_REPEATED:
+        is_loud = "!" in said or any(len(word) > 2 and word.isupper() for word in reaction.said.split())
+        if again and (is_loud or num_words(said) <= 2) and overlap(own, asked) >= MIN_REPEATED:
             evidence.add(INSISTS, "the user says a word of the request again")
         elif own - asked - answered and (evidence.confidence or any(word[0].isdigit() for word in own)):
             evidence.add(SAYS_OTHERWISE, "the user says something else in few words")

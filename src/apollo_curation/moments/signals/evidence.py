@@ -18,7 +18,7 @@ from apollo_ipc.wire.requests import Message
 MIN_CONFIDENCE = 0.4
 MAX_CONFIDENCE = 0.9
 
-MAX_CHARS = 20_000  # of a text that is compared word by word
+MAX_CHARS = 20_000  # of a text of which words are compared
 MAX_WORDS = 300
 
 # A word; of Chinese and Japanese, which have no spaces, a character.
@@ -83,7 +83,7 @@ def num_words(text: str) -> int:
 
 def words(text: str) -> set[str]:
     """What a text is about: its words without the most common ones."""
-    return {word for word in _WORD.findall(text.lower()) if word not in _COMMON}
+    return {word for word in _WORD.findall(text[:MAX_CHARS].lower()) if word not in _COMMON}
 
 
 def overlap(a: set[str], b: set[str]) -> float:

@@ -13,7 +13,7 @@ SUCCESS = 0.35  # "it works"
 TAKEN = 0.3  # "I'll use it"
 THANKS = 0.15  # said out of habit
 EXCLAMATION = 0.1
-MAX_PRAISE_CHARS = 300  # who is pleased says so first; behind that a long message is something else
+MAX_PRAISE_CHARS = 120  # who is pleased says so first; behind that a long message is something else
 AFTER_A_REPAIR = 0.3  # what praise of the better answer adds to a correction
 
 

@@ -100,14 +100,14 @@ def test_a_file_of_samples_that_is_none_is_refused_by_line(tmp_path, text, field
 
 def test_a_curve_recovers_the_logistic_that_made_the_labels():
     rng = random.Random(1)
-    values = [rng.gauss(0, 1) for _ in range(4000)]
+    values = [rng.gauss(0, 1) for _ in range(1000)]
     labels = [rng.random() < 1 / (1 + math.exp(-(3 * x - 1))) for x in values]
     curve = fit(values, labels)
-    assert curve.slope == pytest.approx(3, abs=0.35)  # three standard errors: 0.11 by 4000 samples
-    assert curve.offset == pytest.approx(-1, abs=0.2)
+    assert curve.slope == pytest.approx(3, abs=0.75)  # three standard errors of 0.2 to 0.25
+    assert curve.offset == pytest.approx(-1, abs=0.4)
     p, low, high = curve.probability(1 / 3)
     assert low < p < high
-    assert p == pytest.approx(0.5, abs=0.05)
+    assert p == pytest.approx(0.5, abs=0.1)
     assert curve.can_tell
 
 
@@ -116,6 +116,10 @@ def test_the_area_under_the_curve_is_the_share_of_pairs_in_the_right_order():
 
     x, y = np.array([1.0, 2.0, 2.0, 3.0]), np.array([False, True, False, True])
     assert auc(x, y) == (1 + 0.5 + 1 + 1) / 4
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 20, 200).astype(float), rng.random(200) < 0.3
+    above = x[y][:, None] - x[~y][None, :]
+    assert auc(x, y) == pytest.approx(((above > 0) + 0.5 * (above == 0)).mean())
 
 
 def test_classes_that_are_far_apart_have_a_finite_curve():
