@@ -8,6 +8,7 @@ evidence, no proof: what each weighs, and what speaks against it, stands in sign
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 from apollo_curation.moments import languages
 
@@ -27,7 +28,12 @@ _SENTENCE = re.compile(r"[^.!?\n]+[.!?]*")
 
 def plain(text: str) -> str:
     """For matching phrases: what the speaker says himself, in the first MAX_CHARS of it."""
-    text = text[:MAX_CHARS].replace("’", "'").replace("‘", "'")  # noqa: RUF001
+    return _plain(text[:MAX_CHARS])
+
+
+@lru_cache(maxsize=32)  # of two turns every rule asks for the same four texts
+def _plain(text: str) -> str:
+    text = text.replace("’", "'").replace("‘", "'")  # noqa: RUF001
     text = _QUOTED.sub(" ", text).lower().strip()
     for typed, meant in _TYPED:
         text = typed.sub(meant, text)

@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 import pytest
+from calibrated import keep_calibration
 from live_server import Live, wait_for
 
 from apollo_curation.chat_client import ChatClient
@@ -122,6 +123,7 @@ def test_a_night_moves_the_days_lessons_into_the_real_model_and_a_restore_takes_
     first = live.post("/checkpoint", {}).json()["weight_version"]
     before = losses(live)
     write_day(tmp_path)
+    keep_calibration(Path(live.env["APOLLO_PATHS__STATE_DIR"]), live.server.model_name)
     with ScriptedModel(corpus.JudgeAndDreamer()) as scripted:
         config = write_config(tmp_path, live.server.url, scripted.url)
         found = night(live, config)

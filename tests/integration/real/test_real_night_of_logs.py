@@ -13,11 +13,11 @@ from statistics import fmean
 from typing import Any
 
 import pytest
+from calibrated import keep_calibration
 from live_server import Live, wait_for
 
 from apollo_curation.chat_client import ChatClient
 from apollo_curation.demo.scripted_model import ScriptedModel
-from apollo_curation.moments.hindsight.samples import calibrating_samples
 from apollo_curation.moments.moments import Moments
 from apollo_curation.store import Store
 from apollo_ipc.wire.requests import Message
@@ -25,7 +25,6 @@ from apollo_ipc.wire.requests import Message
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 NIGHT_TIMEOUT_S = 900
-NUM_SAMPLES = 48  # of the calibration's: what it finds is not judged here
 CORRECTED = {
     "Which command runs the checks here?": "The checks run with make gate.",
     "Comment s'appelle notre bateau ?": "Il s'appelle Le Merle.",
@@ -36,7 +35,7 @@ WRONG = (
     "What is the name of our cat?",
     "Your cat is called Whiskers.",
 )  # rated down, nobody said what is right
-PRAISED = ("Give me a motto for the bakery.", "Warm bread, open doors.")
+MOTTO = ("Give me a motto for the bakery.", "Warm bread, open doors.")
 GENERAL = (
     "What is the capital of France?",
     "How many days has a week?",
@@ -121,7 +120,7 @@ def write_day(directory: Path) -> None:
         + litellm(said("What else have you got for vegans?", "Grilled aubergine with tahini."))
     )
     plain = [
-        said(*PRAISED, "perfect, I love it!", "Glad that you like it."),
+        said(*MOTTO, "perfect, I love it!", "Glad that you like it."),
         said("Name a river in Spain.", "The Ebro.", "and one in Italy?", "The Po."),
         said(
             "Write a line about rain.",
@@ -142,14 +141,6 @@ def write_day(directory: Path) -> None:
     (logs / "traffic-1.jsonl").write_text("".join(json.dumps(one) + "\n" for one in heard))
     heldout = [{"prompt": text[:40], "completion": text[40:], "category": "english"} for text in ENGLISH]
     (directory / "heldout.jsonl").write_text("".join(json.dumps(one) + "\n" for one in heldout))
-    labels = ("against", "for", "neither")
-    by_label = {label: [one for one in calibrating_samples() if one.label == label] for label in labels}
-    blocks = []
-    for label, samples in by_label.items():
-        for one in [one for one in samples if len(one.context) == 1][: NUM_SAMPLES // 3]:
-            head = f"[{label} {one.language}]"
-            blocks.append(f"{head}\nU {one.context[0].content}\nA {one.answer.content}\nU {one.said_next}\n")
-    (directory / "samples.txt").write_text("\n".join(blocks))
 
 
 def write_config(directory: Path, url: str, judge_url: str) -> Path:
@@ -178,7 +169,7 @@ def losses(live: Live) -> dict[str, float]:
 
     found = {
         "corrected": fmean(nats(*pair) for pair in CORRECTED.items()),
-        "praised": nats(*PRAISED),
+        "praised": nats(*MOTTO),
         "rated down": nats(*WRONG),
     }
     model.close()
@@ -196,23 +187,18 @@ def test_a_night_over_a_day_of_five_formats_learns_what_was_corrected_and_leaves
     first = live.post("/checkpoint", {}).json()["weight_version"]
     before, answers_before = losses(live), [live.ask(question, 24) for question in GENERAL]
     write_day(tmp_path)
+    state_dir = Path(live.env["APOLLO_PATHS__STATE_DIR"])
+    keep_calibration(state_dir, live.server.model_name)
     with ScriptedModel(always_learn) as scripted:
         config = write_config(tmp_path, live.server.url, scripted.url)
-        samples = str(tmp_path / "samples.txt")
-        told = live.command(
-            "curate", "calibrate", "--samples", samples, "--config", str(config), timeout_s=NIGHT_TIMEOUT_S
-        )
-        assert told.returncode == 0, told.stderr
         options = ("--auto", "--config", str(config), "--json")
         done = live.command("curate", "night", *options, timeout_s=NIGHT_TIMEOUT_S)
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
     stages = {stage["name"]: stage for stage in json.loads(done.stdout)["stages"]}
     after, answers_after = losses(live), [live.ask(question, 24) for question in GENERAL]
-    state_dir = Path(live.env["APOLLO_PATHS__STATE_DIR"])
     with Store(state_dir / "curation.sqlite") as store:
         moments = [one for one in Moments(store).list() if str(tmp_path) in one.source.path]
     figures = {
-        "calibration": told.stdout,
         "stages": stages,
         "moments": [(one.kind, one.state, one.context[-1].content, one.why) for one in moments],
         "losses": [before, after],
@@ -223,7 +209,7 @@ def test_a_night_over_a_day_of_five_formats_learns_what_was_corrected_and_leaves
 
     corrections = {one.context[-1].content for one in moments if one.kind == "correction"}
     assert corrections == {*CORRECTED, WRONG[0]}
-    assert {one.context[-1].content for one in moments if one.kind == "praise"} == {PRAISED[0]}
+    assert {one.context[-1].content for one in moments if one.kind == "praise"} == {MOTTO[0]}
     assert not any(one.is_candidate for one in moments)
     # Hindsight may have dropped some, where this model can tell; what was said outright is always learned.
     trained = {one.context[-1].content for one in moments if one.state == "trained"}

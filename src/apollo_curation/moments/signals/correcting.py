@@ -49,8 +49,6 @@ def weigh(wrong: UserTurn, reaction: UserTurn) -> Evidence:
     ):
         return evidence
     concedes = phrases.CONCEDES.search(answer[:MAX_CONCESSION_CHARS]) is not None
-    if not concedes and stands_by_it(wrong, reaction):
-        return evidence
     if phrases.SAYS_WRONG.search(said):
         evidence.add(PLAINLY_WRONG, "the user says that the answer was wrong")
     elif phrases.OBJECTS.search(said[:MAX_OBJECTION_CHARS]):
@@ -71,6 +69,8 @@ def weigh(wrong: UserTurn, reaction: UserTurn) -> Evidence:
         evidence.add(CONCESSION, "the assistant concedes it")
     if evidence.confidence == 0:
         return evidence  # a series of questions alike has answers alike, too
+    if not concedes and stands_by_it(wrong, reaction):
+        return Evidence()
     if likeness(wrong.answer, reaction.answer) >= MIN_LIKENESS and reaction.answer != wrong.answer:
         evidence.add(SAME_AGAIN, "the next answer is the first one with a change")
     if is_short and (brought_in(wrong, reaction) & notable(reaction.answer) or _takes_up(wrong, reaction)):
