@@ -36,11 +36,14 @@ class Curve(msgspec.Struct, frozen=True):
     def can_tell(self) -> bool:
         return self.auc_low >= MIN_AUC
 
-    def probability(self, x: float) -> tuple[float, float, float]:
-        """p of `x`, and its 95 % interval over the resamples."""
-        of_draws = sorted(_logistic(slope * x + offset) for slope, offset in self.drawn)
+    def probability(self, x: float, prior: float = 0.5) -> tuple[float, float, float]:
+        """Of a positive at `x`, and its 95 % interval over the resamples. prior: the probability before `x`
+        is known, in the place of the samples' own share of positives."""
+        base = self.num_positive / self.num_samples
+        shift = _logit(prior) - _logit(base)
+        of_draws = [_logistic(slope * x + offset + shift) for slope, offset in self.drawn]
         low, high = np.percentile(of_draws, INTERVAL)
-        return _logistic(self.slope * x + self.offset), float(low), float(high)
+        return _logistic(self.slope * x + self.offset + shift), float(low), float(high)
 
 
 def fit(values: list[float], is_positive: list[bool], seed: int = 0) -> Curve:
@@ -91,3 +94,8 @@ def _platt(x: Floats, y: Floats) -> tuple[float, float]:
 
 def _logistic(x: float) -> float:
     return float(1 / (1 + np.exp(-np.clip(x, -700, 700))))
+
+
+def _logit(p: float) -> float:
+    p = min(max(p, 1e-6), 1 - 1e-6)
+    return float(np.log(p / (1 - p)))

@@ -149,7 +149,9 @@ def _score(
             counts.problem = error.message
             return
         nats = of_direction(direction, found)
-        p, low, high = ear.curve.probability(nats)
+        # The rule's confidence is what is known before; of a judged moment that has become the judge's.
+        prior = 0.5 if moment.num_judged else moment.confidence
+        p, low, high = ear.curve.probability(nats, prior)
         sentence = describe(ear.way, direction, nats, p, low, high)
         hindsight = Hindsight(model.model, True, p, low, high, nats, found.num_tokens, sentence)
         changes = {"hindsight": hindsight}

@@ -105,10 +105,15 @@ def test_a_curve_recovers_the_logistic_that_made_the_labels():
     curve = fit(values, labels)
     assert curve.slope == pytest.approx(3, abs=0.75)  # three standard errors of 0.2 to 0.25
     assert curve.offset == pytest.approx(-1, abs=0.4)
-    p, low, high = curve.probability(1 / 3)
+    share = curve.num_positive / curve.num_samples
+    p, low, high = curve.probability(1 / 3, share)
     assert low < p < high
     assert p == pytest.approx(0.5, abs=0.1)
     assert curve.can_tell
+    # Bayes: odds after = odds before times the likelihood ratio, whatever the samples' own share was.
+    odds = [curve.probability(0.5, prior)[0] for prior in (0.5, 0.9)]
+    ratios = [one / (1 - one) for one in odds]
+    assert ratios[1] / ratios[0] == pytest.approx(9)
 
 
 def test_the_area_under_the_curve_is_the_share_of_pairs_in_the_right_order():
