@@ -10,17 +10,14 @@ the model gives the chosen answer the higher log-probability.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
+from by_hand import parser_of, run_served
 from grpo import HELD_OUT, THINGS
 
-from apollo_ipc.demo.real_model import copy_real_model
 from apollo_ipc.demo.served import Served, user
 
 MAX_TOKENS = 24
@@ -28,17 +25,12 @@ QUESTIONS = ("Tell me about {}.", "What comes to mind when you think of {}?")
 
 
 def main(argv: list[str] | None = None) -> None:
-    assert __doc__
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--lr", type=float, default=2e-5)
     parser.add_argument("--beta", type=float, default=0.1)
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory(prefix="apollo-dpo-", dir="/tmp") as directory:
-        base = Path(directory)
-        with Served(copy_real_model(base / "model"), base) as served:
-            figures = run(args, served)
+    figures = run_served("dpo", args, run)
     for when in ("before", "after"):
         one = figures[when]
         rights = f"accuracy {one['accuracy']:.1%} of {one['num_pairs']} held-out pairs"
@@ -46,8 +38,6 @@ def main(argv: list[str] | None = None) -> None:
     losses = figures["loss_history"]
     took = f"{figures['num_pairs']} pairs, {figures['duration_s']:.0f} s"
     print(f"{took}, loss {losses[0]:.4f} to {losses[-1]:.4f}")
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def run(args: argparse.Namespace, served: Served) -> dict[str, Any]:

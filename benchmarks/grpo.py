@@ -9,14 +9,13 @@ POST /train with the groups. Before and after, held-out questions are answered, 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from apollo_ipc.demo.real_model import copy_real_model
+from by_hand import parser_of, run_served
+
 from apollo_ipc.demo.served import Served, user
 
 THINGS = [
@@ -30,23 +29,16 @@ ANSWERS, MAX_TOKENS = 8, 32
 
 
 def main(argv: list[str] | None = None) -> None:
-    assert __doc__
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--questions", type=int, default=4, help="of a round, which is one update")
     parser.add_argument("--lr", type=float, default=1e-5)
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help="draw the curve to this .png (needs matplotlib)")
     args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory(prefix="apollo-grpo-", dir="/tmp") as directory:
-        base = Path(directory)
-        with Served(copy_real_model(base / "model"), base) as served:
-            figures = run(args, served)
+    figures = run_served("grpo", args, run)
     for when in ("before", "after"):
         one = figures[when]
         print(f"{when:7} {one['five_words']:6.1%} of five words, reward {one['reward']:.3f}, held out")
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
     if args.plot:
         plot(figures, args.plot)
 

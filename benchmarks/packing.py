@@ -79,6 +79,7 @@ def run(args: argparse.Namespace, model_dir: Path) -> dict[str, Any]:
             started = time.perf_counter()
             one()
             seconds[name].append(time.perf_counter() - started)
+            print(f"{name:36} {seconds[name][-1]:7.2f} s", flush=True)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     return {
         "examples": args.examples,

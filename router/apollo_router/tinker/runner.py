@@ -31,7 +31,7 @@ from apollo_router.tinker.bodies import (
 )
 from apollo_router.tinker.reference import Reference
 from apollo_router.tinker.sampling import Vllm
-from apollo_router.tinker.store import Asked, Store
+from apollo_router.tinker.store import Asked, State, Store
 
 AGAIN_S = 1.0
 SYNC_TIMEOUT_S = 3600.0
@@ -114,7 +114,7 @@ class Runner:
             "save_weights_for_sampler": self._save_for_sampler,
             "load_weights": self._load_weights,
         }
-        state = "done"
+        state: State = "done"
         try:
             result = await ways[request.kind](request)
         except NotReady:
@@ -129,9 +129,7 @@ class Runner:
             state, result = "failed", {"error": told, "category": "server"}
         body = result if isinstance(result, bytes) else msgspec.json.encode(result)
         is_closing = request.kind in ("optim_step", "load_weights")
-        await asyncio.to_thread(
-            self._store.settle, request, "done" if state == "done" else "failed", body, is_closing=is_closing
-        )
+        await asyncio.to_thread(self._store.settle, request, state, body, is_closing=is_closing)
         async with self._settled:
             self._settled.notify_all()
 
