@@ -33,9 +33,10 @@ def score(
     model: ChatClient,
     which: Iterable[Moment] | None = None,
 ) -> ScoreCounts:
-    """Measures `which` (default: see unscored). One after another: each is a forward pass of its own."""
+    """Measures `which` (default: see unscored) that have an answer. One after another: each is a forward pass
+    of its own."""
     counts = ScoreCounts()
-    waiting = list(which) if which is not None else unscored(moments)
+    waiting = [one for one in which if one.answer is not None] if which is not None else unscored(moments)
     for i, moment in enumerate(waiting):
         try:
             value = surprise(moment, model)

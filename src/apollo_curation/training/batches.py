@@ -123,7 +123,8 @@ class Batches:
         with self._store.transaction():
             for moment_id in ids:
                 moment = self._moments.get(moment_id)
-                if moment.state == expected and moment.teaches:
+                is_alike = not taken or moment.moves_away == taken[0].moves_away  # a job has one loss
+                if moment.state == expected and moment.teaches and is_alike:
                     taken.append(self._moments.change(moment_id, state="training", batch_id=batch_id))
             if not taken:
                 return None

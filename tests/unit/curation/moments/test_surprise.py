@@ -46,6 +46,16 @@ def test_surprise_is_the_mean_over_the_answers_tokens_and_its_end_of_turn(moment
     assert moments.get(added.moment_id).surprise == pytest.approx(by_hand)
 
 
+def test_a_correction_that_has_no_answer_has_no_surprise(moments, model):
+    away, other = moments.add(
+        [moment(answer=None, original=Message("assistant", "41"), state="approved"), moment(state="approved")]
+    )
+    assert away.teaches
+    assert score(moments, model, moments.list("approved")).num_scored == 1
+    assert moments.get(away.moment_id).surprise is None
+    assert moments.get(other.moment_id).surprise is not None
+
+
 def test_only_what_may_be_trained_and_has_no_score_is_scored(moments, model):
     moments.add(
         [

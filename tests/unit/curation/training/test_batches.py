@@ -38,6 +38,17 @@ def test_what_is_trained_is_what_the_store_says_now(server, parts):
     assert parts.states() == {"kept": "trained", "rejected": "rejected", "after": "trained"}
 
 
+def test_a_batch_has_one_loss_and_what_moves_away_is_sent_as_labelled_bad(server, parts):
+    (kept,) = parts.add("kept")
+    (away,) = parts.moments.add([moment(None, original=Message("assistant", "wrong"))])
+    batch = parts.batches.train("direct", [kept, away])
+    assert batch.moment_ids == [kept.moment_id]
+    parts.batches.train("direct", [away])
+    example = server.bodies[-1]["examples"][0]
+    assert (example["label"], example["messages"][-1]["content"]) == (False, "wrong")
+    assert parts.moments.get(away.moment_id).state == "trained"
+
+
 def test_nothing_approved_is_said_and_sends_nothing(server, parts):
     (rejected,) = parts.add("a", state="rejected")
     (silent,) = parts.moments.add([moment(None)])

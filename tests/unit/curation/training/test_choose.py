@@ -81,6 +81,24 @@ def test_what_cannot_or_need_not_be_learned_is_left_with_the_reason(store):
     assert left(choice) == {"no answer": [a.moment_id], "known already": [b.moment_id]}
 
 
+def test_corrections_without_an_answer_move_away_from_the_wrong_one_in_a_job_of_their_own(store):
+    a, b, c, d = distinct(4, original=Message("assistant", "a wrong one"))
+    away = [msgspec.structs.replace(one, answer=None, confidence=0.5) for one in (c, d)]
+    first = choose([a, b, *away], store, "direct", configured(), NOW)
+    assert set(ids(first.chosen)) == {a.moment_id, b.moment_id}
+    assert left(first) == {"other loss": [c.moment_id, d.moment_id]}
+    train(store, first.chosen)
+    second = choose(away, store, "direct", configured(), NOW)
+    assert set(ids(second.chosen)) == {c.moment_id, d.moment_id}
+    examples = [one.example() for one in second.chosen]
+    assert [one.label for one in examples] == [False, False]
+    assert [one.messages[-1].content for one in examples] == ["a wrong one"] * 2
+    train(store, second.chosen)
+    assert left(choose(away, store, "direct", configured(), NOW)) == {
+        "trained before": [c.moment_id, d.moment_id]
+    }
+
+
 def test_the_most_surprising_and_most_confident_come_first(store):
     facts = [(2.0, 0.5), (0.5, 1.0), (3.0, 0.9), (None, 0.9), (2.0, 0.25)]
     moments = [
