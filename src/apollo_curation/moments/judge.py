@@ -241,9 +241,9 @@ better_answer: what the assistant should have said at the decision, complete, wi
 word about what came later; empty where `proposed` is right as it stands, where it is a call of a tool, or
 where the verdict is "skip"."""
 
-AGAIN = """\ Now judge `proposed` alone: it was written to stand in the place of the decision. The verdict is
-"learn" only where it answers what was asked, is right, and is what the user turned out to want; else
-"skip"."""
+AGAIN = """\
+Now judge `proposed` alone: it was written to stand in the place of the decision. The verdict is "learn" only
+where it answers what was asked, is right, and is what the user turned out to want; else "skip"."""
 
 
 def question(moment: Moment, rubric: str) -> list[Message]:

@@ -86,7 +86,7 @@ def calibrate(
         each(done, len(samples))
         try:
             of = (sample.context, sample.answer, sample.said_next)
-            found = {way: measure(model, way, *of) for way in WAYS}
+            found: dict[WayName, Spoken] = {way: measure(model, way, *of) for way in WAYS}
         except ServerRefused as error:
             if not error.is_of_this_request:
                 raise
@@ -104,8 +104,8 @@ def calibrate(
             f"{len(labels)} of {len(samples)} samples could be scored, {MIN_SAMPLES} are needed, "
             f"{MIN_OF_A_KIND} of each label" + (f"; the server said: {problem}" if problem else "")
         )
-    against = {way: _curve("against", heard[way], labels) for way in WAYS}
-    praised = {way: _curve("for", heard[way], labels) for way in WAYS}
+    against: dict[WayName, Curve] = {way: _curve("against", heard[way], labels) for way in WAYS}
+    praised: dict[WayName, Curve] = {way: _curve("for", heard[way], labels) for way in WAYS}
     return Calibration(
         model=model.model,
         made_at=time.time(),

@@ -8,6 +8,7 @@ import random
 
 import msgspec
 import pytest
+from places import BENCHMARKS
 
 from apollo_curation.chat_client import ModelAway, ServerRefused
 from apollo_curation.logs.conversation import Source
@@ -47,7 +48,7 @@ class Listener:
         if not self._understands:
             return self._rng.gauss(0, 1)
         if text in (COMPLAINT, PRAISE):
-            return {("against", COMPLAINT): 1.0, ("for", PRAISE): 1.0}.get((SAID.get(said), text), 0.0)
+            return {("against", COMPLAINT): 1.0, ("for", PRAISE): 1.0}.get((SAID.get(said, ""), text), 0.0)
         label = next((label for known, label in SAID.items() if len(known) > 6 and known in text), None)
         return {"against": -1.0, "for": 1.0}.get(label or "", 0.0)
 
@@ -257,8 +258,6 @@ def test_a_better_answer_against_which_the_message_speaks_no_less_is_set_aside(s
 
 
 def test_the_labelled_reactions_of_the_benchmark_share_nothing_with_the_samples():
-    from places import BENCHMARKS
-
     tests = read_samples(BENCHMARKS / "reactions_test.txt")
     assert len(tests) > 200
     own = {(sample.context[-1].content, sample.said_next) for sample in calibrating_samples()}
