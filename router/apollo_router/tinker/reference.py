@@ -46,6 +46,8 @@ class Reference:
                 return
             if kept.commit is not None and kept.commit.weight_version == version:
                 self._kept, self.version = kept, version
+            else:  # something was trained meanwhile
+                await self._let_go()
 
     def _link(self) -> Snapshot:
         manifest = read_manifest(self._runtime_dir)

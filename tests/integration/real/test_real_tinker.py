@@ -61,11 +61,12 @@ def test_a_run_of_tinkers_client(live: Live, service: Any) -> None:
     assert said.sequences[0].tokens == target
     with pytest.raises(tinker.RequestFailedError, match="this sampler is of weights"):
         beginning.sample(types.ModelInput.from_ints(context), 1, params).result()
-    # Read from the disk by transformers, what vLLM said of the same weights before.
-    again = beginning.compute_logprobs(prompt).result()
-    differences = [abs(a - b) for a, b in zip(again[1:], before[1:], strict=True)]
-    assert sum(differences) / len(differences) < 0.05
-    assert sampler.compute_logprobs(prompt).result()[-2] > before[-2] + 0.1
+    # Read from the disk by transformers, what vLLM said of the same weights before: logits of 16 to 32 have a
+    # spacing of 0.125 in bf16, on both sides. What was learned is another matter.
+    again, after = (one.compute_logprobs(prompt).result() for one in (beginning, sampler))
+    learned = slice(-len(target), None)
+    assert mean_distance(again[1:], before[1:]) < 0.125
+    assert mean_distance(after[learned], before[learned]) > 1
 
     path = training.save_state("after").result().path
     training.load_state_with_optimizer(path).result()
@@ -82,3 +83,7 @@ def rendered(live: Live, question: str) -> list[int]:
 
 def tokens_of(live: Live, text: str) -> list[int]:
     return live.post("/tokenize", {"model": live.server.model_name, "prompt": text}).json()["tokens"]
+
+
+def mean_distance(one: list[float], other: list[float]) -> float:
+    return sum(abs(a - b) for a, b in zip(one, other, strict=True)) / len(one)
