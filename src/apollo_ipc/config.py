@@ -119,6 +119,14 @@ class Traffic(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     unrecorded_key: str = ""  # requests with this API key are never recorded
 
 
+class Follow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Another machine's checkpoint instead of training. Off without a source."""
+
+    source: str = ""  # `apollo-ipc follow`: a model directory, or any URL of one that fsspec reads
+    version: Annotated[int, Meta(ge=0)] | None = None  # stay at this weight version of it
+    interval_s: Positive = 5.0  # between two looks at the source
+
+
 class Webhooks(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Who is told what happens: each event is a signed POST to each URL (Standard Webhooks)."""
 
@@ -134,6 +142,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     http: Http = Http()
     traffic: Traffic = Traffic()
     webhooks: Webhooks = Webhooks()
+    follow: Follow = Follow()
 
     def check(self) -> None:
         """What the types of the fields cannot say. Raises UserError."""

@@ -12,7 +12,7 @@ import stat
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from io import BufferedReader
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import msgspec
@@ -124,7 +124,7 @@ def _read_index(model_dir: Path) -> dict[str, str]:
     return weight_map
 
 
-def check_plain(name: str, source: Path) -> None:
+def check_plain(name: str, source: PurePath) -> None:
     """A record may only name files of its own directory: model directories are downloaded from strangers."""
     if name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name:
         raise CheckpointError(f"{source}: {name!r} is not a plain file name")
@@ -138,7 +138,7 @@ def read_shard(path: Path) -> Shard:
         if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, info.st_size - 8):
             raise CheckpointError(f"{path}: not safetensors: header of {length} bytes in {info.st_size}")
         header = prefix + file.read(length)
-    tensors = _parse_header(path, header, info.st_size)
+    tensors = parse_header(path, header, info.st_size)
     mode = stat.S_IMODE(info.st_mode)
     return Shard(path.name, info.st_size, info.st_mtime_ns, mode, header, tensors)
 
@@ -149,7 +149,8 @@ def read_metadata(header: bytes) -> dict[str, str]:
     return msgspec.json.decode(fields.get("__metadata__", b"{}"), type=dict[str, str])
 
 
-def _parse_header(path: Path, header: bytes, file_bytes: int) -> list[ShardTensor]:
+def parse_header(path: PurePath, header: bytes, file_bytes: int) -> list[ShardTensor]:
+    """Of a file of `file_bytes`, length prefix included. Raises CheckpointError if it is not safetensors'."""
     try:
         fields = msgspec.json.decode(header[8:], type=dict[str, msgspec.Raw])
         fields.pop("__metadata__", None)

@@ -145,6 +145,18 @@ class Tally(msgspec.Struct, frozen=True):
     num_torn_steps: int = 0  # cut off, and mended or accepted
 
 
+class Following(msgspec.Struct, frozen=True):
+    """Of a server that follows another one's checkpoint. weight_version: the source's that is served here,
+    None before the first; committed_at: when it was committed there; num_bytes: fetched since this process
+    began; error: what keeps the newest away."""
+
+    source: str
+    weight_version: int | None = None
+    committed_at: float | None = None
+    num_bytes: int = 0
+    error: str | None = None
+
+
 class TrainerState(msgspec.Struct):
     """What the trainer says of itself: carried whole to the front, and from there into Status."""
 
@@ -166,6 +178,7 @@ class TrainerState(msgspec.Struct):
     tally: Tally = Tally()
     device_bytes: int = 0  # on a GPU, the most that training has reserved; what vLLM shares is not in it
     last_restore: RestoreResult | None = None  # since this trainer's start
+    following: Following | None = None  # instead of training
 
 
 class Status(TrainerState, kw_only=True):

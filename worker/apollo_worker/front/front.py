@@ -14,19 +14,21 @@ import logging
 import os
 import time
 from concurrent.futures import Future
+from typing import NoReturn
 
 from apollo_ipc.config import Config, make_private_dir
-from apollo_ipc.errors import AlreadyRunning, NotReady
+from apollo_ipc.errors import AlreadyRunning, NotReady, UserError
 from apollo_ipc.hold import Held, Hold
 from apollo_ipc.process.notify import notify
 from apollo_ipc.wire.remote import error_from
 from apollo_ipc.wire.replies import RestoreResult, SyncResult
+from apollo_ipc.wire.requests import TrainRequest
 from apollo_worker.front.admission import Admitter
 from apollo_worker.front.announce import Announcer
 from apollo_worker.front.curves import CurveFeeds
 from apollo_worker.front.post_sync import PostSyncRunner
 from apollo_worker.front.server import Server
-from apollo_worker.front.trainer_process import COMMAND, TrainerChild
+from apollo_worker.front.trainer_process import COMMAND, FOLLOWER, TrainerChild
 from apollo_worker.jobs.queue import JobQueue
 from apollo_worker.link.link import (
     Answered,
@@ -51,10 +53,11 @@ class Front:
     """trainer_command: a program that speaks the trainer's part of link.link over the descriptor that it
     gets as its last argument."""
 
-    def __init__(self, config: Config, trainer_command: tuple[str, ...] = COMMAND):
+    def __init__(self, config: Config, trainer_command: tuple[str, ...] | None = None):
         """Raises AlreadyRunning where another worker has this state directory: its socket may be elsewhere,
         or gone (a runtime directory goes at logout)."""
         self._config = config
+        trainer_command = trainer_command or (FOLLOWER if config.follow.source else COMMAND)
         make_private_dir(config.state_dir)
         try:
             self._hold = Hold(config.state_dir / "queue.lock", "the worker")
@@ -69,6 +72,8 @@ class Front:
         self.admitter = Admitter(config.train, self.board, self.queue, config.runtime_dir)
         self.board.admit = self.admitter.admit
         self.board.preview = self.admitter.preview
+        if config.follow.source:
+            self.board.admit = self.board.preview = self._refuse_to_train
         self.server = Server(config, self.board, self.queue)
         self.trainer = TrainerChild(config, self._read, trainer_command)
         # Asked of the trainer, not answered yet.
@@ -81,6 +86,13 @@ class Front:
         self._curves = CurveFeeds(config)
         self._is_ready = False
         self._told_at = 0.0
+
+    def _refuse_to_train(self, request: TrainRequest) -> NoReturn:
+        raise UserError(
+            f"this server follows {self._config.follow.source} and trains nothing itself; send it to the "
+            "machine that trains",
+            code="follows",
+        )
 
     def run(self) -> None:
         """Until `board.stopping` is set. Raises AlreadyRunning or ConfigError before anything is touched."""

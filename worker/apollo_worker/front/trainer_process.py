@@ -23,6 +23,7 @@ from apollo_worker.link.status_board import SeenTrainer
 logger = logging.getLogger(__name__)
 
 COMMAND = (sys.executable, "-m", "apollo_worker.trainer")
+FOLLOWER = (sys.executable, "-m", "apollo_worker.follow")
 RESTART_AFTER_S = (1.0, 2.0, 5.0, 15.0, 60.0)  # after the first, the second, ... death in a row
 STEADY_AFTER_S = 120.0  # a trainer that ran this long has not died "in a row"
 # While it only waits, it looks around four times a second; on a busy machine it gets few milliseconds of it.
