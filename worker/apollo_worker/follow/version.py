@@ -148,7 +148,7 @@ class Follows:
             )
         if tensor.dtype != DTYPE_NAMES.get(live.dtype):
             raise Cannot(
-                f"{self._source.url}: {name!r} is {tensor.dtype}, served here as {live.dtype}; serve it here in "
+                f"{self._source.url}: {name!r} is {tensor.dtype}, served here as {live.dtype}; serve it in "
                 "the checkpoint's own dtype (vLLM's --dtype)"
             )
         self._frames.whole(name).write_bytes(self._source.tensor(tensor))
