@@ -9,7 +9,18 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from apollo_ipc.cli import checkpoint, jobs, plan, preview, processes, serve, train, versions, webhooks
+from apollo_ipc.cli import (
+    checkpoint,
+    follow,
+    jobs,
+    plan,
+    preview,
+    processes,
+    serve,
+    train,
+    versions,
+    webhooks,
+)
 from apollo_ipc.cli.output import print_error
 from apollo_ipc.errors import ApolloError
 
@@ -62,6 +73,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command(context_settings=PASS_ON)(serve.serve)
+app.command(context_settings=PASS_ON)(follow.follow)
 app.command()(processes.worker)
 app.command()(train.train)
 app.command()(jobs.status)

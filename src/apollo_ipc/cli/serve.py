@@ -95,7 +95,9 @@ def serve(
     vllm = Child("vLLM", command, without_notify(vllm_environment(config, config_file)))
     url = local_url(host, port, flags)
     environment = without_notify(vllm_environment(config, config_file)) | {"APOLLO_CURATION__URL": url}
-    beside = [Child("the teacher", teacher_command(config_file), environment)]
+    beside = []
+    if not config.follow.source:
+        beside.append(Child("the teacher", teacher_command(config_file), environment))
     if not external_worker:
         environment = without_notify(worker_environment(config, config_file))
         beside.append(Child("the worker", worker_command(config_file), environment))
