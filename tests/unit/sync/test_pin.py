@@ -172,7 +172,7 @@ def test_a_record_without_a_pin_is_read_as_one(model_dir):
     train_and_sync(live, ("full",))
     path = model_dir / ".apollo" / "commit.json"
     record = json.loads(path.read_text())
-    del record["pinned"]
+    del record["pinned"], record["seal"]
     path.write_text(json.dumps(record))
     assert read_commit(model_dir).pinned is None
 

@@ -31,7 +31,7 @@ class AdamRule(msgspec.Struct, frozen=True, omit_defaults=True):
     eps: float | None = None
 
 
-class JobPlan(msgspec.Struct, frozen=True, omit_defaults=True):
+class JobPlan(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """Everything that a job's steps depend on, but the optimizer's own configuration.
 
     examples: the sequences to train, in order; hashes: for each, the hash of its example's content where it
@@ -145,7 +145,8 @@ def encode_plan(plan: JobPlan) -> bytes:
 
 
 def decode_plan(body: bytes) -> JobPlan | None:
-    """None for bytes that no program of this project wrote. An older one wrote no digest."""
+    """None for bytes that no program of this project wrote. An older one wrote no digest; none wrote fields
+    that are unknown here (a flipped bit may make the digest the value of one)."""
     at = len(body) - _NUM_DIGEST_BYTES - len(_MARK)
     if body[at : at + 1] == _MARK and xxhash.xxh3_128_digest(body[:at]) == body[at + 1 :]:
         body = body[:at]

@@ -10,7 +10,7 @@ const BAD = ["failed", "quarantined"];
 
 let changed = () => {};
 let before = [null]; // `before` of each page up to the one that is shown
-let rows = new Map(); // job id -> {steps, loss, state}
+let rows = new Map(); // job id -> {steps, loss, state, age, nodes, words: what else is shown}
 let isStarted = false;
 
 export function start(onChange) {
@@ -39,9 +39,7 @@ export async function load(status) {
   if (before.at(-1)) query.set("before", before.at(-1));
   const { data } = await api("GET", `train/jobs?${query}`);
   const page = data.slice(0, PAGE);
-  rows = new Map();
-  $("jobs").replaceChildren(...page.flatMap(rowsOf));
-  if (!page.length) $("jobs").append(el("tr", {}, el("td", { colspan: 7, class: "soft" }, "no jobs")));
+  draw(page);
   $("newer").disabled = before.length === 1;
   $("older").disabled = data.length <= PAGE;
   $("older").dataset.before = page.at(-1)?.seq ?? "";
@@ -50,16 +48,31 @@ export async function load(status) {
   return page;
 }
 
+// Rows that say the same stay where they are: a button must not go from under a pointer, nor the focus.
+function draw(page) {
+  const old = rows;
+  rows = new Map();
+  for (const job of page) {
+    const words = JSON.stringify([job.state, job.paused_at, job.undone_by, job.error]);
+    const row = old.get(job.job_id)?.words === words ? old.get(job.job_id) : rowOf(job, words);
+    fill(row, job);
+    setText(row.age, ago(job.created_at));
+    rows.set(job.job_id, row);
+  }
+  let nodes = [...rows.values()].flatMap((row) => row.nodes);
+  if (!nodes.length) nodes = [el("tr", {}, el("td", { colspan: 7, class: "soft" }, "no jobs"))];
+  const now = [...$("jobs").children];
+  if (nodes.length !== now.length || nodes.some((node, i) => node !== now[i])) $("jobs").replaceChildren(...nodes);
+}
+
 // Only what moves while a job is trained; everything else waits for the next load.
 export function onJob(job) {
   const row = rows.get(job.job_id);
   if (row) fill(row, job);
 }
 
-function rowsOf(job) {
-  const row = { steps: el("td", { class: "num" }), loss: el("td"), state: el("span", { class: "state" }) };
-  rows.set(job.job_id, row);
-  fill(row, job);
+function rowOf(job, words) {
+  const row = { steps: el("td", { class: "num" }), loss: el("td"), state: el("span", { class: "state" }), age: el("td"), words };
   const isOpen = job.state === "queued" || job.state === "running";
   const verbs = !isOpen
     ? []
@@ -75,12 +88,12 @@ function rowsOf(job) {
     row.steps,
     row.loss,
     el("td", { class: "num" }, String(job.num_examples)),
-    el("td", {}, ago(job.created_at)),
+    row.age,
     el("td", {}, el("div", { class: "row" }, verbs)),
   ];
-  const whole = [el("tr", {}, cells)];
-  if (job.error) whole.push(el("tr", {}, el("td", { colspan: 7, class: "error" }, shown(job.error, 400))));
-  return whole;
+  row.nodes = [el("tr", {}, cells)];
+  if (job.error) row.nodes.push(el("tr", {}, el("td", { colspan: 7, class: "error" }, shown(job.error, 400))));
+  return row;
 }
 
 function fill(row, job) {
