@@ -158,7 +158,11 @@ class Follows:
         dtype = DTYPE_NAMES[live.dtype]
         data = bytearray(self._frames.whole(name).read_bytes()) if way.is_whole else bytes_of(live)
         for frame, is_reverse in way.steps:
-            codec.apply(self._frames.read(frame, self._source), data, dtype, is_reverse=is_reverse)
+            try:
+                codec.apply(self._frames.read(frame, self._source), data, dtype, is_reverse=is_reverse)
+            except CheckpointError as error:
+                self._frames.forget()  # it may be one of ours that is damaged, or came damaged
+                raise CheckpointError(f"{self._source.url}: {name!r}: {error.message}; read again") from None
         return data
 
     def _prove(self, data: bytearray, name: str, target: str) -> None:
