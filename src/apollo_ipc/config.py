@@ -123,7 +123,7 @@ class Follow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Another machine's checkpoint instead of training. Off without a source."""
 
     source: str = ""  # `apollo-ipc follow`: a model directory, or any URL of one that fsspec reads
-    version: Annotated[int, Meta(ge=0)] | None = None  # stay at this weight version of it
+    version: Annotated[int, Meta(ge=-1)] = -1  # stay at this weight version of it; -1: take the newest
     interval_s: Positive = 5.0  # between two looks at the source
 
 

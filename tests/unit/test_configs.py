@@ -87,7 +87,7 @@ def test_the_model_files_say_only_what_they_are_for():
     [
         ("[train]\nrnak = 64", "train.rnak: unknown field 'rnak'; did you mean 'rank'?"),
         ("[trian]\nrank = 64", "trian: unknown field 'trian'; did you mean 'train'?"),
-        ("port = 1", "unknown field 'port'; known here: checkpoint, curation, dream, http,"),
+        ("port = 1", "unknown field 'port'; known here: checkpoint, curation, dream, follow, http,"),
         ('[train]\nrank = "64"', "train.rank: Expected `int`, got `str`"),
         ("[train]\nlr = 0.0", "train.lr: Expected `float` > 0.0"),
         (

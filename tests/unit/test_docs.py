@@ -18,6 +18,7 @@ from apollo_router.tinker.store import Store as TinkerStore
 from apollo_router.tinker.store import store_path as tinker_path
 from apollo_router.worker_metrics import WorkerMetrics
 from apollo_worker.curves.marks import Marks, marks_path
+from apollo_worker.follow.version import Frames
 from apollo_worker.front.endpoint import Endpoint
 from apollo_worker.front.front import Front
 from apollo_worker.jobs.queue import JobQueue
@@ -286,6 +287,7 @@ def test_every_file_of_the_state_page_is_one_that_the_code_makes(tmp_path):
     front = Front(config)
     front.stop()
     queue = JobQueue(config.state_dir / "queue.sqlite", 1)
+    Frames(config.state_dir / "follow")
     StepMarks(config.state_dir / "step.marks").close()
     write_state(config.state_dir, LiveState("m", "b", 1))
     for name in ("reports", "tensorboard", "wandb", "mlflow.db"):  # the last three by libraries

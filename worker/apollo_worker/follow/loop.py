@@ -95,7 +95,7 @@ class FollowLoop:
     def wanted(self, commit: Commit) -> Version:
         """The newest, or the one that is pinned here. Raises UserError naming those that are there."""
         pinned = self.config.follow.version
-        return commit.version if pinned is None else history.find(commit, pinned)
+        return commit.version if pinned < 0 else history.find(commit, pinned)
 
     def bring(self, commit: Commit, version: Version) -> None:
         assert self._follows is not None
