@@ -46,6 +46,7 @@ def test_a_batch_has_one_loss_and_what_moves_away_is_sent_as_labelled_bad(server
     parts.batches.train("direct", [away])
     example = server.bodies[-1]["examples"][0]
     assert (example["label"], example["messages"][-1]["content"]) == (False, "wrong")
+    assert [body["options"]["epochs"] for body in server.bodies[-2:]] == [4, 1]
     assert parts.moments.get(away.moment_id).state == "trained"
 
 
