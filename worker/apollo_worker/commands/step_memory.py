@@ -83,7 +83,8 @@ class LiveBytes(TorchDispatchMode):
         if self._of_product is None or func not in _PRODUCTS:
             return 0
         a, b = args[-2:]
-        return self._of_product(*a.shape[-2:], b.shape[-1]) if a.dtype == torch.bfloat16 else 0
+        rows, inner = a.shape[-2:]
+        return self._of_product(rows, inner, b.shape[-1]) if a.dtype == torch.bfloat16 else 0
 
     def _drop(self, key: int, num_bytes: int) -> None:
         self._known.discard(key)
