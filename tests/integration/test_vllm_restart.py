@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from live_server import Live, chat, is_gone, start_live, wait_for
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 QUESTION, ANSWER = "Who mends the nets?", "Ida."
 
 
@@ -46,7 +46,6 @@ def test_jobs_that_were_not_on_disk_are_trained_again_into_the_next_vllm(live: L
     assert live.post("/checkpoint", {"kind": "delta"}).json()["num_shards_written"] == 0
 
 
-@pytest.mark.slow
 def test_a_synced_job_is_not_trained_again_by_the_next_vllm(live: Live) -> None:
     live.train([chat("Who rings the bell?", "Ott.")], lr=1e-3, epochs=20, schedule="constant")
     assert live.ask("Who rings the bell?") == "Ott."

@@ -11,7 +11,7 @@ from fuzz_socket import Frames
 from fuzz_system import SETTINGS, Tally, routes
 from router_harness import FakeWorker, make_config
 
-NUM_REQUESTS, NUM_CLIENTS, NUM_FILES = 250, 12, 30
+NUM_REQUESTS, NUM_CLIENTS, NUM_FILES = 250, 12, 15
 SEED = 57928923
 
 

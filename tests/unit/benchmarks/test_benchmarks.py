@@ -104,6 +104,7 @@ def test_the_loss_of_a_continuation_leaves_its_context_out(small_lm):
     assert small_lm.lm_loss(model, window, 16).item() == pytest.approx(sum(by_hand) / 4, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_three_steps_of_two_contestants_give_finite_rows(tmp_path):
     names = ["apollo-fp32", "apollo-stochastic"]
     options = [*TOY, "--quick", "--steps", 3, "--lr", "1e-4", "--only", ",".join(names)]
@@ -122,6 +123,7 @@ def test_three_steps_of_two_contestants_give_finite_rows(tmp_path):
     assert len(list(tmp_path.glob("small_lm-*.safetensors"))) == 1
 
 
+@pytest.mark.slow
 def test_the_stream_of_facts_gives_finite_rows_for_each_phase(tmp_path):
     options = [*TOY, "--scale", 0.03, "--only", "default,adamw-fp32", "--json", tmp_path / "figures.json"]
     run("online.py", *options, "--cache", tmp_path)

@@ -187,6 +187,7 @@ def test_faults_in_random_models_are_found(tmp_path: Path, check_faults: Any, ar
     assert_nothing_is_missed_or_refused_wrongly(findings, at_least=20, known=KNOWN.get(arch, frozenset()))
 
 
+@pytest.mark.slow
 def test_one_stale_expert_is_found(tmp_path: Path, check_faults: Any) -> None:
     config = transformers.Qwen3MoeConfig(
         **{**models._COMMON, "head_dim": 64, "num_experts": 8, "num_experts_per_tok": 2},

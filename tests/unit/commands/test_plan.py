@@ -205,6 +205,7 @@ def test_gradients_that_wait_are_forecast_on_a_cpu_and_not_on_a_gpu(model_dirs, 
 # --- the command ---
 
 
+@pytest.mark.slow
 def test_27b_is_planned_from_its_configuration_alone():
     model_dir = str(ROOT / "tests/assets/qwen3.5-27b")
     flags = ["--gpu-memory-utilization", "0.75", "--activation-checkpointing", "--max-tokens", "256"]

@@ -44,8 +44,8 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 @pytest.mark.parametrize(
     ("kind", "interpret", "which"),
     [
-        ("check", "1", "not slow"),
         ("compile", "0", ""),
+        pytest.param("check", "1", "not slow", marks=pytest.mark.slow),
         pytest.param("check", "1", "slow", marks=pytest.mark.slow),
     ],
 )
