@@ -1,38 +1,15 @@
-"""A learner that trains and syncs, and a follower's live weights beside it."""
+"""Two stand-ins for vLLM on copies of one model: a learner's and a follower's."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-import msgspec
 import pytest
-from apollo_worker.follow.loop import FollowLoop
 from served_model import Exporter, make_config, make_tiny_model
-from trainer_by_hand import End, Trainer, with_train
-
-from apollo_ipc.config import Config
-
-
-class Machines(NamedTuple):
-    learner: Trainer
-    model_dir: Path  # the learner's
-    config: Config  # the follower's
-    served: Exporter  # the follower's
-
-    def follower(self, **follow) -> FollowLoop:
-        """A follower's process; `ensure` has attached it."""
-        asked = msgspec.structs.replace(self.config.follow, **{"source": str(self.model_dir), **follow})
-        loop = FollowLoop(End(msgspec.structs.replace(self.config, follow=asked)))
-        assert loop.ensure(), loop.board.state.attach_error
-        return loop
-
-    def learn(self, text: str, kind: str = "delta") -> None:
-        self.learner.submit(text)
-        self.learner.train()
-        self.learner.sync(kind)
+from trainer_by_hand import Trainer, with_train
+from two_machines import Machines
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import pytest
 import torch
 from apollo_worker.follow import version as version_module
 from apollo_worker.follow.loop import FollowLoop
-from conftest import Machines
 from served_model import make_tiny_model
 from trainer_by_hand import assert_same, restore
+from two_machines import Machines
 
 from apollo_ipc.checkpoint import read_commit, verify
 from apollo_ipc.errors import Conflict
