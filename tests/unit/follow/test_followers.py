@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 
+import msgspec
 import pytest
 import torch
 from apollo_worker.follow import version as version_module
 from apollo_worker.follow.loop import FollowLoop
-from served_model import make_tiny_model
+from apollo_worker.front.front import Front
+from apollo_worker.front.trainer_process import FOLLOWER
+from served_model import make_config, make_tiny_model
 from trainer_by_hand import assert_same, restore
 from two_machines import Machines
 
 from apollo_ipc.checkpoint import read_commit, verify
-from apollo_ipc.errors import Conflict
+from apollo_ipc.config import Follow
+from apollo_ipc.errors import Conflict, UserError
 from apollo_ipc.wire.messages import SyncCheckpoint
+from apollo_ipc.wire.requests import Example, TrainRequest
 
 
 def live(loop: FollowLoop) -> dict[str, torch.Tensor]:
@@ -190,3 +195,15 @@ def test_a_source_that_cannot_be_opened_says_so(machines):
         loop.look()
         assert words in loop.board.state.following.error
         loop.detach("done")
+
+
+def test_the_front_of_a_follower_starts_no_trainer_and_takes_no_job(tmp_path):
+    config = make_config(tmp_path)
+    front = Front(msgspec.structs.replace(config, follow=Follow(source="/mnt/model")))
+    try:
+        assert front.trainer._command == FOLLOWER
+        with pytest.raises(UserError, match="follows /mnt/model and trains nothing itself") as refused:
+            front.board.admit(TrainRequest(examples=[Example(prompt="a", completion="b")]))
+        assert refused.value.code == "follows"
+    finally:
+        front.stop()
