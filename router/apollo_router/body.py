@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Literal
 
 from starlette.requests import Request
 
 from apollo_router.errors import HttpError
 
 BODY_TIMEOUT_S = 120.0  # 32 MiB at 2.3 Mbit/s
-
-
 PROTOBUF = "application/x-protobuf"
 
+Wanted = Literal["json", "form", "protobuf"]
 
-async def read_body(
-    request: Request, max_bytes: int, *, is_form: bool = False, is_protobuf: bool = False
-) -> bytes:
-    """The body, never holding more than `max_bytes` of it. is_form: a multipart form is wanted, not JSON;
-    is_protobuf: a message, which may be compressed (zstd).
+
+async def read_body(request: Request, max_bytes: int, wanted: Wanted = "json") -> bytes:
+    """The body, never holding more than `max_bytes` of it. wanted: "form", a multipart one, or "protobuf", a
+    message, which may be compressed (zstd).
 
     Raises HttpError: 413 as soon as the body is known to be larger (from Content-Length before the first byte
-    is read), 415 where it is declared as something else than plain JSON, 408 where it takes longer than
+    is read), 415 where it is declared as something else than what is wanted, 408 where it takes longer than
     BODY_TIMEOUT_S. After a 413 uvicorn discards what is still sent, so that the client can read the answer.
     """
-    if is_protobuf:
-        _check_protobuf(request)
-    else:
-        _check_type(request, is_form)
+    _check_type(request, wanted)
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and declared.isascii() and int(declared) > max_bytes:
         raise _too_large(max_bytes)
@@ -50,18 +46,13 @@ async def read_body(
     return b"".join(chunks)
 
 
-def _check_protobuf(request: Request) -> None:
-    if _kind(request) != PROTOBUF:
-        raise HttpError(415, "unsupported_media_type", f"send {PROTOBUF}", field="Content-Type")
-
-
-def _kind(request: Request) -> str:
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
-
-
-def _check_type(request: Request, is_form: bool) -> None:
-    kind = _kind(request)
-    if is_form:
+def _check_type(request: Request, wanted: Wanted) -> None:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if wanted == "protobuf":
+        if kind != PROTOBUF:
+            raise HttpError(415, "unsupported_media_type", f"send {PROTOBUF}", field="Content-Type")
+        return
+    if wanted == "form":
         if kind != "multipart/form-data":
             raise HttpError(
                 415, "unsupported_media_type", "send a multipart/form-data form", field="Content-Type"

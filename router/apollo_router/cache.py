@@ -70,9 +70,9 @@ class CacheDropper:
         """
         if self._engine_client is None:
             raise NotReady("vLLM has no engine yet")
-        self._preempted = _output_tokens(self._engine_client)
-        started = time.perf_counter()
+        running, started = _output_tokens(self._engine_client), time.perf_counter()
         await _drop(self._engine_client)
+        self._preempted = running
         duration_s = time.perf_counter() - started
         metrics.cache_drop_seconds.observe(duration_s)
         logger.info("weights %d: prefix cache dropped in %.1f ms", weight_version, duration_s * 1e3)
@@ -88,15 +88,17 @@ class CacheDropper:
 
 
 def _output_tokens(engine_client: Any) -> dict[str, int]:
-    """Of each request of this API server that may be running: the oldest ones, as many as vLLM runs."""
-    processor = getattr(engine_client, "output_processor", None)
-    if processor is None:
+    """Of each request of this API server that may be running: the oldest ones, as many as vLLM runs. None of
+    a vLLM that keeps them otherwise than 0.32: it is not waited for them then, and dropped all the same."""
+    try:
+        most = engine_client.vllm_config.scheduler_config.max_num_seqs
+        states = itertools.islice(engine_client.output_processor.request_states.items(), most)
+        return {
+            request: state.detokenizer.num_output_tokens() if state.detokenizer else 0
+            for request, state in states
+        }
+    except AttributeError:
         return {}
-    most = engine_client.vllm_config.scheduler_config.max_num_seqs
-    return {
-        request: state.detokenizer.num_output_tokens() if state.detokenizer else 0
-        for request, state in itertools.islice(processor.request_states.items(), most)
-    }
 
 
 async def _drop(engine_client: Any) -> None:

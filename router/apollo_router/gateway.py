@@ -23,6 +23,11 @@ from apollo_router.served import ServedModel
 from apollo_router.spool import Spool
 from apollo_router.worker_metrics import WorkerMetrics
 
+TICK_S = 1.0
+STATUS_EVERY_S = 2.0
+
+T = TypeVar("T")
+
 
 class VllmOptions(NamedTuple):
     """What of vLLM's own options matters here; from init_state on."""
@@ -30,12 +35,6 @@ class VllmOptions(NamedTuple):
     num_api_servers: int = 1
     max_model_len: int = 0
     logprobs_mode: str = "raw_logprobs"
-
-
-TICK_S = 1.0
-STATUS_EVERY_S = 2.0
-
-T = TypeVar("T")
 
 
 class Gateway:

@@ -82,7 +82,7 @@ async def upload(request: Request) -> Response:
     read_query(request, NoQuery)
     delivery = delivery_of(request)
     max_bytes = delivery.gateway.config.http.max_body_bytes
-    body = await read_body(request, max_bytes + FORM_BYTES, is_form=True)
+    body = await read_body(request, max_bytes + FORM_BYTES, "form")
     sent = await asyncio.to_thread(read_upload, request.headers["content-type"], body)
     digest = blake2b(sent.content + sent.filename.encode(), digest_size=32).digest()
     file = await asyncio.to_thread(

@@ -161,7 +161,7 @@ async def get_info(request: Request) -> Response:
 @router.post("/forward_backward")
 async def forward_backward(request: Request) -> Response:
     gateway = request.app.state.apollo
-    raw = await read_body(request, gateway.config.http.max_body_bytes, is_protobuf=True)
+    raw = await read_body(request, gateway.config.http.max_body_bytes, "protobuf")
     if request.headers.get("content-encoding") == "zstd":
         raw = await asyncio.to_thread(_unpack, raw, gateway.config.http.max_body_bytes)
     message = schema().ForwardBackwardRequest()

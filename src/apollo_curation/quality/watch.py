@@ -30,19 +30,10 @@ def watched(
     Without quality.heldout, or with quality.enabled = false, nothing is. Raises QualityBroken before anything
     is trained or after; where the block raises, the next one that watches makes up for it.
     """
-    if not (config.quality.enabled and config.quality.heldout):
-        yield ignore
-        return
     with closing(learner(config, stop)) as model, closing(judging(config, stop)) as other:
         judge = other if config.judge.enabled else None
-        monitor = Monitor(config, store, model, judge, training)
-        before = monitor.before()
-        if not before.may_go_on:
-            raise QualityBroken(f"worse than when it was last good: {describe_breaches(before)}")
-        yield monitor.guard()
-        after = monitor.after()
-        if not after.ok:
-            raise QualityBroken(describe_breaches(after))
+        with Watching(config, store, model, judge, training).turn() as each:
+            yield each
 
 
 class Watching:

@@ -16,6 +16,6 @@ from apollo_ipc.demo.real_model import copy_real_model
 def live(real_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     model_dir = copy_real_model(tmp_path_factory.mktemp("real") / "model")
     with tempfile.TemporaryDirectory(prefix="apollo-t-", dir="/tmp") as base:
-        live = start_live(model_dir, Path(base), "--max-model-len", "2048")
+        live = start_live(model_dir, Path(base), "--max-model-len", "4096")
         yield live
         live.close()

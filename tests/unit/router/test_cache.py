@@ -213,6 +213,25 @@ def test_what_a_drop_preempted_gets_on_before_the_next_drop(worker, monkeypatch,
     asyncio.run(main())
 
 
+def test_a_failed_drop_is_tried_again_at_once_and_a_vllm_of_other_classes_is_not_waited_for(worker):
+    path, server, board = worker
+
+    async def main():
+        failing = Engine(num_failures=1, processor=Processor())
+        async with api_server(path, failing):
+            assert not await publish(server, board, 1)
+            await until(lambda: failing.num_drops == 1)
+        other = Engine(processor=Processor())
+        other.output_processor.request_states = {"a prompt": object()}
+        board.state.vllm_boot_id = "next"
+        async with api_server(path, other, "next"):
+            for version in (2, 3):
+                assert await publish(server, board, version)
+        assert other.num_drops == 2
+
+    asyncio.run(main())
+
+
 def test_a_publish_waits_longer_for_a_router_that_says_that_it_waits(worker):
     path, server, board = worker
 

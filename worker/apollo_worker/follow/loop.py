@@ -25,6 +25,7 @@ from apollo_worker.trainer.step_marks import LiveState, check_same_model, read_s
 
 log = logging.getLogger(__name__)
 WAIT_S = 0.25
+RETRY_S = 5.0  # between two attempts at the same vLLM: each may read the whole model
 
 
 class FollowLoop:
@@ -39,6 +40,7 @@ class FollowLoop:
         self._writer: CheckpointWriter | None = None
         self._hold: Hold | None = None
         self._refused_boot: str | None = None
+        self._tried: tuple[str, float] = ("", 0.0)  # the vLLM last tried, and when
         self._looked_at = -float("inf")
         self._is_writing = False
 
@@ -149,7 +151,7 @@ class FollowLoop:
             manifest = read_manifest(self.config.runtime_dir)
             if manifest is None:
                 self.board.state.attach_error = "vLLM has not started here yet (no weights manifest)"
-            elif manifest.boot_id != self._refused_boot:
+            elif manifest.boot_id != self._refused_boot and self.may_try(manifest.boot_id):
                 self.attach(manifest)
         except ApolloError as error:
             if isinstance(error, AttachError) and error.refused and manifest is not None:
@@ -159,6 +161,13 @@ class FollowLoop:
                 log.warning("not attached: %s", error.message)
             self.detach(error.message)
         return self.live is not None
+
+    def may_try(self, boot_id: str) -> bool:
+        now = time.monotonic()
+        if self._tried[0] == boot_id and now - self._tried[1] < RETRY_S:
+            return False
+        self._tried = boot_id, now
+        return True
 
     def attach(self, manifest: Manifest) -> None:
         show = partial(self.board.show, "attaching")
