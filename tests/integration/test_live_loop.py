@@ -272,17 +272,23 @@ def test_an_older_version_is_restored_into_the_served_weights(live: Live) -> Non
     """Versions on disk as shards, differences and a delta; the one restored is served, bit for bit."""
     wait_for(lambda: live.status()["progress"]["activity"] == "idle", "the end of what the tests before sent")
     first = live.post("/checkpoint", {}).json()["weight_version"]
-    ids = encode(live.model_dir, chat("Who keeps the light?", "Old Marta."))
+    answer = "Old Marta."
+    ids = encode(live.model_dir, chat("Who keeps the light?", answer))
     weights, logprobs = read_live_weights(live.server.runtime_dir), live.logprobs(ids)
     inode = (live.model_dir / "model.safetensors").stat().st_ino
 
-    job = live.train([chat("Who keeps the light?", "Old Marta.")], lr=2e-3, epochs=10)
+    def of_answer(
+        read: list[float],
+    ) -> float:  # what is trained; the question's own tokens go where they like
+        return sum(read[-len(answer) - 2 :])
+
+    job = live.train([chat("Who keeps the light?", answer)], lr=2e-3, epochs=10)
     synced = live.post("/checkpoint", {"kind": "delta"}).json()
     assert (synced["kind"], synced["weight_version"]) == ("delta", job["weight_version"])
     assert 0 < synced["delta_bytes"] < synced["bytes_changed"]
     assert (live.model_dir / "model.safetensors").stat().st_ino == inode, "a delta wrote the shard"
     assert live.job(job["job_id"])["state"] == "durable"
-    assert sum(live.logprobs(ids)) > sum(logprobs) + 1.0
+    assert of_answer(live.logprobs(ids)) > of_answer(logprobs) + 1.0
 
     history = json.loads(live.command("checkpoint", "history", "--json").stdout)
     listed = [row["weight_version"] for row in history["versions"]]
@@ -313,7 +319,7 @@ def test_an_older_version_is_restored_into_the_served_weights(live: Live) -> Non
     assert live.command("checkpoint", "verify").returncode == 0
     # And the step back is taken back.
     assert live.command("checkpoint", "restore", str(listed[-1]), "--live", "--yes").returncode == 0
-    assert sum(live.logprobs(ids)) > sum(logprobs) + 1.0
+    assert of_answer(live.logprobs(ids)) > of_answer(logprobs) + 1.0
 
 
 def test_nothing_is_restored_while_a_job_trains(live: Live) -> None:

@@ -188,14 +188,16 @@ def test_a_job_is_watched_paused_and_cancelled_after_a_question(world, tmp_path)
         enter(looked)
         world.held.set()
         example = Example(prompt="a", completion="b")
-        job = submit(world.worker.queue, TrainRequest([example]), num_steps=50)
+        job = submit(
+            world.worker.queue, TrainRequest([example]), num_steps=5000
+        )  # more than pass while the page is looked at
         page.get_by_role("button", name=f"Cancel {job.job_id}").click()
-        page.get_by_text("0 of 50 steps done; those stay in the weights").wait_for()
+        page.get_by_text("0 of 5000 steps done; those stay in the weights").wait_for()
         page.keyboard.press("Enter")  # what is focused first is No
         assert world.worker.queue.get(job.job_id).state == "running"
         world.held.clear()
         page.get_by_text(f"Training {job.job_id}").wait_for()
-        page.get_by_text(re.compile(r"^\d+ of 50$")).wait_for()
+        page.get_by_text(re.compile(r"^\d+ of 5000$")).wait_for()
         looked.shot("training-dark")
         world.held.set()
         page.get_by_role("button", name=f"Cancel {job.job_id}").click()
