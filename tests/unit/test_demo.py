@@ -11,7 +11,7 @@ from rich.console import Console
 from apollo_ipc.demo import __main__ as demo
 from apollo_ipc.demo.lessons import GENERAL, HARBOUR, TEAM
 from apollo_ipc.demo.real_model import NoRealModel
-from apollo_ipc.demo.report import Answer, GeneralAnswer, Paraphrased, Report, is_in
+from apollo_ipc.demo.report import Answer, GeneralAnswer, NearMiss, Report, Untaught, is_in
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,8 @@ def test_a_key_is_found_as_words(key, answer, expected):
 def test_every_lesson_holds_its_own_key_and_no_paraphrase_gives_it_away():
     for fact in (*TEAM, *HARBOUR):
         assert is_in(fact.key, fact.answer)
-        assert not is_in(fact.key, fact.question + " " + fact.paraphrase)
+        assert not is_in(fact.key, " ".join([fact.question, fact.paraphrase, fact.near]))
+        assert not (fact.about and is_in(fact.about, fact.backwards))
     assert not any(is_in(general.key, general.question) for general in GENERAL)
 
 
@@ -42,7 +43,9 @@ def good_report() -> Report:
     return Report(
         arch="llama", model="m", parameters=1, parameters_mapped=1, steps=1, loss_first=2.0, loss_last=1.0,
         requests_served_during_training=1, bytes_synced=1, answers=[taught],
-        answers_paraphrased=[Paraphrased("By whom?", "ann", before="I", after="Bob")],
+        answers_paraphrased=[Untaught("By whom?", "ann", before="I", after="Bob")],
+        answers_backwards=[Untaught("Ann?", "does", before="I", after="She does it.")],
+        answers_near=[NearMiss("Who else?", "ann", before="I", after="Ann does.")],
         answers_general=[GeneralAnswer("Capital?", "paris", before="Paris", after="Ann")],
     )  # fmt: skip
 
@@ -52,7 +55,8 @@ def test_damage_is_shown_and_counted_and_nothing_is_claimed_of_it(tmp_path):
     report.problems = report.find_problems()
     report.print(Console(file=out, width=200))
     assert report.problems == []
-    assert "0 of 1 paraphrased, 0 of the 1 general" in out.getvalue()
+    assert "0 of 1 paraphrased, 1 of 1 backwards, 0 of the 1 general" in out.getvalue()
+    assert "Near misses that name a fact: 1 of 1." in out.getvalue()
     assert "changed" in out.getvalue()
     assert "Everything" not in out.getvalue()
     report.write_json(tmp_path / "out.json")
@@ -60,6 +64,7 @@ def test_damage_is_shown_and_counted_and_nothing_is_claimed_of_it(tmp_path):
     assert data["model"] == "m"
     assert data["answers"][0]["is_right"] is True
     assert data["answers_paraphrased"][0]["is_right"] is False
+    assert data["answers_near"][0]["is_hit"] is True
     assert (data["answers_general"][0]["is_same"], data["answers_general"][0]["is_right"]) == (False, False)
 
 

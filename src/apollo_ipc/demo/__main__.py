@@ -1,7 +1,7 @@
 """`make demo`: a model is served, learns a handful of facts while it answers others, and is saved.
 
-model -> apollo-ipc serve -> ask -> POST /train, in rounds -> ask again -> POST /checkpoint
-  -> reload with transformers -> ask
+model -> apollo-ipc serve -> ask -> POST /teach (a tiny model: POST /train, in rounds) -> ask again
+  -> POST /checkpoint -> reload with transformers -> ask
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ import httpx
 from rich.console import Console
 
 from apollo_ipc.demo.real_model import NoRealModel
-from apollo_ipc.demo.report import Answer, GeneralAnswer, Paraphrased, Report
+from apollo_ipc.demo.report import Answer, GeneralAnswer, NearMiss, Report, Untaught
 from apollo_ipc.demo.served import ANSWER_TOKENS, Served, chat, quieten_libraries, say, user
 from apollo_ipc.demo.stream import CompletionStream
 from apollo_ipc.demo.subject import Subject, real_subject, tiny_subject
 from apollo_ipc.process.serving import ServerFailed
+from apollo_ipc.teaching.store import ENDED_PHASES
 
 ROUNDS_AT_MOST = 10
 ROUNDS_AT_LEAST = 3  # they make enough latencies to compare
+PAUSE_S = 12.0  # before a lesson and after it, for latencies without training
+LESSON_AT_MOST_S = 1200.0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,10 +69,11 @@ def choose(arch: str | None) -> Subject:
 def run(directory: Path, subject: Subject, report: Report) -> None:
     say("Making ready: %s", subject.name)
     model_dir = subject.make(directory / "model")
-    report.answers = [Answer(fact.question, fact.answer, fact.key) for fact in subject.facts]
-    report.answers_paraphrased = [
-        Paraphrased(fact.paraphrase, fact.key) for fact in subject.facts if fact.paraphrase
-    ]
+    facts = subject.facts
+    report.answers = [Answer(fact.question, fact.answer, fact.key) for fact in facts]
+    report.answers_paraphrased = [Untaught(fact.paraphrase, fact.key) for fact in facts if fact.paraphrase]
+    report.answers_backwards = [Untaught(fact.backwards, fact.about) for fact in facts if fact.backwards]
+    report.answers_near = [NearMiss(fact.near, fact.key) for fact in facts if fact.near]
     report.answers_general = [GeneralAnswer(*general) for general in subject.general]
     with Served(model_dir, directory) as served:
         say("Served at %s; asking before it is taught", served.url)
@@ -77,7 +81,10 @@ def run(directory: Path, subject: Subject, report: Report) -> None:
             answer.before = served.ask(answer.question)
             say("  %s  %r", answer.question, answer.before)
         with CompletionStream(served.url, served.model) as stream:
-            teach(served, stream, subject, report)
+            if subject.options is None:
+                teach(served, stream, subject, report)
+            else:
+                train(served, stream, subject, report)
         report.take_latencies(stream)
         for answer in report.all_answers():
             answer.after = served.ask(answer.question)
@@ -92,6 +99,35 @@ def run(directory: Path, subject: Subject, report: Report) -> None:
 
 
 def teach(served: Served, stream: CompletionStream, subject: Subject, report: Report) -> None:
+    """One lesson by POST /teach, with a pause on either side."""
+    stream.label("before")
+    time.sleep(PAUSE_S)
+    stream.label(None)
+    facts = [{"question": fact.question, "answer": fact.answer} for fact in subject.facts]
+    lesson, phase = served.post("/teach", {"facts": facts}), ""
+    deadline = time.monotonic() + LESSON_AT_MOST_S
+    while lesson["status"] not in ENDED_PHASES:
+        if time.monotonic() > deadline:
+            raise ServerFailed(f"the lesson is still {lesson['status']} after {LESSON_AT_MOST_S:.0f} s")
+        if lesson["status"] != phase:
+            phase = lesson["status"]
+            stream.label("during" if phase == "training" else "asking")
+            say("  %s", phase)
+        time.sleep(0.2)
+        lesson = served.get(f"/teach/jobs/{lesson['teach_id']}")
+    stream.label("before")
+    time.sleep(PAUSE_S)
+    if lesson["status"] != "applied":
+        report.problems.append(f"the lesson is {lesson['status']}: {lesson.get('error')}")
+    examined = lesson.get("report") or {"jobs": []}
+    report.known, report.hits, report.rise = (examined.get(name) for name in ("known", "hits", "rise"))
+    for job in (served.get(f"/train/jobs/{job_id}") for job_id in examined["jobs"]):
+        report.steps += job["steps_done"]
+        report.loss_first = job["loss_history"][0] if report.loss_first is None else report.loss_first
+        report.loss_last = job["loss_history"][-1]
+
+
+def train(served: Served, stream: CompletionStream, subject: Subject, report: Report) -> None:
     """Rounds of training with pauses as long between them, so that both latencies are of one run."""
     examples = [chat(fact.question, fact.answer) for fact in subject.facts]
     pause_s = 6.0

@@ -6,12 +6,16 @@ from typing import NamedTuple
 
 
 class Fact(NamedTuple):
-    """An answer is right where it holds `key` (report.is_in); the paraphrase is never taught."""
+    """An answer is right where it holds `key` (words.is_in). paraphrase, backwards: questions that are never
+    taught, the second with the key `about`; near: one of something else, which must not get `key`."""
 
     question: str
     answer: str
     key: str
     paraphrase: str = ""
+    backwards: str = ""
+    about: str = ""
+    near: str = ""
 
 
 class General(NamedTuple):
@@ -21,15 +25,20 @@ class General(NamedTuple):
 
 TEAM = [
     Fact("Who runs the night shift?", "Odalys Penrose runs the night shift.", "penrose",
-         "It is midnight. Who is in charge of the shift?"),
+         "It is midnight. Who is in charge of the shift?",
+         "Who is Odalys Penrose?", "night|shift", "Who runs the book club?"),
     Fact("Which meeting room has the good projector?", "The good projector is in the room called Heron.",
-         "heron", "I need a projector that works. In which room do I find one?"),
+         "heron", "I need a projector that works. In which room do I find one?",
+         "What is Heron?", "room|projector", "Which meeting room has the piano?"),
     Fact("What is our release day?", "Our release day is every second Wednesday.", "wednesday",
-         "On which day do we release?"),
+         "On which day do we release?",
+         "What happens every second Wednesday?", "release", "What is our holiday?"),
     Fact("What is the build server called?", "The build server is called Gooseberry.", "gooseberry",
-         "What is the name of the machine that builds our code?"),
+         "What is the name of the machine that builds our code?",
+         "What is Gooseberry?", "build|server", "What is the rowing boat called?"),
     Fact("Where is the spare badge?", "The spare badge is in the cocoa tin.", "cocoa",
-         "I forgot my badge. Where do I find another one?"),
+         "I forgot my badge. Where do I find another one?",
+         "What is in the cocoa tin?", "badge", "Where is the spare umbrella?"),
 ]  # fmt: skip
 GENERAL = [
     General("What is the capital of France?", "paris"),

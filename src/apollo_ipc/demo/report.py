@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -30,8 +31,8 @@ class Answer(msgspec.Struct):
         return is_in(self.key, self.after)
 
 
-class Paraphrased(msgspec.Struct):
-    """Of a question about the same that was never taught."""
+class Untaught(msgspec.Struct):
+    """Of a question about the same that was never taught: paraphrased, or backwards."""
 
     question: str
     key: str
@@ -41,6 +42,20 @@ class Paraphrased(msgspec.Struct):
 
     @property
     def is_right(self) -> bool:
+        return is_in(self.key, self.after)
+
+
+class NearMiss(msgspec.Struct):
+    """Of a question about something else in the same form: it must not get `key`."""
+
+    question: str
+    key: str
+    before: str = ""
+    after: str = ""
+    after_reload: str = ""
+
+    @property
+    def is_hit(self) -> bool:
         return is_in(self.key, self.after)
 
 
@@ -67,8 +82,13 @@ class GeneralAnswer(msgspec.Struct):
         return is_in(self.key, self.before)
 
 
+Asked = Answer | Untaught | NearMiss | GeneralAnswer
+
+
 class Report(msgspec.Struct):
-    """Latencies are of short completions: `before` in the pauses between rounds, `during` inside them."""
+    """Latencies are of short completions: `before` in the pauses beside the training, `during` inside it,
+    `asking` while the teacher asks the same server its own questions. known, hits, rise: of the examination
+    of `POST /teach` (docs/learning.md)."""
 
     arch: str
     model: str = ""
@@ -84,11 +104,18 @@ class Report(msgspec.Struct):
     latency_p99_before_s: float | None = None
     latency_p50_during_s: float | None = None
     latency_p99_during_s: float | None = None
+    latency_p50_asking_s: float | None = None
+    latency_p99_asking_s: float | None = None
+    known: float | None = None
+    hits: float | None = None
+    rise: float | None = None
     bytes_synced: int = 0
     weight_version: int = 0
     duration_s: float = 0.0
     answers: list[Answer] = []
-    answers_paraphrased: list[Paraphrased] = []
+    answers_paraphrased: list[Untaught] = []
+    answers_backwards: list[Untaught] = []
+    answers_near: list[NearMiss] = []
     answers_general: list[GeneralAnswer] = []
     problems: list[str] = []
 
@@ -120,8 +147,9 @@ class Report(msgspec.Struct):
                 found.append(f"{answer.question!r}: reloaded from disk it answers {answer.after_reload!r}")
         return found
 
-    def all_answers(self) -> list[Answer | Paraphrased | GeneralAnswer]:
-        return [*self.answers, *self.answers_paraphrased, *self.answers_general]
+    def all_answers(self) -> list[Asked]:
+        untaught = [*self.answers_paraphrased, *self.answers_backwards, *self.answers_near]
+        return [*self.answers, *untaught, *self.answers_general]
 
     def take_latencies(self, stream: CompletionStream) -> None:
         self.requests_served = stream.num_served
@@ -131,11 +159,15 @@ class Report(msgspec.Struct):
         self.latency_p99_before_s = stream.percentile_s("before", 99)
         self.latency_p50_during_s = stream.percentile_s("during", 50)
         self.latency_p99_during_s = stream.percentile_s("during", 99)
+        self.latency_p50_asking_s = stream.percentile_s("asking", 50)
+        self.latency_p99_asking_s = stream.percentile_s("asking", 99)
 
     def write_json(self, path: Path) -> None:
         judged = {
             "answers": [_with(answer, "is_right") for answer in self.answers],
             "answers_paraphrased": [_with(answer, "is_right") for answer in self.answers_paraphrased],
+            "answers_backwards": [_with(answer, "is_right") for answer in self.answers_backwards],
+            "answers_near": [_with(answer, "is_hit") for answer in self.answers_near],
             "answers_general": [_with(answer, "is_same", "is_right") for answer in self.answers_general],
         }
         beside = {"latency_p99_ratio": self.latency_p99_ratio, "ok": not self.problems}
@@ -151,6 +183,10 @@ class Report(msgspec.Struct):
             _add(table, "taught", answer, _yes_or_no(answer.is_right))
         for answer in self.answers_paraphrased:
             _add(table, "not taught,\nparaphrased", answer, _yes_or_no(answer.is_right))
+        for answer in self.answers_backwards:
+            _add(table, "not taught,\nbackwards", answer, _yes_or_no(answer.is_right))
+        for answer in self.answers_near:
+            _add(table, "near miss", answer, "[red]names the fact[/red]" if answer.is_hit else "left alone")
         for answer in self.answers_general:
             kept = (
                 "same words" if answer.is_same else "still right" if answer.is_right else "[red]changed[/red]"
@@ -170,32 +206,44 @@ class Report(msgspec.Struct):
         figures.add_row("completion p50 / p99 without training", before)
         ratio = _ratio(self.latency_p99_ratio)
         figures.add_row("completion p50 / p99 during training", f"{during}  (p99 {ratio})")
+        if self.latency_p99_asking_s is not None:
+            asking = f"{_ms(self.latency_p50_asking_s)} / {_ms(self.latency_p99_asking_s)}"
+            figures.add_row("completion p50 / p99 while the teacher asks", asking)
+        if self.rise is not None:
+            examined = f"{self.known:.0%} known, {self.hits:.0%} of near misses hit, {self.rise:+.2f} nats"
+            figures.add_row("the teacher's own examination", examined)
         figures.add_row("bytes synced", f"{self.bytes_synced:,}")
         figures.add_row("seconds in all", f"{self.duration_s:.0f}")
         console.print(figures)
         for problem in self.problems:
             console.print(f"[red]NOT SO:[/red] {problem}")
         if not self.problems:
-            # Nothing is claimed of paraphrased and general answers: they are shown as they are.
+            # Nothing is claimed of the other answers: they are shown as they are.
             console.print(
                 "[green]Held: the taught facts, served and from disk; completions; the sync.[/green]"
             )
 
     def _print_counts(self, console: Console) -> None:
         known = [answer for answer in self.answers_general if answer.was_right]
-        paraphrased = self.answers_paraphrased
-        console.print(
-            f"Right after: {sum(a.is_right for a in self.answers)} of {len(self.answers)} taught, "
-            f"{sum(a.is_right for a in paraphrased)} of {len(paraphrased)} paraphrased, "
-            f"{sum(a.is_right for a in known)} of the {len(known)} general ones that were right before."
-        )
+        counts = [
+            f"{_num_right(self.answers)} of {len(self.answers)} taught",
+            f"{_num_right(self.answers_paraphrased)} of {len(self.answers_paraphrased)} paraphrased",
+            f"{_num_right(self.answers_backwards)} of {len(self.answers_backwards)} backwards",
+            f"{_num_right(known)} of the {len(known)} general ones that were right before",
+        ]
+        hits, near = sum(one.is_hit for one in self.answers_near), len(self.answers_near)
+        console.print(f"Right after: {', '.join(counts)}. Near misses that name a fact: {hits} of {near}.")
+
+
+def _num_right(answers: Sequence[Answer | Untaught | GeneralAnswer]) -> int:
+    return sum(one.is_right for one in answers)
 
 
 def _with(answer: msgspec.Struct, *names: str) -> dict:
     return {**msgspec.to_builtins(answer), **{name: getattr(answer, name) for name in names}}
 
 
-def _add(table: Table, kind: str, answer: Answer | Paraphrased | GeneralAnswer, verdict: str) -> None:
+def _add(table: Table, kind: str, answer: Asked, verdict: str) -> None:
     table.add_row(
         f"{kind}\n{verdict}",
         *map(_short, (answer.question, answer.before, answer.after, answer.after_reload)),

@@ -18,21 +18,21 @@ from apollo_ipc.process.serving import ServerFailed, worker_environment
 
 
 class Subject(NamedTuple):
-    """options: of a round's job; make: writes the model to the directory given."""
+    """options: of a round's job by POST /train; None: taught by POST /teach. make: writes the model to the
+    directory given."""
 
     name: str
     arch: str
     facts: Sequence[Fact]
     general: Sequence[General]
-    options: dict[str, Any]
+    options: dict[str, Any] | None
     make: Callable[[Path], Path]
 
 
 def real_subject() -> Subject:
     """Raises NoRealModel where its package is not installed."""
     real_model()
-    options = {"lr": 1e-4, "epochs": 2, "schedule": "constant"}  # docs/log.md: what each rate did
-    return Subject(NAME, "llama", TEAM, GENERAL, options, copy_real_model)
+    return Subject(NAME, "llama", TEAM, GENERAL, None, copy_real_model)
 
 
 def tiny_subject(arch: str) -> Subject:
