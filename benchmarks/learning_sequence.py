@@ -26,7 +26,7 @@ from apollo_curation.teach.job import Mix, general_prompts, own_answers, prompts
 from apollo_curation.teach.rehearsal import due, rehearsed
 from apollo_curation.teach.variants import Lesson, lesson_of
 from apollo_ipc.teaching.facts import Fact, whole
-from apollo_ipc.teaching.store import StoredLesson
+from apollo_ipc.teaching.lessons import StoredLesson
 from apollo_ipc.words import is_in
 
 if TYPE_CHECKING:

@@ -63,7 +63,10 @@ def ask_for(
 def parse(text: str, kind: type[T]) -> T:
     """Raises msgspec.DecodeError (ValidationError is one) or ValueError."""
     fenced = _FENCED.search(text)
-    return msgspec.json.decode((fenced[1] if fenced else text).strip(), type=kind)
+    try:
+        return msgspec.json.decode((fenced[1] if fenced else text).strip(), type=kind)
+    except RecursionError as error:
+        raise ValueError(f"nested too deep: {error}") from None
 
 
 def plain_schema(kind: type[msgspec.Struct]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import sys
 from contextlib import closing
 from hashlib import blake2b
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import typer
@@ -46,6 +46,14 @@ def teach(
         float | None,
         typer.Option("--max-hits", min=0, max=1, help="Share of near misses that may name the fact [0.5]."),
     ] = None,
+    writer: Annotated[
+        Literal["auto", "rules", "model"] | None,
+        typer.Option(
+            "--writer",
+            help="Who makes the forms of a fact: rules alone, or the served model too, where its own answers "
+            "confirm them; auto: by what the model can do [auto].",
+        ),
+    ] = None,
     config_file: ConfigFile = None,
     as_json: AsJson = False,
 ) -> None:
@@ -61,7 +69,8 @@ def teach(
         raise UserError(f"{file} cannot be read: {error}", field="FILE") from None
     facts, notes = facts_of_document(text) if document else (parse_facts(text), [])
     given = {"rounds": rounds, "lr": lr, "min_known": min_known, "max_rise": max_rise, "max_hits": max_hits}
-    options = msgspec.convert({k: v for k, v in given.items() if v is not None}, TeachOptions)
+    given_options = {k: v for k, v in (given | {"writer": writer}).items() if v is not None}
+    options = msgspec.convert(given_options, TeachOptions)
     request = TeachRequest(facts, options, notes=notes)
     for note in [] if as_json else notes:
         console().print(note)
@@ -104,4 +113,19 @@ def print_job(job: dict[str, Any]) -> None:
         console().print(
             f"general answers lose {report['rise']:.3f} nats a token; {report['known']:.0%} is right"
         )
+        if writing := report["writing"]:
+            console().print(said_of(writing), markup=False)
     console().print(job["status"] + (f": {job['error']}" if job["error"] else ""), markup=False)
+
+
+def said_of(writing: dict[str, Any]) -> str:
+    """Who made the forms, in a line."""
+    if writing["source"] == "rules":
+        return f"forms: {writing['reason'] or 'rules alone'}"
+    dropped = ", ".join(f"{number} {why}" for why, number in writing["dropped"].items())
+    told = f"forms: {writing['num_kept']} of the served model beside the rules' own"
+    return (
+        told
+        + (f"; dropped: {dropped}" if dropped else "")
+        + (f"; {writing['reason']}" * bool(writing["reason"]))
+    )

@@ -10,6 +10,7 @@ import msgspec
 
 from apollo_curation.teach.job import Learner, OwnAnswer
 from apollo_curation.teach.variants import Asked, Lesson
+from apollo_curation.teach.writer import Writing
 from apollo_ipc.teaching.facts import Fact
 from apollo_ipc.words import is_in
 
@@ -51,7 +52,8 @@ class Examined(msgspec.Struct, frozen=True):
 
 class TeachReport(msgspec.Struct, frozen=True):
     """known: share of taught, paraphrased and reversed questions that are right; hits: of near misses that
-    name the fact; rise: nats a token on general answers; version_before: what going back means."""
+    name the fact; rise: nats a token on general answers; version_before: what going back means; writing: who
+    made the forms, None: nothing was trained."""
 
     state: Literal["applied", "rolled back", "failed", "cancelled"]
     reason: str
@@ -61,6 +63,7 @@ class TeachReport(msgspec.Struct, frozen=True):
     facts: list[Examined]
     jobs: list[str]
     version_before: int
+    writing: Writing | None = None
 
 
 def examination(lesson: Lesson) -> list[Asked]:

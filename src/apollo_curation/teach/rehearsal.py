@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from apollo_curation.teach.variants import Asked, lesson_of
-from apollo_ipc.teaching.store import StoredLesson
+from apollo_curation.teach.variants import Asked
+from apollo_curation.teach.written import stored_lesson
+from apollo_ipc.teaching.lessons import StoredLesson
 
 FIRST_VARIANTS = 8  # of a lesson when it comes back for the first time; half of it each time after
 LEAST_VARIANTS = 2
@@ -22,10 +23,13 @@ def due(lessons: Sequence[StoredLesson]) -> list[StoredLesson]:
     return sorted(found, key=lambda one: (one.is_known, one.rehearsed))[:MAX_LESSONS]
 
 
-def rehearsed(lessons: Sequence[StoredLesson], rng: random.Random) -> list[Asked]:
+def rehearsed(
+    lessons: Sequence[StoredLesson], rng: random.Random, forms: Callable[[str], bytes] = lambda lesson: b""
+) -> list[Asked]:
+    """forms: of a lesson by its id, as the store has them."""
     again = []
     for at, one in enumerate(lessons):
-        lesson = lesson_of(one.fact, at)
+        lesson = stored_lesson(one.fact, at, forms(one.id))
         number = max(LEAST_VARIANTS, FIRST_VARIANTS >> one.rehearsed)
         pools = (lesson.forward, lesson.backward)
         for pool, some in zip(pools, (number - number // 3, number // 3), strict=True):

@@ -6,7 +6,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from apollo_curation.chat_client import ChatClient
+import msgspec
+
+from apollo_curation.chat_client import ChatClient, ServerRefused
+from apollo_curation.structured import ask_for
 from apollo_curation.teach.job import OwnAnswer
 from apollo_ipc.wire.requests import Message
 
@@ -16,6 +19,7 @@ _ID = "token_id:"
 
 T = TypeVar("T")
 Out = TypeVar("Out")
+Json = TypeVar("Json", bound=msgspec.Struct)
 
 
 class ServedLearner:
@@ -42,6 +46,18 @@ class ServedLearner:
             lambda question: self._chat.chat([Message("user", question)], max_tokens=max_tokens).content,
             questions,
         )
+
+    def write(self, prompts: Sequence[str], kind: type[Json], *, max_tokens: int) -> list[Json | None]:
+        """By guided decoding, as Writer.write."""
+        return _side_by_side(lambda prompt: self._written(prompt, kind, max_tokens), prompts)
+
+    def _written(self, prompt: str, kind: type[Json], max_tokens: int) -> Json | None:
+        try:
+            return ask_for(kind, self._chat, [Message("user", prompt)], max_tokens=max_tokens)
+        except ServerRefused as error:
+            if not error.is_of_this_request:
+                raise
+            return None  # too long for it, or it guides no decoding
 
     def token_logprobs(self, sequences: Sequence[list[int]]) -> list[list[float]]:
         return _side_by_side(self._chat.token_logprobs, sequences)

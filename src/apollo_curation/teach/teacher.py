@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -16,19 +16,21 @@ import msgspec
 from apollo_curation.teach import examine
 from apollo_curation.teach.forget import former_answers, unlearned
 from apollo_curation.teach.job import (
-    Learner,
     Mix,
-    OwnAnswer,
     general_prompts,
     own_answers,
     prompts_beside,
     request_of,
     taught,
 )
+from apollo_curation.teach.material import Material, material_of
 from apollo_curation.teach.rehearsal import due, rehearsed
 from apollo_curation.teach.variants import Lesson, lesson_of
+from apollo_curation.teach.writer import Writer, Writing, write_forms
+from apollo_curation.teach.written import stored_lesson, to_store, with_forms
 from apollo_ipc.errors import ApolloError, UserError
-from apollo_ipc.teaching.store import Learned, Outcome, Phase, TeachJob, TeachStore
+from apollo_ipc.teaching.lessons import Learned, Outcome
+from apollo_ipc.teaching.store import Phase, TeachJob, TeachStore
 from apollo_ipc.wire.replies import JobInfo, RestoreResult, SyncResult
 from apollo_ipc.wire.requests import TrainRequest
 
@@ -55,37 +57,13 @@ class TeachFailed(ApolloError):
     code = "teach_failed"
 
 
-class Material(msgspec.Struct):
-    """What a job needs to go on after a crash. version_before, synced_at: what going back means, and from
-    when on a job of others stands in its way; is_pinned: by this job; general, near: the model's own answers
-    to be kept; kept_out: those only measured; former: of each lesson, what a `forget` goes back to;
-    said_before: to the examination; request: the next training job; train_jobs: those given to the worker;
-    rehearsed: lessons that come back in it; end, reason: what a job that goes back ends as, and why."""
-
-    version_before: int
-    synced_at: float
-    is_pinned: bool
-    kept_out: list[OwnAnswer] = []
-    general: list[OwnAnswer] = []
-    near: list[OwnAnswer] = []
-    former: list[bytes] = []
-    said_before: dict[str, str] = {}
-    loss_before: float = 0.0
-    request: TrainRequest | None = None
-    train_jobs: list[str] = []
-    rehearsed: list[str] = []
-    end: Phase = "rolled back"
-    reason: str = ""
-    report: examine.TeachReport | None = None
-
-
 class Teacher:
     """One at a time for a store. A phase in which learner or training raises is done again."""
 
     def __init__(
         self,
         store: TeachStore,
-        learner: Learner,
+        learner: Writer,
         training: Training,
         mix: Mix | None = None,
         say: Callable[[str], None] = lambda text: None,
@@ -110,7 +88,7 @@ class Teacher:
                 return self._store.advance(job, "failed", error=error.message)
             if job.material is None:
                 return self._store.advance(job, "failed", error=error.message)
-            return self._leave(job, _material(job), "failed", error.message)
+            return self._leave(job, material_of(job), "failed", error.message)
 
     def _prepare(self, job: TeachJob) -> TeachJob:
         """The model's own answers to what is to stay, and what it says before. Trains nothing."""
@@ -123,17 +101,25 @@ class Teacher:
             is_pinned = self._training.pinned() is None  # somebody's own pin stays theirs
             made = Material(version, now, is_pinned)
             job = self._store.advance(job, "preparing", material=msgspec.msgpack.encode(made))
-        made = _material(job)
+        made = material_of(job)
         if made.is_pinned:
             self._training.pin(made.version_before)
         prompts = general_prompts()
         made.kept_out = own_answers(self._learner, prompts[::KEPT_OUT_EVERY][:NUM_KEPT_OUT])
         if not made.kept_out:
             raise TeachFailed("the model says nothing to any general prompt: what it loses could not be seen")
+        said = made.said_before = examine.answers(self._learner, lessons)
+        missing = [at for at, one in enumerate(lessons) if not examine.examined(one, said, said).is_known]
+        if job.request.purpose == "teach" and missing:
+            self._write_forms(job, made, lessons, missing)
+            if self._store.job(job.id).is_cancelled:
+                return self._leave(job, made, "cancelled", "cancelled before anything was trained")
+            lessons = self._lessons(job, made)
+            if others := [lessons[at] for at, forms in made.forms.items() if forms.is_alone]:
+                made.said_before |= examine.answers(self._learner, others)
         trained = [prompt for at, prompt in enumerate(prompts) if at % KEPT_OUT_EVERY]
         general, near = prompts_beside(lessons, trained, mix, _seed(job))
         made.general, made.near = own_answers(self._learner, general), own_answers(self._learner, near)
-        made.said_before = examine.answers(self._learner, lessons)
         made.loss_before = examine.loss(self._learner, made.kept_out)
         if job.request.purpose == "forget":
             made.request = request_of(
@@ -141,19 +127,39 @@ class Teacher:
             )
             return self._next(job, made, "training", 1)
         made.former = former_answers(self._learner, lessons)
-        said = made.said_before
-        missing = [one for one in lessons if not examine.examined(one, said, said).is_known]
         if not missing:
             return self._next(job, made, "checking", 0)
         new = {one.question for one in job.request.facts}
         earlier = due([one for one in self._store.lessons() if one.fact.question not in new])
         made.rehearsed = [one.id for one in earlier]
-        again = rehearsed(earlier, random.Random(_seed(job)))
-        made.request = request_of(taught(missing, mix, again), made.general, made.near, mix, _seed(job))
+        again = rehearsed(earlier, random.Random(_seed(job)), self._store.written_forms)
+        learned = taught([lessons[at] for at in missing], mix, again)
+        made.request = request_of(learned, made.general, made.near, mix, _seed(job))
         return self._next(job, made, "training", 1)
 
+    def _write_forms(
+        self, job: TeachJob, made: Material, lessons: Sequence[Lesson], missing: Sequence[int]
+    ) -> None:
+        """Into `made`, which is stored on the way: what was written is not written again after a crash."""
+
+        def keep(writing: Writing) -> None:
+            made.writing = writing
+            self._store.advance(job, "preparing", material=msgspec.msgpack.encode(made))
+
+        made.writing = write_forms(
+            self._learner,
+            lessons,
+            missing,
+            made.forms,
+            made.writing,
+            choice=job.request.options.writer or "auto",
+            seed=_seed(job),
+            keep=keep,
+            stop=lambda: self._store.job(job.id).is_cancelled,
+        )
+
     def _train(self, job: TeachJob) -> TeachJob:
-        made = _material(job)
+        made = material_of(job)
         assert made.request is not None
         if job.is_cancelled and not made.train_jobs:
             return self._leave(job, made, "cancelled", "cancelled before anything was trained")
@@ -168,7 +174,8 @@ class Teacher:
         return self._next(job, made, "checking", job.round)
 
     def _check(self, job: TeachJob) -> TeachJob:
-        made, lessons, limits = _material(job), self._lessons(job), self._limits_of(job)
+        made, limits = material_of(job), self._limits_of(job)
+        lessons = self._lessons(job, made)
         after = examine.answers(self._learner, lessons)
         rise = examine.loss(self._learner, made.kept_out) - made.loss_before
         facts = [examine.examined(lesson, made.said_before, after) for lesson in lessons]
@@ -178,7 +185,8 @@ class Teacher:
         if not reason and not forgets and known < limits.min_known and is_over:
             reason = f"{known:.0%} is right after {job.round} rounds, below {limits.min_known:.0%}"
         made.report = examine.TeachReport(
-            "applied", reason, known, hits, rise, facts, made.train_jobs, made.version_before
+            *("applied", reason, known, hits, rise, facts, made.train_jobs, made.version_before),
+            made.writing,
         )
         if job.is_cancelled:
             return self._leave(job, made, "cancelled", "cancelled")
@@ -223,7 +231,7 @@ class Teacher:
 
     def _go_back(self, job: TeachJob) -> TeachJob:
         """The weights of before, unless somebody else's job came between: it would go as well."""
-        made = _material(job)
+        made = material_of(job)
         own = [one for one in self._training.jobs() if one.job_id in made.train_jobs]
         if any(one.steps_done for one in own if one.state != "undone"):
             if strangers := self._strangers(made):
@@ -237,8 +245,13 @@ class Teacher:
 
     # --- inside ---
 
-    def _lessons(self, job: TeachJob) -> list[Lesson]:
-        return [lesson_of(fact, at) for at, fact in enumerate(job.request.facts)]
+    def _lessons(self, job: TeachJob, made: Material | None = None) -> list[Lesson]:
+        facts, ids = job.request.facts, job.request.lessons
+        if ids:
+            stored = enumerate(zip(facts, map(self._store.written_forms, ids), strict=True))
+            return [stored_lesson(fact, at, forms) for at, (fact, forms) in stored]
+        forms = {} if made is None else made.forms
+        return [with_forms(lesson_of(fact, at), forms.get(at)) for at, fact in enumerate(facts)]
 
     def _mix_of(self, job: TeachJob) -> Mix:
         lr = job.request.options.lr
@@ -300,16 +313,11 @@ class Teacher:
         former = made.former or [b""] * len(made.report.facts)  # prepared by an older program
         return Outcome(
             [
-                Learned(one.fact, one.taught.before, one.is_known, answers)
-                for one, answers in zip(made.report.facts, former, strict=True)
+                Learned(one.fact, one.taught.before, one.is_known, answers, to_store(made.forms.get(at)))
+                for at, (one, answers) in enumerate(zip(made.report.facts, former, strict=True))
             ],
             made.rehearsed,
         )
-
-
-def _material(job: TeachJob) -> Material:
-    assert job.material is not None
-    return msgspec.msgpack.decode(job.material, type=Material)
 
 
 def _seed(job: TeachJob) -> int:

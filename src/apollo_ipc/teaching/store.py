@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import sqlite3
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,8 +20,9 @@ from apollo_ipc.config import Config
 from apollo_ipc.database import Database
 from apollo_ipc.errors import Conflict, NotFound
 from apollo_ipc.teaching.facts import Fact
+from apollo_ipc.teaching.lessons import LESSON, Outcome, StoredLesson, lesson_in, settle
 
-SCHEMA_VERSION = 2  # 2: jobs have a purpose, lessons the answers of before
+SCHEMA_VERSION = 3  # 2: jobs have a purpose, lessons the answers of before; 3: forms that the model wrote
 
 Phase = Literal[
     "preparing", "training", "checking", "going back", "applied", "rolled back", "failed", "cancelled"
@@ -38,19 +39,22 @@ CREATE TABLE IF NOT EXISTS lessons (seq INTEGER PRIMARY KEY AUTOINCREMENT, id TE
     job TEXT NOT NULL, taught_at REAL NOT NULL, fact BLOB NOT NULL, former TEXT NOT NULL,
     rehearsed INTEGER NOT NULL DEFAULT 0, is_known INTEGER NOT NULL, asked_at REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS former_answers (lesson TEXT PRIMARY KEY, answers BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS written_forms (lesson TEXT PRIMARY KEY, forms BLOB NOT NULL);
 """
 
 
 class TeachOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """None: the teacher's default. min_known: share of the examination that has to be right; max_rise: nats a
     token that the model's own earlier answers may lose; max_hits: share of near misses that may name a fact;
-    rounds: training jobs at most."""
+    rounds: training jobs at most; writer: who makes the forms of a fact, rules alone or the served model too;
+    "auto": by what the model can do."""
 
     rounds: Annotated[int, Meta(ge=1, le=20)] | None = None
     lr: Annotated[float, Meta(gt=0, le=0.1)] | None = None
     min_known: Annotated[float, Meta(ge=0, le=1)] | None = None
     max_rise: Annotated[float, Meta(ge=0)] | None = None
     max_hits: Annotated[float, Meta(ge=0, le=1)] | None = None
+    writer: Literal["auto", "rules", "model"] | None = None
 
 
 Purpose = Literal["teach", "forget", "examine"]
@@ -98,42 +102,8 @@ class TeachJob(msgspec.Struct, frozen=True):
         }
 
 
-class StoredLesson(msgspec.Struct, frozen=True):
-    """former: what the model said to its question before; rehearsed: jobs in which it has come back since."""
-
-    id: str
-    job: str
-    taught_at: float
-    fact: Fact
-    former: str
-    rehearsed: int
-    is_known: bool
-    asked_at: float
-
-
-class Learned(msgspec.Struct, frozen=True):
-    """A fact of a job that is applied. answers: the model's own from before, the teacher's business; a later
-    `forget` goes back to them."""
-
-    fact: Fact
-    former: str
-    is_known: bool
-    answers: bytes = b""
-
-
-class Outcome(msgspec.Struct, frozen=True):
-    """What a job's end does to lessons. learned: new ones, each in the place of one with its question;
-    rehearsed: those that came back; known: whether each that was asked holds; forgotten: those that go."""
-
-    learned: Sequence[Learned] = ()
-    rehearsed: Sequence[str] = ()
-    known: Mapping[str, bool] = {}
-    forgotten: Sequence[str] = ()
-
-
 _ENDED = ", ".join("?" * len(ENDED_PHASES))
 _JOB = "id, created_at, changed_at, request, phase, round, material, is_cancelled, report, error"
-_LESSON = "id, job, taught_at, fact, former, rehearsed, is_known, asked_at"
 
 
 def store_path(config: Config) -> Path:
@@ -247,7 +217,7 @@ class TeachStore(Database):
             )
             assert changed.rowcount == 1, f"{job.id} is not in phase {job.phase}, round {job.round} any more"
             if outcome is not None:
-                _settle(db, job.id, outcome, now)
+                settle(db, job.id, outcome, now)
         return self.job(job.id)
 
     # --- lessons ---
@@ -255,7 +225,7 @@ class TeachStore(Database):
     def lessons(self) -> list[StoredLesson]:
         """In the order in which they were taught."""
         with self.reading() as db:
-            return [_lesson(row) for row in db.execute(f"SELECT {_LESSON} FROM lessons ORDER BY seq")]
+            return [lesson_in(row) for row in db.execute(f"SELECT {LESSON} FROM lessons ORDER BY seq")]
 
     def lessons_of(self, ids: Sequence[str]) -> list[StoredLesson]:
         """In this order, each once. Raises NotFound."""
@@ -269,11 +239,16 @@ class TeachStore(Database):
         found = self.query("SELECT answers FROM former_answers WHERE lesson = ?", lesson)
         return found[0]["answers"] if found else b""
 
+    def written_forms(self, lesson: str) -> bytes:
+        """As Learned.forms; empty where rules alone made them."""
+        found = self.query("SELECT forms FROM written_forms WHERE lesson = ?", lesson)
+        return found[0]["forms"] if found else b""
+
     def drop(self, ids: Sequence[str]) -> None:
         """These do not come back in later jobs; nothing is trained. Raises NotFound."""
         self.lessons_of(ids)
         with self.transaction() as db:
-            _settle(db, "", Outcome(forgotten=ids), time.time())
+            settle(db, "", Outcome(forgotten=ids), time.time())
 
 
 def request_about(
@@ -282,37 +257,6 @@ def request_about(
     """A job that asks for lessons, or takes them back."""
     facts, ids = [one.fact for one in lessons], [one.id for one in lessons]
     return TeachRequest(facts, options or TeachOptions(), purpose=purpose, lessons=ids)
-
-
-def _settle(db: sqlite3.Connection, job: str, outcome: Outcome, now: float) -> None:
-    earlier = {}
-    if outcome.learned:
-        earlier = {_lesson(row).fact.question: row for row in db.execute(f"SELECT {_LESSON} FROM lessons")}
-    for one in outcome.learned:
-        lesson, former, replaced = (
-            f"lesson-{secrets.token_hex(6)}",
-            one.former,
-            earlier.get(one.fact.question),
-        )
-        if one.answers:
-            db.execute("INSERT INTO former_answers VALUES (?, ?)", (lesson, one.answers))
-        if replaced is not None:  # what it said before it was first taught
-            former = replaced["former"]
-            db.execute(
-                "UPDATE OR REPLACE former_answers SET lesson = ? WHERE lesson = ?", (lesson, replaced["id"])
-            )
-            db.execute("DELETE FROM lessons WHERE id = ?", (replaced["id"],))
-        db.execute(
-            f"INSERT INTO lessons ({_LESSON}) VALUES (?, ?, ?, ?, ?, 0, ?, ?)",
-            (lesson, job, now, msgspec.json.encode(one.fact), former, one.is_known, now),
-        )
-    for lesson in outcome.rehearsed:
-        db.execute("UPDATE lessons SET rehearsed = rehearsed + 1 WHERE id = ?", (lesson,))
-    for lesson, is_known in outcome.known.items():
-        db.execute("UPDATE lessons SET is_known = ?, asked_at = ? WHERE id = ?", (is_known, now, lesson))
-    for lesson in outcome.forgotten:
-        db.execute("DELETE FROM lessons WHERE id = ?", (lesson,))
-        db.execute("DELETE FROM former_answers WHERE lesson = ?", (lesson,))
 
 
 def _job(row: sqlite3.Row) -> TeachJob:
@@ -327,17 +271,4 @@ def _job(row: sqlite3.Row) -> TeachJob:
         bool(row["is_cancelled"]),
         None if row["report"] is None else msgspec.json.decode(row["report"]),
         row["error"],
-    )
-
-
-def _lesson(row: sqlite3.Row) -> StoredLesson:
-    return StoredLesson(
-        row["id"],
-        row["job"],
-        row["taught_at"],
-        msgspec.json.decode(row["fact"], type=Fact),
-        row["former"],
-        row["rehearsed"],
-        bool(row["is_known"]),
-        row["asked_at"],
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from apollo_ipc.teaching.facts import Fact, whole
-from apollo_ipc.teaching.store import Learned, Outcome, TeachRequest
+from apollo_ipc.teaching.lessons import Learned, Outcome
+from apollo_ipc.teaching.store import TeachRequest
 
 FACTS = {
     "facts": ["The spare badge is in the cocoa tin.", {"question": "Who bakes?", "answer": "Zed Quill."}]
