@@ -1,8 +1,9 @@
 """What the real model knows after it was taught, and what else has moved.
 
 Facts that nobody knows are taught to SmolLM2-135M-Instruct in one process by the worker's own optimizer and
-loss; the material is made by the product (apollo_curation.teach). Each fact has four paraphrased questions,
-one backwards, and two near misses that must not get its answer, none of which is trained.
+loss; material, rounds and examination are the product's (apollo_curation.teach). Each fact has four
+paraphrased questions, one backwards, and two near misses that must not get its answer, none of which is
+trained.
 
     python benchmarks/learning.py --methods train teach --facts 10 --seeds 0 --json learning.json
     python benchmarks/learning.py --methods teach --without near --mix kl_weight=3,lr=2e-4
@@ -23,17 +24,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import learning_data as data
 import msgspec
+from learning_teacher import teach
 
-from apollo_curation.teach.job import (
-    Mix,
-    general_prompts,
-    own_answers,
-    prompts_beside,
-    request_of,
-    taught,
-    trained,
-)
-from apollo_curation.teach.variants import Lesson, lesson_of
+from apollo_curation.teach.job import Mix, general_prompts, own_answers
+from apollo_curation.teach.variants import lesson_of
 from apollo_ipc.process.serving import worker_environment
 from apollo_ipc.teaching.facts import Fact, whole
 from apollo_ipc.wire.requests import Example, Message, TrainOptions, TrainRequest
@@ -43,7 +37,7 @@ if TYPE_CHECKING:
     from learning_model import OfflineModel
 
 METHODS = ("train", "teach", "adamw")
-PARTS = ("variants", "backward", "replay", "near")
+PARTS = ("variants", "backward", "replay", "near", "floor", "freeze")
 PLAIN_VIEWS = 20  # of a fact by plain training: shared with what was measured before
 ANSWER_TOKENS = 32
 say = partial(print, file=sys.stderr, flush=True)
@@ -131,7 +125,8 @@ def run(
     mix = msgspec.convert({k: v for k, v in changed.items() if k != "_"}, Mix) if changed else Mix()
     without = options.without if method == "teach" else []
     model.reset(seed)
-    started = time.monotonic()
+    check_held_out(facts)
+    started, rounds = time.monotonic(), 1
     if method == "train":
         tokens = model.train(plain_request(facts, mix))
     elif method == "adamw":
@@ -139,13 +134,13 @@ def run(
 
         tokens = model.train_with(plain_request(facts, mix), adamw)
     else:
-        tokens = model.train(teach_request(model, facts, mix, without, seed))
+        tokens, rounds = teach(model, [whole(Fact(f.taught.text, f.answer)) for f in facts], mix, without)
     seconds = time.monotonic() - started
     name = " ".join([method, *(f"-{part}" for part in without), changed.get("_", "")]).strip()
     row = {"name": name, "seed": seed, "set": options.set, "facts": len(facts)}
     row |= look_after(model, before, facts)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return row | {"tokens": tokens, "seconds": round(seconds, 1), "peak_mb": round(peak)}
+    return row | {"tokens": tokens, "rounds": rounds, "seconds": round(seconds, 1), "peak_mb": round(peak)}
 
 
 def plain_request(facts: list[data.BenchFact], mix: Mix) -> TrainRequest:
@@ -157,24 +152,9 @@ def plain_request(facts: list[data.BenchFact], mix: Mix) -> TrainRequest:
     return TrainRequest(examples, TrainOptions(lr=mix.lr, epochs=PLAIN_VIEWS, accumulate_steps=mix.num_facts))
 
 
-def teach_request(
-    model: OfflineModel, facts: list[data.BenchFact], mix: Mix, without: list[str], seed: int
-) -> TrainRequest:
-    lessons = [lesson_of(whole(Fact(f.taught.text, f.answer)), at) for at, f in enumerate(facts)]
-    check_held_out(lessons, facts)
-    if "variants" in without:
-        views = len(trained(lessons[0], mix))
-        lessons = [one._replace(forward=one.forward[:1] * views, backward=[]) for one in lessons]
-    if "backward" in without:
-        lessons = [one._replace(backward=[]) for one in lessons]
-    general, near = prompts_beside(lessons, general_prompts(), mix, seed)
-    kept = [] if "replay" in without else own_answers(model, general)
-    missed = [] if "near" in without else own_answers(model, near)
-    return request_of(taught(lessons, mix), kept, missed, mix, seed)
-
-
-def check_held_out(lessons: list[Lesson], facts: list[data.BenchFact]) -> None:
+def check_held_out(facts: list[data.BenchFact]) -> None:
     """Nothing that is asked afterwards is trained."""
+    lessons = [lesson_of(whole(Fact(f.taught.text, f.answer)), at) for at, f in enumerate(facts)]
     known = {asked.question for one in lessons for asked in (*one.forward, *one.backward)}
     known |= {question for one in lessons for question in one.near_misses} | set(general_prompts())
     asked = {q.text for f in facts for q in (*f.paraphrased, *f.reversed, *f.near)}

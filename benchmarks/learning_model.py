@@ -9,11 +9,11 @@ from typing import Any
 import msgspec
 import torch
 from apollo_worker.front.admission import load
-from apollo_worker.jobs.example import TokenisedExample
 from apollo_worker.jobs.job_plan import JobPlan, plan
 from apollo_worker.model.live_model import load_offline
-from apollo_worker.step.loss import IGNORED, gather_targets, target_loss, teacher_of
-from apollo_worker.step.step import Trainer
+from apollo_worker.step.packing import packed
+from apollo_worker.step.step import CROSS_ENTROPY, Trainer
+from apollo_worker.step.update import make_update
 from apollo_worker.trainer.attachment import model_facts
 
 from apollo_curation.teach.job import OwnAnswer
@@ -57,56 +57,29 @@ class OfflineModel:
         return num_tokens(todo)
 
     def train_plan(self, todo: JobPlan) -> None:
-        optimizer = self.trainer.optimizer
         for step in range(todo.num_steps):
-            optimizer.lr, optimizer.weight_decay = todo.learning_rate(step), 0.0
-            self._backward(todo.examples_of(step))  # the optimizer works in its hooks
-            optimizer.flush()
+            self.trainer.step_on(
+                todo.examples_of(step),
+                todo.learning_rate(step),
+                0.0,
+                objective=todo.objective,
+                embeddings=todo.embeddings,
+            )
 
     def train_with(self, request: TrainRequest, make: Callable[[Any], Step]) -> int:
         """The same plan and loss by another optimizer; make: of the model."""
         self.trainer.close()
-        todo, update = self.plan(request), make(self.live.model)
+        todo, update, forward = self.plan(request), make(self.live.model), self.trainer.forward
         for step in range(todo.num_steps):
-            self._backward(todo.examples_of(step))
+            examples = todo.examples_of(step)
+            rows = make_update(
+                examples, CROSS_ENTROPY, is_mean=True, reference=None, logprobs=self.trainer.logprobs_of
+            ).rows
+            for layout in packed(examples, self.config.train.max_tokens, forward.longest_shared):
+                with torch.enable_grad():
+                    forward.loss(forward.batch_of(rows, layout)).backward()
             update(todo.learning_rate(step))
         return num_tokens(todo)
-
-    def _backward(self, examples: Sequence[TokenisedExample]) -> None:
-        """What Trainer.step_on computes of them, in one pass: what all of them begin with (the template's
-        system prompt) is read once, and none sees another's tokens. Half the time for texts this short."""
-        shared = _shared([one.input_ids for one in examples], [one.is_target.index(True) for one in examples])
-        ids, labels = [*examples[0].input_ids[:shared]], [IGNORED] * shared
-        positions, owner = [*range(shared)], [-1] * shared
-        coefficients, teachers = [], []
-        for at, one in enumerate(examples):
-            own, is_target = one.input_ids[shared:], one.is_target[shared:]
-            targets = [token for token, is_one in zip(own, is_target, strict=True) if is_one]
-            ids += own
-            labels += [token if is_one else IGNORED for token, is_one in zip(own, is_target, strict=True)]
-            positions += range(shared, shared + len(own))
-            owner += [at] * len(own)
-            weights = one.weights or [1.0] * len(targets)
-            coefficients += [weight / (len(targets) * len(examples)) for weight in weights]
-            teachers += one.top_logprobs or [None] * len(targets)
-        of = torch.tensor(owner)
-        sees = (of[:, None] == of[None, :]) | (of[None, :] == -1)
-        mask = (sees & torch.ones_like(sees).tril())[None, None]
-        head = self.trainer.head
-        assert head is not None
-        with torch.enable_grad():
-            hidden = self.live.model.base_model(
-                torch.tensor([ids]),
-                attention_mask=mask,
-                position_ids=torch.tensor([positions]),
-                use_cache=False,
-            ).last_hidden_state
-            hidden, targets = gather_targets(hidden, torch.tensor([labels]))
-            target_loss(
-                hidden, head.layer.weight, head.layer.bias, targets,
-                coefficients=torch.tensor(coefficients), teacher=teacher_of(targets, teachers), is_mean=False,
-                **head.options(self.config.train.logit_chunk_tokens),
-            ).backward()  # fmt: skip
 
     def contexts(self, questions: Sequence[str]) -> list[list[int]]:
         return [
@@ -174,14 +147,6 @@ class OfflineModel:
                     rows.append(list(zip(tokens.tolist(), values.clamp(max=0).tolist(), strict=True)))
                 found[i] = said[:end], rows
         return [found[i] for i in range(len(contexts))]
-
-
-def _shared(sequences: Sequence[list[int]], ends: Sequence[int]) -> int:
-    """How many tokens all of them begin with, before the first target and the token that predicts it."""
-    at = 0
-    while at < min(ends) - 1 and len({one[at] for one in sequences}) == 1:
-        at += 1
-    return at
 
 
 Step = Callable[[float], None]  # an update at this rate; gradients are used up

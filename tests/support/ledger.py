@@ -113,6 +113,7 @@ class World:
         monkeypatch.setattr(Trainer, "step_on", step_on)
         # No forward pass is done; and nothing is large.
         monkeypatch.setattr(Forward, "_head_is_exact", lambda forward: True)
+        monkeypatch.setattr(Forward, "_mask_is_exact", lambda forward: True)
         monkeypatch.setattr(live_model, "gc", SimpleNamespace(collect=lambda: None))
         monkeypatch.setattr(loop, "guard_of", lambda *args, **kwargs: Guard())
         self.faults.install(monkeypatch)

@@ -59,6 +59,8 @@ class Mix(msgspec.Struct, frozen=True):
     kl_weight: float = 2.0
     lr: float = 2e-4
     schedule: str = "cosine"
+    target_probability: float = 0.9
+    embeddings: str = "freeze"
 
 
 def general_prompts() -> list[str]:
@@ -88,9 +90,11 @@ def request_of(
         for answers, number in beside:
             examples += [answer.example(mix.kl_weight) for answer in islice(answers, number)]
     schedule: Any = mix.schedule
+    embeddings: Any = mix.embeddings
     options = TrainOptions(
-        lr=mix.lr, epochs=1, schedule=schedule, accumulate_steps=size, on_duplicate="train"
-    )
+        lr=mix.lr, epochs=1, schedule=schedule, accumulate_steps=size, on_duplicate="train",
+        target_probability=mix.target_probability, embeddings=embeddings,
+    )  # fmt: skip
     return TrainRequest(examples, options)
 
 

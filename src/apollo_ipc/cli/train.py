@@ -55,6 +55,12 @@ def train(
     kl_to_reference: Annotated[
         float | None, typer.Option(help="What a token's divergence from the weights of before costs.")
     ] = None,
+    target_probability: Annotated[
+        float | None, typer.Option(help="What a target shall reach [1]; beyond it there is no loss.")
+    ] = None,
+    embeddings: Annotated[
+        Literal["train", "freeze"] | None, typer.Option(help="And the output layer [train].")
+    ] = None,
     on_duplicate: Annotated[
         Literal["skip", "train"] | None, typer.Option(help="What to do with examples trained before.")
     ] = None,
@@ -86,6 +92,8 @@ def train(
         beta=beta,
         clip=clip[0] if clip and len(clip) == 1 else clip or None,
         kl_to_reference=kl_to_reference,
+        target_probability=target_probability,
+        embeddings=embeddings,
     )
     config = load_config(config_file)
     model_dir = check_model_dir(offline) if offline else None

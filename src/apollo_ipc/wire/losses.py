@@ -24,6 +24,7 @@ LOSS_OPTIONS = {
     "beta": ("dpo", "kto", "dro"),
     "clip": ("ppo", "cispo", "grpo"),
     "kl_to_reference": (*RATIO_LOSSES, "grpo"),
+    "target_probability": ("cross_entropy",),
 }
 
 

@@ -43,7 +43,8 @@ class TrainOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit
     grpo: over all targets of the update). loss: None is what the examples' form says. beta: of dpo, kto (0.1)
     and dro (0.05); clip: of ppo, cispo and grpo, how far the policy's ratio may be from 1 (0.2), or [below,
     above]; kl_to_reference: what a token's divergence from the weights before the job costs. beta1, beta2,
-    eps: of the moments, in this job's steps.
+    eps: of the moments, in this job's steps. target_probability: of cross_entropy, what a target shall reach;
+    beyond it there is no loss. embeddings: "freeze" leaves the embedding and the output layer as they are.
     """
 
     lr: Annotated[float, Meta(gt=0, le=0.1)] | None = None
@@ -63,6 +64,8 @@ class TrainOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit
     beta1: Annotated[float, Meta(ge=0, lt=1)] | None = None
     beta2: Annotated[float, Meta(ge=0, lt=1)] | None = None
     eps: Annotated[float, Meta(gt=0)] | None = None
+    target_probability: Annotated[float, Meta(gt=0, le=1)] | None = None
+    embeddings: Literal["train", "freeze"] | None = None
 
 
 class TrainRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -31,8 +31,11 @@ def test_taught_facts_change_the_model_and_a_reset_puts_it_back(module, model):
     facts = data.chosen(data.facts_of("first"), 2, 0)
     own = learning.own_answers(model, ["How are you?"])
     before = model.distributions(own)
-    request = learning.teach_request(model, facts, learning.Mix(lr=1e-3), [], 0)
-    assert model.train(request) > 1000
+    learning.check_held_out(facts)
+    whole = [learning.whole(learning.Fact(one.taught.text, one.answer)) for one in facts]
+    tokens, rounds = learning.teach(model, whole, learning.Mix(lr=1e-3), ["near"])
+    assert tokens > 1000
+    assert rounds >= 1
     assert learning_model.kl(before, model.distributions(own)) > 0
     model.reset(0)
     assert learning_model.kl(before, model.distributions(own)) == pytest.approx(0, abs=1e-6)

@@ -13,8 +13,10 @@ from apollo_worker.jobs.example import TokenisedExample
 from apollo_worker.jobs.job_plan import AdamRule, JobPlan, plan
 from apollo_worker.jobs.queue import JobQueue
 from apollo_worker.model.live_model import load_offline
+from apollo_worker.step.packing import PackedRow
 from apollo_worker.step.step import StepResult, Trainer, VllmDied
 from apollo_worker.step.update import Row
+from gradients import one_each
 from planned import submit
 
 from apollo_ipc.config import Train
@@ -62,7 +64,7 @@ def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> l
 @pytest.fixture
 def one_a_pass(monkeypatch):
     """Each example has a pass of its own, as where no two fit into one."""
-    monkeypatch.setattr("apollo_worker.step.step.pack", lambda lengths, _: [[i] for i in range(len(lengths))])
+    monkeypatch.setattr("apollo_worker.step.step.packed", one_each)
 
 
 @pytest.mark.usefixtures("one_a_pass")
@@ -194,13 +196,13 @@ def test_nothing_is_written_after_vllm_has_ended_whichever_example_reached_the_p
     unreached = trainer.live.model.get_parameter("model.norm.weight")
     before, real = weights(trainer), trainer._backward
 
-    def backward(rows: Sequence[Row]) -> float:
+    def backward(rows: Sequence[Row], layout: Sequence[PackedRow]) -> float:
         """The last example reaches nothing, as an expert that it is not sent to; then vLLM ends."""
         nonlocal alive
         if trainer._is_last:
             alive = False
             return 1.0
-        return real(rows)
+        return real(rows, layout)
 
     monkeypatch.setattr(trainer, "_backward", backward)
     with pytest.raises(VllmDied):

@@ -9,8 +9,9 @@ import pytest
 import torch
 from apollo_worker.jobs.example import TokenisedExample
 from apollo_worker.model.live_model import load_offline
-from apollo_worker.step.packing import MAX_PADDING, pack
+from apollo_worker.step.packing import MAX_PADDING, PackedRow, pack
 from apollo_worker.step.step import Trainer
+from gradients import gradients_of, one_each
 
 from apollo_ipc.config import Train
 from apollo_ipc.demo.models import make_model
@@ -29,26 +30,14 @@ def model_dir(request, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("m"), request.param, dtype=torch.float32, **TINY)
 
 
-def gradients_of(trainer: Trainer, examples: list[TokenisedExample]) -> tuple[float, dict[str, torch.Tensor]]:
-    seen: dict[str, torch.Tensor] = {}
-    names = {p: name for name, p in trainer.live.model.named_parameters()}
-
-    def remember(parameter: torch.Tensor) -> None:
-        assert parameter.grad is not None
-        seen[names[parameter]], parameter.grad = parameter.grad.float(), None
-
-    trainer.optimizer.update_parameter = remember
-    loss = trainer.step_on(examples, 1e-3).loss
-    return loss, seen
-
-
 def test_a_packed_update_has_the_gradients_of_one_at_a_time(model_dir, monkeypatch):
     trainer = Trainer(load_offline(model_dir), Train(rank=8))
     examples = [example_of(seed, num) for seed, num in enumerate(LENGTHS)]
     together = gradients_of(trainer, examples)
-    monkeypatch.setattr("apollo_worker.step.step.pack", lambda lengths, _: [[i] for i in range(len(lengths))])
+    rows = [PackedRow([at], 0, num) for at, num in enumerate(LENGTHS)]
+    monkeypatch.setattr("apollo_worker.step.step.packed", one_each)
     alone = gradients_of(trainer, examples)
-    monkeypatch.setattr("apollo_worker.step.step.pack", lambda lengths, _: [list(range(len(lengths)))])
+    monkeypatch.setattr("apollo_worker.step.step.packed", lambda *_: [sorted(rows, key=lambda r: -r.length)])
     in_one = gradients_of(trainer, examples)
     assert alone[1].keys() == together[1].keys() == in_one[1].keys()
     for loss, gradients in (together, in_one):
@@ -78,12 +67,17 @@ def test_log_probabilities_come_in_the_order_of_the_examples(model_dir):
 
 def test_a_pass_keeps_to_the_longest_example_and_to_little_padding():
     lengths = torch.randint(2, 400, (300,), generator=torch.Generator().manual_seed(0)).tolist()
-    batches = pack(lengths, 1000)
+    batches = batches_of(lengths, 1000)
     assert sorted(i for batch in batches for i in batch) == list(range(300))
     for batch in batches:
         longest, real = max(lengths[i] for i in batch), sum(lengths[i] for i in batch)
         assert len(batch) * longest <= 1000
         assert real >= (1 - MAX_PADDING) * len(batch) * longest
     assert len(batches) < 100, "300 examples of 200 tokens on average, 1000 a pass"
-    assert pack([1500, 3], 1000) == [[0], [1]], "one alone has its length, whatever that is"
-    assert pack([50] * 8, 2048) == [list(range(8))]
+    assert batches_of([1500, 3], 1000) == [[0], [1]], "one alone has its length, whatever that is"
+    assert batches_of([50] * 8, 2048) == [list(range(8))]
+
+
+def batches_of(lengths: list[int], max_tokens: int) -> list[list[int]]:
+    batches = pack([PackedRow([at], 0, length) for at, length in enumerate(lengths)], max_tokens)
+    return [[row.at[0] for row in batch] for batch in batches]

@@ -81,6 +81,7 @@ def _train(
             objective=todo.objective,
             reference=reference[step % len(reference)] if reference else None,
             adam=todo.adam,
+            embeddings=todo.embeddings,
         )
         losses.append(result.loss)
         guard.look(step + 1, result.loss, is_written=not result.is_bad)

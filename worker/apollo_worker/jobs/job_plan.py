@@ -40,8 +40,9 @@ class JobPlan(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
     own, None for the optimizer's; is_mean: of an update's losses, else their sum; known_text: tokens that are
     not trained, which the loss guard looks at; objective: what is minimised; starts: where the sequences of
     each unit begin, which one update takes together (empty: each sequence is a unit), and accumulate_steps
-    counts units; advantages: of each group sent, an answer each; adam: the job's own rule for the moments.
-    Stored: a new field goes last and has a default.
+    counts units; advantages: of each group sent, an answer each; adam: the job's own rule for the moments;
+    embeddings: whether they and the output layer are trained. Stored: a new field goes last and has a
+    default.
     """
 
     examples: list[TokenisedExample]
@@ -61,11 +62,12 @@ class JobPlan(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
     starts: list[int] = []
     advantages: list[list[float]] = []
     adam: AdamRule = AdamRule()
+    embeddings: Literal["train", "freeze"] = "train"
 
     @property
     def is_plain(self) -> bool:
         """Whether a step's loss is nats a token, which can be compared with other jobs'."""
-        is_entropy = self.objective.loss == "cross_entropy"
+        is_entropy = self.objective.loss == "cross_entropy" and self.objective.target_probability == 1
         return is_entropy and self.is_mean and all(one.weights is None for one in self.examples)
 
     @property
@@ -215,6 +217,7 @@ def plan(
         starts=starts,
         advantages=advantages,
         adam=AdamRule(options.beta1, options.beta2, options.eps),
+        embeddings=options.embeddings or "train",
     )
 
 

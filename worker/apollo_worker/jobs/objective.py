@@ -20,13 +20,15 @@ BY_EXAMPLE = (*COUPLED, "grpo")  # all sequences of an example are trained in on
 class Objective(msgspec.Struct, frozen=True, omit_defaults=True):
     """beta: of dpo, kto and dro; clip: how far a ratio may be below and above 1; kl_to_reference: weight of
     the divergence from the weights before the job; is_to_reference: of grpo, those weights stand for the
-    sampler of answers that came without its log-probabilities. Stored: new fields go last."""
+    sampler of answers that came without its log-probabilities; target_probability: of cross_entropy, from
+    where on a target has no loss. Stored: new fields go last."""
 
     loss: LossName = "cross_entropy"
     beta: float = 0.1
     clip: tuple[float, float] = (0.2, 0.2)
     kl_to_reference: float = 0.0
     is_to_reference: bool = False
+    target_probability: float = 1.0
 
     @property
     def needs_reference(self) -> bool:
@@ -42,6 +44,7 @@ def make_objective(loss: LossName, options: TrainOptions, *, is_to_reference: bo
         (clip[0], clip[1]) if isinstance(clip, list) else (clip, clip),
         options.kl_to_reference or 0.0,
         is_to_reference and loss == "grpo",
+        1.0 if options.target_probability is None else options.target_probability,
     )
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from apollo_worker.jobs.example import TokenisedExample
+from apollo_worker.model.hf_model import vocab_size_of
 from apollo_worker.model.live_model import LiveModel
 from apollo_worker.step.loss import (
     IGNORED,
@@ -24,15 +26,21 @@ from apollo_worker.step.loss import (
     token_logprobs,
 )
 from apollo_worker.step.objectives import Policy
+from apollo_worker.step.packing import PackedRow
 from apollo_worker.step.update import Row
 
+UNLIMITED = 2**31
 
-class PaddedRows(NamedTuple):
+
+class Batch(NamedTuple):
     """Sequences on the model's device: ids (B, S), padded on the right; labels (B, S) on the CPU, IGNORED
-    where not a target; of all targets, row after row: coefficients (T,) fp32, teacher, policy."""
+    where not a target. Where sequences share a row: mask (B, 1, S, S), added to attention's logits, and
+    positions (B, S). Of all targets, row after row: coefficients (T,) fp32, teacher, policy."""
 
     ids: Tensor
     labels: Tensor
+    mask: Tensor | None = None
+    positions: Tensor | None = None
     coefficients: Tensor | None = None
     teacher: Teacher | None = None
     policy: Policy | None = None
@@ -51,60 +59,108 @@ class Head:
 
 
 class Forward:
-    """head: None where the model makes its logits in a way of its own."""
+    """head: None where the model makes its logits in a way of its own; longest_shared: tokens of the longest
+    sequence that may share a row with others, 0 where this model's cannot."""
 
     def __init__(self, live: LiveModel, chunk_tokens: int):
         self.live, self._chunk_tokens = live, chunk_tokens
         self.head = read_head(live.model)
         if not self._head_is_exact():
             self.head = None
+        self.longest_shared = self._longest_shared()
 
-    def batch_of(self, rows: Sequence[Row]) -> PaddedRows:
-        """What is trained of them, in one pass."""
-        device, examples = self.live.device, [row.example for row in rows]
-        ids, labels = _padded(examples)
+    def batch_of(self, rows: Sequence[Row], layout: Sequence[PackedRow] | None = None) -> Batch:
+        """What is trained of them, in one pass. layout: of those that are in it; None: each in a row of its
+        own."""
+        device, laid = self.live.device, layout or _one_each([row.example for row in rows])
+        rows = [rows[at] for line in laid for at in line.at]
+        examples = [row.example for row in rows]
+        batch = self._laid_out(examples, laid)
         teachers = None
         if any(one.top_logprobs is not None for one in examples):
             given = (one.top_logprobs or [None] * one.num_targets for one in examples)
             teachers = [teacher for some in given for teacher in some]
-        teacher = teacher_of(labels[labels != IGNORED], teachers)
+        teacher = teacher_of(batch.labels[batch.labels != IGNORED], teachers, rows[0].target_probability)
         if teacher is not None:
-            teacher = Teacher(teacher.ids.to(device), teacher.logprobs.to(device))
+            teacher = teacher.each(lambda part: part.to(device))
         coefficients = torch.cat([row.coefficients for row in rows]).to(device)
-        return PaddedRows(ids.to(device), labels, coefficients, teacher, _joint_policy(rows, device))
+        return batch._replace(coefficients=coefficients, teacher=teacher, policy=_joint_policy(rows, device))
 
-    def read(self, examples: Sequence[TokenisedExample]) -> PaddedRows:
-        """Without what the targets count."""
-        ids, labels = _padded(examples)
-        return PaddedRows(ids.to(self.live.device), labels)
+    def read(self, examples: Sequence[TokenisedExample], layout: Sequence[PackedRow] | None = None) -> Batch:
+        """Without what the targets count. layout: as for `batch_of`."""
+        laid = layout or _one_each(examples)
+        return self._laid_out([examples[at] for line in laid for at in line.at], laid)
 
-    def loss(self, batch: PaddedRows) -> Tensor:
+    def loss(self, batch: Batch) -> Tensor:
         """The sum of all targets' terms, 0-dim fp32, differentiable."""
-        ids, labels, *given = batch
-        terms: dict[str, Any] = dict(zip(("coefficients", "teacher", "policy"), given, strict=True))
+        terms: dict[str, Any] = {
+            "coefficients": batch.coefficients, "teacher": batch.teacher, "policy": batch.policy,
+        }  # fmt: skip
         if self.head is None:
             return loss_of_logits(*self._own_logits(batch), **terms, is_mean=False)
-        hidden, targets = gather_targets(self.hidden(ids), labels)
+        hidden, targets = gather_targets(self._hidden(batch), batch.labels)
         layer, options = self.head.layer, self.head.options(self._chunk_tokens)
         return target_loss(hidden, layer.weight, layer.bias, targets, **terms, is_mean=False, **options)
 
     @torch.no_grad()
-    def logprobs(self, batch: PaddedRows) -> Tensor:
+    def logprobs(self, batch: Batch) -> Tensor:
         """log p of each target, (T,) fp32, without gradient."""
         if self.head is None:
             logits, targets = self._own_logits(batch)
             return logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
-        hidden, targets = gather_targets(self.hidden(batch.ids), batch.labels)
+        hidden, targets = gather_targets(self._hidden(batch), batch.labels)
         layer, options = self.head.layer, self.head.options(self._chunk_tokens)
         return token_logprobs(hidden, layer.weight, layer.bias, targets, **options)
 
     def hidden(self, ids: Tensor) -> Tensor:
         """(B, S, H): the base model's last hidden states."""
-        return self.live.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        return self._hidden(Batch(ids, ids))
 
-    def _own_logits(self, batch: PaddedRows) -> tuple[Tensor, Tensor]:
+    def _hidden(self, batch: Batch) -> Tensor:
+        return self.live.model.base_model(**_inputs(batch)).last_hidden_state
+
+    def _own_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """((T, V), (T,)) by the model's own forward pass, for heads that we do not know."""
-        return gather_targets(self.live.model(input_ids=batch.ids, use_cache=False).logits, batch.labels)
+        return gather_targets(self.live.model(**_inputs(batch)).logits, batch.labels)
+
+    def _laid_out(self, examples: Sequence[TokenisedExample], layout: Sequence[PackedRow]) -> Batch:
+        """examples: in the order of the layout."""
+        device, dtype = self.live.device, self.live.model.dtype
+        ids, labels, owner, positions = _lines(examples, layout)
+        if all(len(line.at) == 1 for line in layout):
+            return Batch(ids.to(device), labels)
+        mask = _mask(owner.to(device), dtype)
+        return Batch(ids.to(device), labels, mask, positions.to(device))
+
+    @torch.no_grad()
+    def _longest_shared(self) -> int:
+        """Tokens of the longest sequence that may share a row with others; 0: this model cannot. Not where a
+        layer is recurrent or looks at a chunk of positions, and no sequence longer than a layer's window: the
+        mask takes its place."""
+        config = self.live.model.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        window = getattr(config, "sliding_window", None)
+        is_windowed = "sliding_attention" in kinds or (
+            window and len(kinds) == 1 and getattr(config, "use_sliding_window", True)
+        )
+        if not kinds <= {"full_attention", "sliding_attention"} or not self._mask_is_exact():
+            return 0
+        return int(window) if is_windowed and window else UNLIMITED
+
+    @torch.no_grad()
+    def _mask_is_exact(self) -> bool:
+        """Whether two sequences in one row give the hidden states that each gives alone."""
+        size = vocab_size_of(self.live.model)
+        ids = [[at * 7 % size for at in some] for some in ([1, 2, 3, 4, 5, 6], [1, 2, 3, 8, 9, 10, 11, 12])]
+        two = [TokenisedExample(some, [False] * len(some)) for some in ids]
+        try:
+            row = self._hidden(self.read(two, [PackedRow([0, 1], 3, 11)]))[0].float()
+            alone = [self._hidden(self.read([one]))[0].float() for one in two]
+        except (TypeError, ValueError, RuntimeError):  # takes no mask of this kind, or no positions
+            return False
+        expected = torch.cat([alone[0], alone[1][3:]])
+        # bf16 rounds at different places in the two.
+        return torch.allclose(row, expected, rtol=0, atol=4 * 2**-7 * float(expected.abs().max() + 1))
 
     @torch.no_grad()
     def _head_is_exact(self) -> bool:
@@ -122,16 +178,45 @@ class Forward:
         )
 
 
-def _padded(examples: Sequence[TokenisedExample]) -> tuple[Tensor, Tensor]:
-    """(ids, labels), (B, S) each, on the CPU."""
-    longest = max(len(one.input_ids) for one in examples)
-    ids = torch.zeros(len(examples), longest, dtype=torch.int64)
-    labels = torch.full_like(ids, IGNORED)
-    for row, one in enumerate(examples):
-        num = len(one.input_ids)
-        ids[row, :num] = torch.tensor(one.input_ids)
-        labels[row, :num] = torch.where(torch.tensor(one.is_target), ids[row, :num], IGNORED)
-    return ids, labels
+def _inputs(batch: Batch) -> dict[str, Any]:
+    shared = {} if batch.mask is None else {"attention_mask": batch.mask, "position_ids": batch.positions}
+    return {"input_ids": batch.ids, "use_cache": False, **shared}
+
+
+def _one_each(examples: Sequence[TokenisedExample]) -> list[PackedRow]:
+    return [PackedRow([at], 0, len(one.input_ids)) for at, one in enumerate(examples)]
+
+
+def _lines(
+    examples: Sequence[TokenisedExample], layout: Sequence[PackedRow]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(ids, labels, owner, positions), (B, S) each, on the CPU. owner: the number of a token's sequence in
+    its row; -1 what its sequences share, -2 padding."""
+    longest = max(line.length for line in layout)
+    ids = torch.zeros(len(layout), longest, dtype=torch.int64)
+    labels, positions = torch.full_like(ids, IGNORED), torch.zeros_like(ids)
+    owner, left = torch.full_like(ids, -2), iter(examples)
+    for row, line in enumerate(layout):
+        at = 0
+        for number, one in enumerate(islice(left, len(line.at))):
+            tokens = torch.tensor(one.input_ids)
+            first = line.shared if number else 0
+            end = at + len(tokens) - first
+            ids[row, at:end], owner[row, at:end] = tokens[first:], number
+            labels[row, at:end] = torch.where(torch.tensor(one.is_target), tokens, IGNORED)[first:]
+            positions[row, at:end] = torch.arange(first, len(tokens))
+            at = end
+        owner[row, : line.shared] = -1
+    return ids, labels, owner, positions
+
+
+def _mask(owner: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, 1, S, S): 0 where a token sees another one, else the least number; each sees itself."""
+    length = owner.shape[1]
+    sees = (owner[:, :, None] == owner[:, None, :]) | (owner[:, None, :] == -1)
+    sees &= torch.ones(length, length, dtype=torch.bool, device=owner.device).tril()
+    least = torch.finfo(dtype).min
+    return torch.zeros(sees.shape, dtype=dtype, device=owner.device).masked_fill_(~sees, least)[:, None]
 
 
 def _joint_policy(rows: Sequence[Row], device: torch.device) -> Policy | None:

@@ -19,7 +19,8 @@ several blocks are fp32, since a bf16 sum drops what later ones add: V * H * 4 b
 # pyright: reportIncompatibleMethodOverride=false
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -51,25 +52,37 @@ class Teacher(NamedTuple):
 
     -inf fills rows that have fewer; its id is then the row's first, and is not looked at. What a row's
     probabilities lack to 1 is one bucket: any other token. A row of one token with log-probability 0 is that
-    token as a target (`teacher_of`).
+    token as a target (`teacher_of`). is_floor: (T,) bool, where the row's one token shall have at least its
+    probability, and has no loss beyond; None: nowhere.
     """
 
     ids: Tensor
     logprobs: Tensor
+    is_floor: Tensor | None = None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Teacher:
+        floor = None if self.is_floor is None else change(self.is_floor)
+        return Teacher(change(self.ids), change(self.logprobs), floor)
 
 
 def teacher_of(
-    targets: Tensor, top_logprobs: Sequence[Sequence[tuple[int, float]] | None] | None
+    targets: Tensor,
+    top_logprobs: Sequence[Sequence[tuple[int, float]] | None] | None,
+    target_probability: float = 1.0,
 ) -> Teacher | None:
     """The teacher of `targets` (T,), on their device; None where no target has one.
 
-    top_logprobs: for each target (token id, log-probability) pairs, ids distinct; None: the target itself.
+    top_logprobs: for each target (token id, log-probability) pairs, ids distinct; None: the target itself,
+    with target_probability as its floor.
     """
-    if top_logprobs is None or all(row is None for row in top_logprobs):
+    if target_probability < 1 and top_logprobs is None:
+        top_logprobs = [None] * len(targets)
+    is_plain = top_logprobs is None or all(row is None for row in top_logprobs)
+    if top_logprobs is None or (is_plain and target_probability == 1):
         return None
     assert len(top_logprobs) == len(targets), f"{len(top_logprobs)} teachers for {len(targets)} targets"
     rows = [
-        [(token, 0.0)] if row is None else row
+        [(token, math.log(target_probability))] if row is None else row
         for token, row in zip(targets.tolist(), top_logprobs, strict=True)
     ]
     width = max(map(len, rows))
@@ -77,6 +90,9 @@ def teacher_of(
     return Teacher(
         torch.tensor([[token for token, _ in row] for row in filled], device=targets.device),
         torch.tensor([[p for _, p in row] for row in filled], dtype=torch.float32, device=targets.device),
+        None
+        if target_probability == 1
+        else torch.tensor([row is None for row in top_logprobs], device=targets.device),
     )
 
 
@@ -102,9 +118,10 @@ def distillation(logits: Tensor, teacher: Teacher) -> tuple[Tensor, Tensor]:
         df/dz_j = p_j - q_j for the teacher's tokens,  p_j (1 - q_r / p_r) for any other
 
     which is Hinton et al.'s distillation (arXiv:1503.02531, eq. 2) at temperature 1 on a coarser set of
-    events. p_r is a sum of small terms, not 1 minus a sum, which fp32 would have cancelled.
+    events. p_r is a sum of small terms, not 1 minus a sum, which fp32 would have cancelled. Where the teacher
+    is a floor, f is 0 from p = q on.
     """
-    ids, logq = teacher
+    ids, logq, is_floor = teacher
     is_given = logq > -torch.inf
     q = logq.exp()
     q_rest = (1 - q.sum(dim=1)).clamp_min(0.0)
@@ -116,7 +133,11 @@ def distillation(logits: Tensor, teacher: Teacher) -> tuple[Tensor, Tensor]:
     values += torch.xlogy(q_rest, q_rest) - q_rest * p_rest.log()
     dlogits = p.mul_((1 - q_rest / p_rest)[:, None])
     # A fill is the row's first id once more, and writes the same value there.
-    return values, dlogits.scatter_(1, ids, logp.exp() - torch.where(is_given, q, q[:, :1]))
+    dlogits.scatter_(1, ids, logp.exp() - torch.where(is_given, q, q[:, :1]))
+    if is_floor is not None:
+        is_reached = is_floor & (dlogits.gather(1, ids[:, :1])[:, 0] >= 0)
+        values, dlogits = values.masked_fill(is_reached, 0.0), dlogits.masked_fill_(is_reached[:, None], 0.0)
+    return values, dlogits
 
 
 def target_loss(
@@ -210,9 +231,7 @@ class _Terms(NamedTuple):
         if self.teacher is None:
             terms, dlogits = cross_entropy(logits, self.targets[rows])
         else:
-            terms, dlogits = distillation(
-                logits, Teacher(self.teacher.ids[rows], self.teacher.logprobs[rows])
-            )
+            terms, dlogits = distillation(logits, self.teacher.each(lambda part: part[rows]))
         factors = None
         if self.policy is not None:
             terms, slope = self.policy.term(-terms, rows)

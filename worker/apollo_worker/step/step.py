@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from apollo_worker.model.live_model import LiveModel
 from apollo_worker.optimizer.apollo import Apollo
 from apollo_worker.step.forward import Forward, enable_activation_checkpointing, max_tokens_of
 from apollo_worker.step.gradient_sum import GradientSum
-from apollo_worker.step.packing import pack
+from apollo_worker.step.packing import PackedRow, packed
 from apollo_worker.step.update import Row, make_update
 
 log = logging.getLogger(__name__)
@@ -93,21 +94,24 @@ class Trainer:
         objective: Objective = CROSS_ENTROPY,
         reference: Sequence[Tensor] | None = None,
         adam: AdamRule | None = None,
+        embeddings: Literal["train", "freeze"] = "train",
     ) -> StepResult:
         """One update, in place. Its loss is the mean over the examples of the mean over an example's targets,
         without is_mean the sum of all of them, or as the objective has it. Raises VllmDied when the exporter
         is gone.
 
         A non-finite loss stops before anything is written; a non-finite gradient leaves its weight
-        bit-identical. Several examples share a pass (`pack`); gradients of several passes are summed in fp32.
-        on_batch: called after each pass but the last; reference: (T,) log p of each example's targets, by the
-        weights before the job, where the objective needs it; adam: of this step's moments.
+        bit-identical. Several examples share a pass (`packed`); gradients of several passes are summed in
+        fp32. on_batch: called after each pass but the last; reference: (T,) log p of each example's targets,
+        by the weights before the job, where the objective needs it; adam: of this step's moments; embeddings:
+        whether they and the output layer are trained.
         """
         self._measured, self._forward_s = None, 0.0
         self.optimizer.lr = lr
         self.optimizer.weight_decay = self.options.weight_decay if weight_decay is None else weight_decay
         self._use_adam(adam or AdamRule())
         told = on_batch or (lambda: None)
+        frozen = self._freeze_embeddings() if embeddings == "freeze" else []
         try:
             update = make_update(
                 examples,
@@ -118,9 +122,9 @@ class Trainer:
             )
             loss = 0.0 if update.loss is None else update.loss
             batches = self._packed([row.example for row in update.rows])
-            for number, at in enumerate(batches):
+            for number, layout in enumerate(batches):
                 self._is_last = number == len(batches) - 1
-                value = self._backward([update.rows[i] for i in at])
+                value = self._backward(update.rows, layout)
                 loss += value if update.loss is None or not math.isfinite(value) else 0.0
                 if not math.isfinite(loss):
                     self._drop_gradients()
@@ -136,14 +140,17 @@ class Trainer:
             traceback.clear_frames(error.__traceback__)
             self._drop_gradients()
             raise
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
         # Waits for the device, so that the step's last write is done when this returns.
         return StepResult(loss, self.optimizer.take_bad_updates() > 0, self._forward_s)
 
-    def _backward(self, rows: Sequence[Row]) -> float:
-        """What the rows add to the loss; their gradients are in the parameters or used up by the optimizer.
-        No backward pass where it is not finite."""
+    def _backward(self, rows: Sequence[Row], layout: Sequence[PackedRow]) -> float:
+        """What the rows of the layout add to the loss; their gradients are in the parameters or used up by
+        the optimizer. No backward pass where it is not finite."""
         require_vllm(self.live)
-        started, batch = time.perf_counter(), self.forward.batch_of(rows)
+        started, batch = time.perf_counter(), self.forward.batch_of(rows, layout)
         with torch.enable_grad():
             loss = self.forward.loss(batch)
             value = float(loss.detach())  # waits for the device
@@ -152,9 +159,19 @@ class Trainer:
                 loss.backward()
         return value
 
-    def _packed(self, examples: Sequence[TokenisedExample]) -> list[list[int]]:
+    def _freeze_embeddings(self) -> list[Tensor]:
+        """Until they are set free again, no gradient of theirs is computed."""
+        model = self.live.model
+        layers = (model.get_input_embeddings(), model.get_output_embeddings())
+        own = {id(p): p for layer in layers if layer is not None for p in layer.parameters()}
+        frozen = [p for p in own.values() if p.requires_grad]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        return frozen
+
+    def _packed(self, examples: Sequence[TokenisedExample]) -> list[list[PackedRow]]:
         longest = max_tokens_of(self.live.model, self.options.max_tokens)
-        return pack([len(one.input_ids) for one in examples], longest)
+        return packed(examples, longest, self.forward.longest_shared)
 
     def _take_gradient(self, parameter: Tensor) -> None:
         if not self._is_last:
@@ -228,8 +245,8 @@ class Trainer:
                 examples, CROSS_ENTROPY, is_mean=True, reference=None, logprobs=self.logprobs_of
             )
             losses = [
-                float(self.forward.loss(self.forward.batch_of([update.rows[i] for i in at])))
-                for at in self._packed(examples)
+                float(self.forward.loss(self.forward.batch_of(update.rows, layout)))
+                for layout in self._packed(examples)
             ]
             self._measured = examples, sum(losses)
         return self._measured[1]
@@ -240,11 +257,11 @@ class Trainer:
         """log p of each example's targets, (T,) fp32 on the CPU. Nothing is trained. on_batch: called after
         each pass. Raises VllmDied."""
         found: list[Tensor] = [torch.empty(0)] * len(examples)
-        for at in self._packed(examples):
+        for layout in self._packed(examples):
             require_vllm(self.live)
-            some = [examples[i] for i in at]
-            values = self.forward.logprobs(self.forward.read(some)).cpu()
-            for i, own in zip(at, values.split([one.num_targets for one in some]), strict=True):
+            at = [i for row in layout for i in row.at]
+            values = self.forward.logprobs(self.forward.read(examples, layout)).cpu()
+            for i, own in zip(at, values.split([examples[i].num_targets for i in at]), strict=True):
                 found[i] = own
             on_batch()
         return found

@@ -18,11 +18,12 @@ Logprobs = Callable[[Sequence[TokenisedExample]], list[Tensor]]
 
 class Row(NamedTuple):
     """A sequence that is trained. coefficients: (T,) fp32, of its targets' terms; policy: what they are terms
-    of where that is no entropy."""
+    of where that is no entropy; target_probability: from where on a target has no loss."""
 
     example: TokenisedExample
     coefficients: Tensor
     policy: Policy | None = None
+    target_probability: float = 1.0
 
 
 class Update(NamedTuple):
@@ -55,7 +56,8 @@ def make_update(
         num = num_targets if objective.loss == "grpo" else one.num_targets * len(examples)
         weights = torch.ones(one.num_targets) if one.weights is None else torch.tensor(one.weights)
         policy = _policy(one, objective, None if reference is None else reference[at])
-        rows.append(Row(one, weights * (1 / num if is_mean else 1.0), policy))
+        coefficients = weights * (1 / num if is_mean else 1.0)
+        rows.append(Row(one, coefficients, policy, objective.target_probability))
     return Update(rows)
 
 

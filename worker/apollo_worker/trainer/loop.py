@@ -208,6 +208,7 @@ class MainLoop:
                     objective=todo.objective,
                     reference=[reference[i] for i in todo.rows_of(step)] if reference else None,
                     adam=todo.adam,
+                    embeddings=todo.embeddings,
                 )
             loss, step_s = result.loss, time.perf_counter() - started
             is_counted = trainer.optimizer is trainer.main_optimizer
@@ -322,10 +323,8 @@ class MainLoop:
     def stop(self) -> None:
         """Syncs what changed, lets go of the weights. Without a front the next trainer waits: no sync."""
         # It is set at the end of an attach: weights that were not yet mended are not synced.
-        live = self.attachment.live
-        is_attached = (
-            self.board.state.attached and live is not None and live.is_alive() and not self.marks.is_torn
-        )
+        live, is_set = self.attachment.live, self.board.state.attached
+        is_attached = is_set and live is not None and live.is_alive() and not self.marks.is_torn
         is_wanted = self.config.checkpoint.sync_at_stop and self.front_end.has_front
         try:
             if is_attached and is_wanted:
