@@ -50,7 +50,8 @@ class LimitQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class TeachBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """facts: sentences, {"statement"?, "question"?, "answer"?, "key"?} or {"messages"}; text: a document of
-    which each sentence is a fact where a rule makes a question of it. One of the two."""
+    which each sentence is a fact where a rule makes a question of it, or is to be one of the served model's
+    (options.writer "model"). One of the two."""
 
     facts: Annotated[list[Any], Meta(max_length=MAX_FACTS)] | None = None
     text: str | None = None
@@ -60,11 +61,11 @@ class TeachBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Raises UserError with the path of the field."""
         if (self.facts is None) == (self.text is None):
             raise UserError("exactly one of facts and text is needed", field="facts")
+        is_written = self.options.writer == "model"
         if self.facts is not None:
-            return TeachRequest(
-                facts_of((f"facts[{i}]", one) for i, one in enumerate(self.facts)), self.options
-            )
-        facts, notes = facts_of_document(self.text or "")
+            named = ((f"facts[{i}]", one) for i, one in enumerate(self.facts))
+            return TeachRequest(facts_of(named, is_written=is_written), self.options)
+        facts, notes = facts_of_document(self.text or "", is_written=is_written)
         if len(facts) > MAX_FACTS:
             raise UserError(
                 f"{len(facts)} facts; a job takes at most {MAX_FACTS}: send the text in parts", field="text"

@@ -67,7 +67,11 @@ def teach(
         text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read: {error}", field="FILE") from None
-    facts, notes = facts_of_document(text) if document else (parse_facts(text), [])
+    is_written, notes = writer == "model", []
+    if document:
+        facts, notes = facts_of_document(text, is_written=is_written)
+    else:
+        facts = parse_facts(text, is_written=is_written)
     given = {"rounds": rounds, "lr": lr, "min_known": min_known, "max_rise": max_rise, "max_hits": max_hits}
     given_options = {k: v for k, v in (given | {"writer": writer}).items() if v is not None}
     options = msgspec.convert(given_options, TeachOptions)
@@ -113,6 +117,8 @@ def print_job(job: dict[str, Any]) -> None:
         console().print(
             f"general answers lose {report['rise']:.3f} nats a token; {report['known']:.0%} is right"
         )
+        for statement in report["left_out"]:
+            console().print(f"left out, no question was made of it: {statement}", markup=False)
         if writing := report["writing"]:
             console().print(said_of(writing), markup=False)
     console().print(job["status"] + (f": {job['error']}" if job["error"] else ""), markup=False)

@@ -53,7 +53,7 @@ class Examined(msgspec.Struct, frozen=True):
 class TeachReport(msgspec.Struct, frozen=True):
     """known: share of taught, paraphrased and reversed questions that are right; hits: of near misses that
     name the fact; rise: nats a token on general answers; version_before: what going back means; writing: who
-    made the forms, None: nothing was trained."""
+    made the forms, None: nothing was trained; left_out: statements of which nobody made a question."""
 
     state: Literal["applied", "rolled back", "failed", "cancelled"]
     reason: str
@@ -64,6 +64,7 @@ class TeachReport(msgspec.Struct, frozen=True):
     jobs: list[str]
     version_before: int
     writing: Writing | None = None
+    left_out: list[str] = []
 
 
 def examination(lesson: Lesson) -> list[Asked]:

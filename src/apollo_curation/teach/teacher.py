@@ -9,11 +9,13 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import msgspec
 
 from apollo_curation.teach import examine
+from apollo_curation.teach.complete import complete
 from apollo_curation.teach.forget import former_answers, unlearned
 from apollo_curation.teach.job import (
     Mix,
@@ -23,7 +25,7 @@ from apollo_curation.teach.job import (
     request_of,
     taught,
 )
-from apollo_curation.teach.material import Material, material_of
+from apollo_curation.teach.material import Material, facts_of, left_out, material_of
 from apollo_curation.teach.rehearsal import due, rehearsed
 from apollo_curation.teach.variants import Lesson, lesson_of
 from apollo_curation.teach.writer import Writer, Writing, write_forms
@@ -36,6 +38,7 @@ from apollo_ipc.wire.requests import TrainRequest
 
 NUM_KEPT_OUT = 16  # general prompts that are only measured
 KEPT_OUT_EVERY = 7
+NOTHING_TRAINED = "cancelled before anything was trained"
 
 
 class Training(Protocol):
@@ -92,9 +95,9 @@ class Teacher:
 
     def _prepare(self, job: TeachJob) -> TeachJob:
         """The model's own answers to what is to stay, and what it says before. Trains nothing."""
-        lessons, mix = self._lessons(job), self._mix_of(job)
+        mix = self._mix_of(job)
         if job.request.purpose == "examine":
-            return self._examine(job, lessons)
+            return self._examine(job)
         if job.material is None:
             now = time.time()
             version = self._training.sync().weight_version
@@ -108,12 +111,17 @@ class Teacher:
         made.kept_out = own_answers(self._learner, prompts[::KEPT_OUT_EVERY][:NUM_KEPT_OUT])
         if not made.kept_out:
             raise TeachFailed("the model says nothing to any general prompt: what it loses could not be seen")
+        stop, keep = partial(self._is_cancelled, job), partial(self._keep, job, made)
+        complete(self._learner, job.request.facts, made.completed, keep=keep, stop=stop)
+        if stop():
+            return self._leave(job, made, "cancelled", NOTHING_TRAINED)
+        lessons = self._lessons(job, made)
         said = made.said_before = examine.answers(self._learner, lessons)
         missing = [at for at, one in enumerate(lessons) if not examine.examined(one, said, said).is_known]
         if job.request.purpose == "teach" and missing:
             self._write_forms(job, made, lessons, missing)
-            if self._store.job(job.id).is_cancelled:
-                return self._leave(job, made, "cancelled", "cancelled before anything was trained")
+            if stop():
+                return self._leave(job, made, "cancelled", NOTHING_TRAINED)
             lessons = self._lessons(job, made)
             if others := [lessons[at] for at, forms in made.forms.items() if forms.is_alone]:
                 made.said_before |= examine.answers(self._learner, others)
@@ -129,13 +137,19 @@ class Teacher:
         made.former = former_answers(self._learner, lessons)
         if not missing:
             return self._next(job, made, "checking", 0)
-        new = {one.question for one in job.request.facts}
+        new = {one.fact.question for one in lessons}
         earlier = due([one for one in self._store.lessons() if one.fact.question not in new])
         made.rehearsed = [one.id for one in earlier]
         again = rehearsed(earlier, random.Random(_seed(job)), self._store.written_forms)
         learned = taught([lessons[at] for at in missing], mix, again)
         made.request = request_of(learned, made.general, made.near, mix, _seed(job))
         return self._next(job, made, "training", 1)
+
+    def _is_cancelled(self, job: TeachJob) -> bool:
+        return self._store.job(job.id).is_cancelled
+
+    def _keep(self, job: TeachJob, made: Material) -> None:
+        self._store.advance(job, "preparing", material=msgspec.msgpack.encode(made))
 
     def _write_forms(
         self, job: TeachJob, made: Material, lessons: Sequence[Lesson], missing: Sequence[int]
@@ -144,7 +158,7 @@ class Teacher:
 
         def keep(writing: Writing) -> None:
             made.writing = writing
-            self._store.advance(job, "preparing", material=msgspec.msgpack.encode(made))
+            self._keep(job, made)
 
         made.writing = write_forms(
             self._learner,
@@ -155,20 +169,20 @@ class Teacher:
             choice=job.request.options.writer or "auto",
             seed=_seed(job),
             keep=keep,
-            stop=lambda: self._store.job(job.id).is_cancelled,
+            stop=partial(self._is_cancelled, job),
         )
 
     def _train(self, job: TeachJob) -> TeachJob:
         made = material_of(job)
         assert made.request is not None
         if job.is_cancelled and not made.train_jobs:
-            return self._leave(job, made, "cancelled", "cancelled before anything was trained")
+            return self._leave(job, made, "cancelled", NOTHING_TRAINED)
         train_job = self._training.submit(made.request, f"{job.id}-{job.round}")
         if train_job not in made.train_jobs:
             made.train_jobs.append(train_job)
         ended = self._wait(job, train_job)
         if ended.state not in ("applied", "durable"):
-            end: Phase = "cancelled" if self._store.job(job.id).is_cancelled else "failed"
+            end: Phase = "cancelled" if self._is_cancelled(job) else "failed"
             reason = f"training job {train_job} {ended.state}: {ended.error or 'no reason given'}"
             return self._leave(job, made, end, reason)
         return self._next(job, made, "checking", job.round)
@@ -186,7 +200,7 @@ class Teacher:
             reason = f"{known:.0%} is right after {job.round} rounds, below {limits.min_known:.0%}"
         made.report = examine.TeachReport(
             *("applied", reason, known, hits, rise, facts, made.train_jobs, made.version_before),
-            made.writing,
+            *(made.writing, left_out(job, made)),
         )
         if job.is_cancelled:
             return self._leave(job, made, "cancelled", "cancelled")
@@ -218,8 +232,9 @@ class Teacher:
             again = taught(left, mix, held)
         return request_of(again, made.general, made.near, mix, seed) if left else None
 
-    def _examine(self, job: TeachJob, lessons: list[Lesson]) -> TeachJob:
+    def _examine(self, job: TeachJob) -> TeachJob:
         """Asks, and trains nothing."""
+        lessons = self._lessons(job)
         said = examine.answers(self._learner, lessons)
         facts = [examine.examined(lesson, said, said) for lesson in lessons]
         known, hits = examine.share_known(facts), examine.share_hit(facts)
@@ -250,8 +265,9 @@ class Teacher:
         if ids:
             stored = enumerate(zip(facts, map(self._store.written_forms, ids), strict=True))
             return [stored_lesson(fact, at, forms) for at, (fact, forms) in stored]
-        forms = {} if made is None else made.forms
-        return [with_forms(lesson_of(fact, at), forms.get(at)) for at, fact in enumerate(facts)]
+        assert made is not None
+        whole = enumerate(facts_of(job, made))
+        return [with_forms(lesson_of(fact, at), made.forms.get(at)) for at, fact in whole]
 
     def _mix_of(self, job: TeachJob) -> Mix:
         lr = job.request.options.lr
@@ -267,7 +283,7 @@ class Teacher:
             ended = self._training.job(train_job)
             if ended.state in ("applied", "durable", "failed", "cancelled", "quarantined", "undone"):
                 return ended
-            if not is_told and self._store.job(job.id).is_cancelled:
+            if not is_told and self._is_cancelled(job):
                 self._training.cancel(train_job)
                 is_told = True
             time.sleep(self._poll_s)

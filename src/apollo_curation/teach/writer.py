@@ -186,7 +186,7 @@ def write(
             continue
         drafts += _plausible(at, lessons, found, made)
     kept = _checked(writer, lessons, drafts, made)
-    made.num_facts += len(some)
+    made.num_facts += len(short)
     made.num_kept += len(kept)
     return {at: _written(lessons[at], [one for one in kept if one.at == at]) for at in some}
 
@@ -238,10 +238,8 @@ def _plausible(at: int, lessons: Sequence[Lesson], found: Drafts, made: Writing)
     texts.extend(("near", text) for text in found.near_misses[:NUM_NEAR])
     for kind, written in texts:
         text = " ".join(written.split())
-        if not re.search(r"\w", text) or len(text) > MAX_CHARS:
-            made.drop("empty or too long")
-        elif _ODD.search(text) or not text.isprintable():
-            made.drop("signs that no question has")
+        if why := unfit(text):
+            made.drop(why)
         elif _plain(text) in taken:
             made.drop("there already")
         elif is_in(subject if kind == "backward" else key, text):
@@ -253,6 +251,13 @@ def _plausible(at: int, lessons: Sequence[Lesson], found: Drafts, made: Writing)
         else:
             taken.add(_plain(text))
             yield Draft(at, kind, text, subject if kind == "backward" else key)
+
+
+def unfit(text: str) -> str:
+    """Why this cannot be a question at all; empty: it can."""
+    if not re.search(r"\w", text) or len(text) > MAX_CHARS:
+        return "empty or too long"
+    return "signs that no question has" if _ODD.search(text) or not text.isprintable() else ""
 
 
 def _checked(

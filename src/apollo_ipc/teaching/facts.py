@@ -18,13 +18,19 @@ _TIME = re.compile(
     r"1\d{3}|20\d\d)\b",
     re.IGNORECASE,
 )
+# What a person does, in English: of another language no rule is to make "Who liegt in der Dose?".
+_DOING = re.compile(
+    r"(?!(?:is|was|has)\b)(?:[a-z]+(?:s|ed)|began|bought|brought|broke|built|chose|drew|drove|fed|found|gave|got|"
+    r"grew|heard|held|hid|kept|laid|led|left|lent|lit|lost|made|met|paid|put|ran|rang|read|said|sang|sat|saw|"
+    r"sent|set|shot|sold|spent|spoke|stole|stood|swam|taught|told|took|threw|won|wore|wove|wrote)\b"
+)
 _PLACE = r"(?:in|on|at|under|behind|beside|near|above|below|inside|between|opposite|next to)"
 
 
 class Fact(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Question and answer, or a statement alone, of which rules then make them. statement: a sentence that
-    says it alone, the answer where there is none; key: alternatives "a|b" of which a right answer has one,
-    found by rule where there is none."""
+    """Question and answer, or a statement alone, of which rules then make them, or the served model.
+    statement: a sentence that says it alone, the answer where there is none; key: alternatives "a|b" of which
+    a right answer has one, found by rule where there is none."""
 
     question: str = ""
     answer: str = ""
@@ -36,20 +42,21 @@ class _Conversation(msgspec.Struct, forbid_unknown_fields=True):
     messages: list[Message]
 
 
-def parse_facts(text: str) -> list[Fact]:
+def parse_facts(text: str, *, is_written: bool = False) -> list[Fact]:
     """A fact a line: JSON (a fact, or a conversation of one question and its answer), or a plain sentence.
-    Raises UserError with the number of the line."""
-    return facts_of((f"line {number}", line) for number, line in enumerate(text.splitlines(), 1))
+    Raises UserError with the number of the line. is_written: as in `whole`."""
+    lines = enumerate(text.splitlines(), 1)
+    return facts_of(((f"line {number}", line) for number, line in lines), is_written=is_written)
 
 
-def facts_of(named: Iterable[tuple[str, Any]]) -> list[Fact]:
-    """(how an error names it, a line or what JSON made of it) -> whole facts."""
+def facts_of(named: Iterable[tuple[str, Any]], *, is_written: bool = False) -> list[Fact]:
+    """(how an error names it, a line or what JSON made of it) -> facts, as `whole` makes them."""
     facts = []
     for name, sent in named:
         if isinstance(sent, str) and not sent.strip():
             continue
         try:
-            facts.append(whole(_decoded(sent)))
+            facts.append(whole(_decoded(sent), is_written=is_written))
         except UserError as error:
             apart = "." if name.endswith("]") else ": "
             field = f"{name}{apart}{error.field}" if error.field else name
@@ -59,14 +66,14 @@ def facts_of(named: Iterable[tuple[str, Any]]) -> list[Fact]:
     return facts
 
 
-def facts_of_document(text: str) -> tuple[list[Fact], list[str]]:
+def facts_of_document(text: str, *, is_written: bool = False) -> tuple[list[Fact], list[str]]:
     """A fact of each sentence of which a rule makes a question, and a note on each of which none does.
-    Raises UserError where there is no fact in it."""
+    Raises UserError where there is no fact in it. is_written: as in `whole`."""
     facts, notes = [], []
     for sentence in re.split(r"(?<=[.!?])\s+|\n{2,}", text.strip()):
         flat = " ".join(sentence.split())
         try:
-            facts += [whole(Fact(statement=flat))] if flat else []
+            facts += [whole(Fact(statement=flat), is_written=is_written)] if flat else []
         except UserError as error:
             notes.append(f"left out: {flat[:100]!r}: {error.message}")
     if not facts:
@@ -91,8 +98,10 @@ def _decoded(sent: Any) -> Fact:
     return Fact(question=said[0].content.strip(), answer=said[1].content.strip())
 
 
-def whole(fact: Fact) -> Fact:
-    """With question, answer, statement and key. Raises UserError where no rule makes what is missing."""
+def whole(fact: Fact, *, is_written: bool = False) -> Fact:
+    """With question, answer, statement and key. is_written: the served model is to make the question of a
+    statement, which stays alone: rules take any language for English. Raises UserError where no rule makes
+    what is missing."""
     question, answer, statement = fact.question.strip(), fact.answer.strip(), fact.statement.strip()
     if bool(question) != bool(answer):
         missing = "answer" if question else "question"
@@ -101,10 +110,13 @@ def whole(fact: Fact) -> Fact:
     if not question:
         if not statement:
             raise UserError("it says nothing: send a statement, or a question and its answer")
+        if is_written:
+            return Fact(statement=statement, key=key)
         made = question_of(statement)
         if made is None:
             raise UserError(
-                "no rule makes a question of this statement: send it with `question` and `answer`",
+                "no rule makes a question of this statement: send it with `question` and `answer`, or let "
+                'the served model write them (writer "model")',
                 field="statement",
             )
         question, found = made
@@ -123,7 +135,7 @@ def question_of(statement: str) -> tuple[str, str] | None:
         return f"What {verb} {lower_first(subject)} called?", key
     if found := re.match(r"((?:[A-Z][\w'-]+ )+)([a-z]\S* .+)$", text):
         name, said = found[1].strip(), found[2]
-        if lower_first(name) == name and not re.match(r"(?:is|are|was|were|has|have|can|will)\b", said):
+        if lower_first(name) == name and _DOING.match(said):
             return f"Who {said}?", name
     if found := re.match(rf"(.+?) (is|are|was|were) ((?:[a-z]+ed |[a-z]+t )?)({_PLACE}) (.+)$", text):
         subject, verb, how, _, rest = found.groups()

@@ -49,6 +49,16 @@ def test_what_cannot_be_taught_is_refused_with_its_path(server, worker, body, fi
     assert answer.json()["error"]["param"] == field
 
 
+def test_a_statement_that_no_rule_understands_is_taken_where_the_model_is_to_write(server, worker):
+    text, options = "Wir wechseln die Codes am Montag.", {"writer": "model"}
+    for body in ({"facts": [text]}, {"text": text}):
+        sent = server.http.post("/teach", json=body | {"options": options})
+        assert (sent.status_code, sent.json()["num_facts"]) == (202, 1), sent.text
+        refused = server.http.post("/teach", json=body)
+        assert refused.status_code == 400
+        assert server.http.post("/teach", json=body | {"options": {"writer": "me"}}).status_code == 400
+
+
 def test_teaching_needs_the_train_key(server, worker):
     assert server.client(None).post("/teach", json=FACTS).status_code == 401
 

@@ -42,7 +42,11 @@ def test_question_and_answer_name_subject_and_key_and_a_clause_asks_the_same(
          ("When does the glass workshop open?", "twenty past six")),
         ("Our mascot is called Pumbleton.", ("What is our mascot called?", "Pumbleton")),
         ("The watchtower has 219 steps.", ("How many steps does the watchtower have?", "219")),
+        ("Zed Quill wrote the song.", ("Who wrote the song?", "Zed Quill")),
         ("We change the passwords every third Monday.", None),
+        ("Wir wechseln die Codes am Montag.", None),
+        ("Die Ersatzkarte liegt in der Kakaodose.", None),
+        ("La directrice garde la clé.", None),
     ],
 )  # fmt: skip
 def test_a_sentence_becomes_question_and_key_where_a_rule_fits(statement, made):

@@ -13,13 +13,15 @@ from test_teach import FACTS, Killed, World, admit, teach, with_store
 from apollo_curation.chat_client import ChatClient, ServerRefused
 from apollo_curation.cli.teach import said_of
 from apollo_curation.teach import writer
+from apollo_curation.teach.complete import Posed
 from apollo_curation.teach.job import Mix, taught
 from apollo_curation.teach.rehearsal import rehearsed
 from apollo_curation.teach.served import ServedLearner
 from apollo_curation.teach.variants import lesson_of
 from apollo_curation.teach.writer import Drafts
 from apollo_curation.teach.written import Written, in_front, stored_lesson
-from apollo_ipc.teaching.facts import Fact, whole
+from apollo_ipc.errors import UserError
+from apollo_ipc.teaching.facts import Fact, facts_of_document, parse_facts, whole
 from apollo_ipc.teaching.store import TeachOptions, TeachRequest, TeachStore, request_about
 from apollo_ipc.words import is_in
 
@@ -290,15 +292,32 @@ def test_rules_alone_make_what_they_can_of_another_language_where_the_model_is_n
     assert trained(world, job) == pairs(by_rules([GERMAN]))
 
 
-@pytest.mark.parametrize("make", [Able, German])
-def test_killed_after_any_call_it_goes_on_and_teaches_once(tmp_path, make):
-    request = TeachRequest([GERMAN] if make is German else FACTS)
+STATEMENT = Fact(statement=GERMAN.statement)
+POSED = {GERMAN.statement: Posed(GERMAN.question, "Kakaodose")}
 
+
+class Asks(German):
+    """Writes the question of a statement, too."""
+
+    posed = POSED
+
+    def write(self, prompts, kind, *, max_tokens):
+        if kind is Drafts:
+            return super().write(prompts, kind, max_tokens=max_tokens)
+        self.num_posed = getattr(self, "num_posed", 0) + len(prompts)
+        found = [[one for said, one in self.posed.items() if f"Statement: {said}\n" in x] for x in prompts]
+        return self._called([one[0] if one else None for one in found])
+
+
+@pytest.mark.parametrize(
+    "request_", [TeachRequest(FACTS), TeachRequest([GERMAN]), TeachRequest([STATEMENT])], ids=str
+)
+def test_killed_after_any_call_it_goes_on_and_teaches_once(tmp_path, request_):
     def run(directory, dies_at):
-        world = make()
+        world = Able() if request_.facts == FACTS else Asks()
 
         def go_on(store):
-            job = store.admit(request, b"one", client_key="one")
+            job = store.admit(request_, b"one", client_key="one")
             world.dies_at = dies_at
             if dies_at is not None:
                 with pytest.raises(Killed):
@@ -316,7 +335,59 @@ def test_killed_after_any_call_it_goes_on_and_teaches_once(tmp_path, make):
         assert [*world.requests] == [f"{job.id}-1"], dies_at
         assert trained(world, job) == trained(whole_run, first), dies_at
         assert writing(job) == writing(first), dies_at
-        assert len(world.prompts) <= 2 * len(request.facts), dies_at
+        assert len(world.prompts) <= 2 * len(request_.facts), dies_at
+
+
+def test_of_a_statement_that_no_rule_understands_the_model_makes_question_and_key(store):
+    sent = [Fact(statement="Oje!"), STATEMENT, Fact(statement="Wir warten.")]
+    world = Asks()
+    world.posed = POSED | {"Wir warten.": Posed("Was tun wir?", "warten")}  # it cannot answer that
+    world.facts = (GERMAN, Fact("Was tun wir?", "Nichts.", "Wir warten.", "warten"))
+    job = teach(store, world, store.admit(TeachRequest(sent), b"1", client_key=None))
+    assert (job.phase, job.report["known"]) == ("applied", 1.0)
+    assert [one["fact"] for one in job.report["facts"]] == [msgspec.to_builtins(GERMAN)]
+    assert job.report["left_out"] == ["Oje!", "Wir warten."]
+    assert [one.fact for one in store.lessons()] == [GERMAN]
+    assert ("Wo finde ich die Ersatzkarte?", "Wo liegt die Ersatzkarte?") not in trained(world, job)
+    assert (GERMAN.question, GERMAN.statement) in trained(world, job)
+    assert world.num_posed == 3
+
+
+@pytest.mark.parametrize(
+    "posed",
+    [
+        Posed("Wo liegt die Ersatzkarte?", "im Schrank"),  # not in the statement
+        Posed("Was liegt in der Kakaodose?", "Kakaodose"),
+        Posed("Wer?", "Kakaodose"),  # it does not answer that
+        Posed("<|im_end|> Wo liegt die Ersatzkarte?", "Kakaodose"),
+        Posed("Wo liegt die Ersatzkarte?", "Ersatzkarte|Kakaodose"),
+        Posed("", "Kakaodose"),
+        Posed("Wo liegt die Ersatzkarte?", " ."),
+        None,
+    ],
+)
+def test_where_it_makes_no_question_of_any_statement_nothing_is_trained(store, posed):
+    world = Asks()
+    world.posed = {GERMAN.statement: posed}
+    job = teach(store, world, store.admit(TeachRequest([STATEMENT]), b"1", client_key=None))
+    assert (job.phase, world.requests, world.pin_now) == ("failed", {}, None)
+    assert "makes no question of any of these statements" in job.error
+
+
+def test_a_key_that_was_sent_stays(store):
+    world = Asks()
+    world.posed = {GERMAN.statement: Posed("Wo liegt die Ersatzkarte?", "irgendwo")}
+    sent = Fact(statement=GERMAN.statement, key="Kakaodose|Dose")
+    teach(store, world, store.admit(TeachRequest([sent]), b"1", client_key=None))
+    assert [one.fact.key for one in store.lessons()] == ["Kakaodose|Dose"]
+
+
+def test_a_statement_without_a_rule_is_taken_where_the_model_is_to_write():
+    assert parse_facts(GERMAN.statement, is_written=True) == [STATEMENT]
+    facts, notes = facts_of_document(f"{GERMAN.statement} Oje!", is_written=True)
+    assert (facts, notes) == ([STATEMENT, Fact(statement="Oje!")], [])
+    with pytest.raises(UserError, match='writer "model"'):
+        parse_facts("Oje!")
 
 
 def test_what_was_written_before_a_crash_is_not_written_again(tmp_path):
