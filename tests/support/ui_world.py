@@ -203,4 +203,5 @@ def report_of(job: TeachJob, state: str, reason: str) -> dict:
     return {
         **{"state": state, "reason": reason, "known": 0.6, "hits": 0.5, "rise": 0.123456},
         **{"facts": [one], "jobs": ["job-1"], "version_before": 2},
+        "writing": {"reason": "the model answers 1 of 5 questions about it: rules alone"},
     }

@@ -43,6 +43,7 @@ def test_a_fact_is_taught_examined_and_compared(world, tmp_path):
         cells = page.locator("#report tbody tr").first.locator("th, td").all_inner_texts()
         assert cells == [QUESTION, "known", "2 of 3", "0 of 1", "1 of 2"]
         assert "General answers lose 0.12 nats a token" in page.locator("#report").inner_text()
+        assert "1 of 5 questions about it: rules alone." in page.locator("#report").inner_text()
         assert page.locator("#compared .said").nth(2).inner_text() == "It is Turin."
         page.locator("#report summary").click()
         assert "\\u202egnp.exe" in page.locator("#report details").inner_text()

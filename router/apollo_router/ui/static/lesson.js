@@ -90,6 +90,7 @@ function report(job) {
   $("report").replaceChildren(
     el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "What the examination found" }, table),
     el("p", { class: "soft" }, `General answers lose ${number(told.rise, 2)} nats a token; of what was asked ${number(100 * told.known, 3)} % is right.`),
+    ...(told.writing?.reason ? [el("p", { class: "soft" }, `Its forms: ${shown(told.writing.reason, 300)}.`)] : []),
     ...told.facts.map(examination),
   );
 }
