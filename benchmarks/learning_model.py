@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -20,13 +20,14 @@ from apollo_curation.teach.job import OwnAnswer
 from apollo_ipc.config import Config
 from apollo_ipc.wire.requests import TrainRequest
 
+T = TypeVar("T", bound=msgspec.Struct)
 BATCH = 24  # questions answered at a time
 NUM_LOGPROBS = 20
 LORA_RANK = 16
 
 
 class OfflineModel:
-    """A Learner (apollo_curation.teach.job) whose weights can be put back to what they were."""
+    """A Writer (apollo_curation.teach.writer) whose weights can be put back to what they were."""
 
     def __init__(self, model_dir: Path, config: Config | None = None):
         self.config = config or Config()
@@ -99,6 +100,10 @@ class OfflineModel:
         contexts = self.contexts(questions)
         answers = self._generate(contexts, max_tokens, keep=True)
         return [OwnAnswer(context, ids, rows) for context, (ids, rows) in zip(contexts, answers, strict=True)]
+
+    def write(self, prompts: Sequence[str], kind: type[T], *, max_tokens: int) -> list[T | None]:
+        """Nothing: no guided decoding here, and a model of this size writes no forms of use (docs/log.md)."""
+        return [None for _ in prompts]
 
     def token_logprobs(self, sequences: Sequence[list[int]]) -> list[list[float]]:
         return [self.trainer.logprobs(ids).tolist() for ids in sequences]

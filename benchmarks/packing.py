@@ -71,7 +71,7 @@ def run(args: argparse.Namespace, model_dir: Path) -> dict[str, Any]:
 
     def update(layouts: Callable[..., Any]) -> Callable[[], None]:
         def one() -> None:
-            step.packed = layouts
+            step.packed = layouts  # pyright: ignore[reportPrivateImportUsage]
             trainer.step_on(examples, LEARNING_RATE)
 
         return one

@@ -119,7 +119,7 @@ def teach(served: Served, stream: CompletionStream, subject: Subject, report: Re
     time.sleep(PAUSE_S)
     if lesson["status"] != "applied":
         report.problems.append(f"the lesson is {lesson['status']}: {lesson.get('error')}")
-    examined = lesson.get("report") or {"jobs": []}
+    examined: dict[str, Any] = lesson.get("report") or {"jobs": []}
     report.known, report.hits, report.rise = (examined.get(name) for name in ("known", "hits", "rise"))
     for job in (served.get(f"/train/jobs/{job_id}") for job_id in examined["jobs"]):
         report.steps += job["steps_done"]

@@ -163,7 +163,9 @@ class Trainer:
         """Until they are set free again, no gradient of theirs is computed."""
         model = self.live.model
         layers = (model.get_input_embeddings(), model.get_output_embeddings())
-        own = {id(p): p for layer in layers if layer is not None for p in layer.parameters()}
+        own: dict[int, Tensor] = {
+            id(p): p for layer in layers if layer is not None for p in layer.parameters()
+        }
         frozen = [p for p in own.values() if p.requires_grad]
         for parameter in frozen:
             parameter.requires_grad_(False)
