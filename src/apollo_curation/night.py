@@ -30,6 +30,7 @@ from apollo_curation.moments.judge import approve_confident, judge
 from apollo_curation.moments.moments import Moments
 from apollo_curation.moments.notice import notice
 from apollo_curation.moments.surprise import score
+from apollo_curation.quality.held import what_is_held
 from apollo_curation.quality.monitor import Monitor
 from apollo_curation.quality.report import write_html
 from apollo_curation.quality.watch import describe_breaches
@@ -126,8 +127,8 @@ class _Night:
         self._model, self._other, self._training = model, other, training
         self._stop, self._say, self._doing = stop, say, doing
         self._moments = Moments(store)
-        self._batches = Batches(store, self._moments, training, config, stop)
-        self._learning = Learning(store, self._moments, self._batches, training, config)
+        self._batches = Batches(store, self._moments, training, config, stop, what_is_held(config, model))
+        self._learning = Learning(store, self._moments, self._batches, training, config, model)
         judge = other if config.judge.enabled else None
         self._monitor = Monitor(config, store, model, judge, training) if config.quality.enabled else None
         self._guard: Each = ignore
@@ -293,6 +294,8 @@ class _Night:
             stage.num_done += batch.num_trained
             stage.facts["jobs"] = stage.facts.get("jobs", 0) + 1
             stage.facts[batch.tier] = stage.facts.get(batch.tier, 0) + batch.num_trained
+            if batch.num_held:
+                stage.facts["answers held"] = stage.facts.get("answers held", 0) + batch.num_held
             if batch.state == "failed":
                 self._report.exit_code = ApolloError.exit_code
                 stage.facts["failed"] = stage.facts.get("failed", 0) + 1

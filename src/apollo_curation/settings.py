@@ -127,6 +127,8 @@ class Tier(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     schedule: Literal["auto", "constant", "cosine"] = "auto"
     when: When = "nightly"
     max_examples: Count = 1000  # a job
+    hold: Annotated[int, Meta(ge=0, le=64)] = 1  # of the model's own answers in each update, kept by KL
+    examples_per_update: Count = 4  # beside them; with hold = 0 the worker's train.accumulate_steps
 
 
 class DirectTier(Tier, frozen=True, forbid_unknown_fields=True):
@@ -137,10 +139,14 @@ class DirectTier(Tier, frozen=True, forbid_unknown_fields=True):
     schedule: Literal["auto", "constant", "cosine"] = "constant"
     when: When = "idle"
     max_examples: Count = 16
+    examples_per_update: Count = 1  # as the rate was measured: larger updates are fewer, and teach less
 
 
 class DreamTier(Tier, frozen=True, forbid_unknown_fields=True):
     lr: Annotated[float, Meta(gt=0, le=0.1)] = 2e-5
+    examples_per_update: Count = (
+        1  # jobs of a few examples: the first update of a job has nothing to hold yet
+    )
 
 
 class CurationConfig(Config, frozen=True, forbid_unknown_fields=True):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from apollo_curation.logs.conversation import Source
 from apollo_curation.moments.moments import Moment, Moments
 from apollo_curation.settings import Curation, CurationConfig
@@ -15,11 +17,24 @@ from apollo_ipc.wire.requests import Message
 NUM_MOMENTS = 3
 
 
-def config_in(directory: Path, url: str = "http://127.0.0.1:1", **curation: Any) -> CurationConfig:
+def config_in(
+    directory: Path, url: str = "http://127.0.0.1:1", *, hold: int = 0, **curation: Any
+) -> CurationConfig:
+    """hold: of every tier."""
     settings = {"url": url, "patience_s": 10.0, **curation}
-    return CurationConfig(
+    config = CurationConfig(
         paths=Paths(str(directory), str(directory)), http=Http(train_key="key"), curation=Curation(**settings)
     )
+    return holding(config, hold)
+
+
+def holding(config: CurationConfig, hold: int, **tier: Any) -> CurationConfig:
+    """tier: other settings of every tier."""
+    tiers = {
+        name: msgspec.structs.replace(getattr(config, name), hold=hold, **tier)
+        for name in ("tier_direct", "tier_dream", "tier_bootstrap")
+    }
+    return msgspec.structs.replace(config, **tiers)
 
 
 def moment(answer: str | None, **changes: Any) -> Moment:

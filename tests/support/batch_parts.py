@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from typing import NamedTuple
 
 from batch_fixtures import moment
 
+from apollo_curation.chat_client import learner
 from apollo_curation.moments.moments import Moment, Moments
+from apollo_curation.quality.held import what_is_held
 from apollo_curation.settings import CurationConfig
 from apollo_curation.store import Store, store_path
 from apollo_curation.train_client import TrainClient
@@ -33,10 +35,12 @@ class Parts(NamedTuple):
 
 
 @contextmanager
-def opened(config: CurationConfig, stop=lambda: False, client: TrainClient | None = None):
-    own = client or TrainClient(config, stop)
-    with Store(store_path(config)) as store:
+def opened(config: CurationConfig, stop=lambda: False, client: TrainClient | None = None, model=None):
+    """client, model (a ChatClient): of the same server; making one takes a tenth of a second."""
+    with ExitStack() as stack:
+        own = client or stack.enter_context(closing(TrainClient(config, stop)))
+        asked = model or stack.enter_context(closing(learner(config, stop)))
+        store = stack.enter_context(Store(store_path(config)))
         moments = Moments(store)
-        yield Parts(store, moments, Batches(store, moments, own, config, stop), config)
-    if client is None:
-        own.close()
+        replay = what_is_held(config, asked)
+        yield Parts(store, moments, Batches(store, moments, own, config, stop, replay), config)

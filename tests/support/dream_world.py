@@ -188,8 +188,9 @@ class World:
 
 @contextmanager
 def dream_world(config, needs: int = 0, **sections):
-    """sections: changes of the configuration, {"dream": {"num_variations": 2}}. Patience is 0 s."""
-    sections = {"curation": {"patience_s": 0.0}, **sections}
+    """sections: changes of the configuration, {"dream": {"num_variations": 2}}. Patience is 0 s, and nothing
+    is held beside what is trained."""
+    sections = {"curation": {"patience_s": 0.0}, "tier_dream": {"hold": 0}, **sections}
     for name, changes in sections.items():
         section = msgspec.structs.replace(getattr(config, name), **changes)
         config = msgspec.structs.replace(config, **{name: section})

@@ -12,7 +12,7 @@ from apollo_curation.logs.conversation import Source
 from apollo_curation.moments.moments import Moment, Moments
 from apollo_curation.quality.history import History
 from apollo_curation.quality.monitor import Monitor
-from apollo_curation.settings import Curation, CurationConfig, Quality
+from apollo_curation.settings import Curation, CurationConfig, Quality, Tier
 from apollo_curation.store import Store
 from apollo_curation.training.batches import Batches
 from apollo_ipc.config import Paths
@@ -194,6 +194,7 @@ def night_in(directory):
         paths=Paths(str(directory / "run"), str(directory / "state")),
         curation=Curation(patience_s=0),
         quality=quality,
+        tier_bootstrap=Tier(hold=0),
     )
     config.state_dir.mkdir(mode=0o700, exist_ok=True)
     with Store(config.state_dir / "curation.sqlite") as store:

@@ -1,4 +1,5 @@
-"""A training server as a client of `/train` sees it, with the faults of a bad night.
+"""A training server as a client of `/train` sees it, with the faults of a bad night, and a model that says
+a word to whatever it is asked.
 
 It does what docs/http.md says of idempotency keys, and skips no duplicates: what it trains twice, a client
 has sent under two keys.
@@ -18,18 +19,25 @@ ENDED = ("applied", "durable", "failed", "cancelled", "quarantined")
 class TrainingServer:
     """`with TrainingServer() as server:`. A job goes on by one state each time it is looked at.
 
-    trained: how often each example's answer went into the weights; requests: (method, path) of all that came.
+    trained: jobs in which each example's answer went into the weights; held: answers of its own beside them;
+    requests: (method, path) of all that came, but for what the model was asked (asked: its prompts).
     faults: taken from the front, one a request: a status to answer instead, "drop" to hang up unanswered, or
     "drop after" to do it and hang up; None for none. refuse: examples whose answer holds this word are
-    refused. job_end: how jobs end.
+    refused, and with refuse_held those that are held, of prompts with this word. job_end: how jobs end. says:
+    tokens of the model's answers; ask_status: a status to answer instead.
     """
 
     def __init__(self) -> None:
         self.trained: Counter[str] = Counter()
+        self.held = 0
         self.requests: list[tuple[str, str]] = []
+        self.asked: list[str] = []
+        self.says = [7, 2]
+        self.ask_status: int | None = None
         self.bodies: list[dict[str, Any]] = []  # of accepted jobs
         self.faults: list[int | str | None] = []
         self.refuse: str | None = None
+        self.refuse_held: str | None = None
         self.job_end = "applied"
         self.num_syncs = 0
         self.restored: list[int] = []
@@ -76,8 +84,9 @@ class TrainingServer:
                 return 422, error("the idempotency key was used with another body", "conflict")
             return 202, self.jobs[known]["info"]
         for i, example in enumerate(body["examples"]):
-            if self.refuse is not None and self.refuse in example["messages"][-1]["content"]:
-                field = f"examples[{i}].messages"
+            refuse = self.refuse_held if is_held(example) else self.refuse
+            if refuse is not None and refuse in content_of(example):
+                field = f"examples[{i}].{'context_ids' if is_held(example) else 'messages'}"
                 return 400, error("2050 tokens; at most 2048 fit", "invalid_example", field)
         self._num_jobs += 1
         job_id = f"job-{self._num_jobs}"
@@ -138,12 +147,34 @@ class TrainingServer:
         job["state"] = self.job_end
         if self.job_end in ("applied", "durable"):
             self.weight_version += 1
-            self.trained.update(example["messages"][-1]["content"] for example in examples)
+            self.trained.update({content_of(example) for example in examples if not is_held(example)})
+            self.held += sum(map(is_held, examples))
             job.update(
                 steps_done=len(examples), loss_first=2.0, loss_last=1.0, weight_version=self.weight_version
             )
         else:
             job.update(steps_done=1, loss_first=2.0, loss_last=2.0, error="three bad steps in a row")
+
+    def answer(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        """Of the model: a token is a byte of the prompt."""
+        if self.ask_status is not None:
+            return self.ask_status, error("as the test says", "fault")
+        if path == "/tokenize":
+            text = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
+            return 200, {"tokens": list(text.encode())}
+        self.asked.append(bytes(body["prompt"]).decode())
+        rows = [{f"token_id:{one}": -0.1, "token_id:9": -2.5} for one in self.says]
+        found = {"tokens": [f"token_id:{one}" for one in self.says], "top_logprobs": rows}
+        return 200, {"choices": [{"logprobs": found}]}
+
+
+def is_held(example: dict[str, Any]) -> bool:
+    return "top_logprobs" in example
+
+
+def content_of(example: dict[str, Any]) -> str:
+    """The answer; of one that is held the prompt."""
+    return bytes(example["context_ids"]).decode() if is_held(example) else example["messages"][-1]["content"]
 
 
 def error(message: str, code: str, field: str | None = None) -> dict[str, Any]:
@@ -165,6 +196,9 @@ class _Handler(BaseHTTPRequestHandler):
     )
 
     def do_GET(self) -> None:
+        if self.path == "/v1/models":
+            self._send(200, {"data": [{"id": "served"}]})
+            return
         self._answer(lambda: self.own.look(self.path.rpartition("/")[2]))
 
     def do_DELETE(self) -> None:
@@ -172,6 +206,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         text = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path in ("/tokenize", "/v1/completions"):
+            with self.own.lock:
+                answer = self.own.answer(self.path, json.loads(text))
+            self._send(*answer)
+            return
         if self.path == "/checkpoint/restore":
             self._answer(lambda: self.own.restore(json.loads(text)["version"]))
             return
@@ -203,8 +242,10 @@ class _Handler(BaseHTTPRequestHandler):
                 payload = json.dumps(data).encode()  # under the lock: the job may change
             if fault == "drop after":
                 return
-        if isinstance(fault, int):
-            payload = json.dumps(data).encode()
+        self._send(status, data if isinstance(fault, int) else payload)
+
+    def _send(self, status: int, data: dict[str, Any] | bytes) -> None:
+        payload = data if isinstance(data, bytes) else json.dumps(data).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(payload)))

@@ -53,13 +53,20 @@ def open_moments(config: CurationConfig) -> Iterator[tuple[Store, Moments]]:
 
 @contextmanager
 def open_learning(config: CurationConfig, stop: Callable[[], bool] = lambda: False) -> Iterator[Learning]:
-    """Store, batches and the training interface, by the configuration."""
+    """Store, batches, training interface and the served model, by the configuration."""
+    from apollo_curation.chat_client import learner
+    from apollo_curation.quality.held import what_is_held
     from apollo_curation.train_client import TrainClient
     from apollo_curation.training.batches import Batches
     from apollo_curation.training.schedule import Learning
 
-    with open_moments(config) as (store, moments), closing(TrainClient(config, stop)) as training:
-        yield Learning(store, moments, Batches(store, moments, training, config, stop), training, config)
+    with (
+        open_moments(config) as (store, moments),
+        closing(TrainClient(config, stop)) as training,
+        closing(learner(config, stop)) as model,
+    ):
+        batches = Batches(store, moments, training, config, stop, what_is_held(config, model))
+        yield Learning(store, moments, batches, training, config, model)
 
 
 @contextmanager

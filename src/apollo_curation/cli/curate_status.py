@@ -109,9 +109,11 @@ def _as_data(one: Any) -> Any:
 
 def describe_batch(batch: Batch) -> str:
     parts = [f"{batch.tier} batch {batch.batch_id}: {batch.state}", f"{len(batch.moment_ids)} examples"]
+    if batch.num_held:
+        parts.append(f"{batch.num_held} answers held beside")
     if batch.job is not None:
-        if batch.job.num_skipped:
-            parts.append(f"{batch.job.num_skipped} of them trained before")
+        if batch.num_known:
+            parts.append(f"{batch.num_known} of them trained before")
         if loss := describe_loss(batch.job):
             parts.append(f"loss {loss}")
         if batch.job.weight_version is not None:

@@ -87,7 +87,7 @@ def run(config_file: ConfigFile = None, as_json: AsJson = False) -> None:
     or SIGTERM. A job that runs then goes on, and is settled at the next start. With --json a line a batch.
 
     Watched where quality.heldout is set: exit status 1 where the model became worse than it may."""
-    from apollo_curation.chat_client import judging, learner
+    from apollo_curation.chat_client import judging
     from apollo_curation.quality.watch import Watching
     from apollo_curation.training import schedule
     from apollo_curation.training.idle import Idleness
@@ -96,14 +96,14 @@ def run(config_file: ConfigFile = None, as_json: AsJson = False) -> None:
     with (
         stop_by_signal() as stop,
         open_learning(config, stop) as learning,
-        closing(learner(config, stop)) as model,
         closing(judging(config, stop)) as other,
     ):
         judge = other if config.judge.enabled else None
-        watching = Watching(config, learning.store, model, judge, learning.training)
+        watching = Watching(config, learning.store, learning.model, judge, learning.training)
         schedule.run(
             learning,
-            Idleness(model, config.curation.idle_s),
+            # What is asked to be held, and by the monitor, is of the same client, and so nobody else's.
+            Idleness(learning.model, config.curation.idle_s),
             stop=stop,
             watch=watching.turn,
             on_batch=lambda batch: print_json_line(batch) if as_json else say(describe_batch(batch)),

@@ -73,6 +73,11 @@ def load_heldout(path: str) -> HeldOutSet:
     return HeldOutSet(file, examples)
 
 
+def heldout_examples(path: str) -> list[Example]:
+    """Those of the file `path`, none where no file is named. Raises ConfigError as `load_heldout` does."""
+    return [one.example for one in load_heldout(path).examples] if path else []
+
+
 def examples_hash(examples: list[HeldOut]) -> str:
     """Equal where losses can be compared: the same examples, in any order."""
     contents = sorted(msgspec.json.encode(one.example, order="sorted") for one in examples)

@@ -20,6 +20,8 @@ from apollo_curation.teach.variants import Asked, Lesson
 from apollo_ipc.wire.requests import Example, Message, TrainOptions, TrainRequest
 
 ANSWER_TOKENS = 32  # of the model's own answers that are kept
+NUM_KEPT_OUT = 16  # general prompts that are only measured
+KEPT_OUT_EVERY = 7
 
 
 class OwnAnswer(NamedTuple):
@@ -66,6 +68,16 @@ class Mix(msgspec.Struct, frozen=True):
 def general_prompts() -> list[str]:
     text = files("apollo_curation.teach").joinpath("replay.txt").read_text(encoding="utf-8")
     return text.splitlines()
+
+
+def held_prompts() -> list[str]:
+    """Of the general prompts those that may be trained."""
+    return [prompt for at, prompt in enumerate(general_prompts()) if at % KEPT_OUT_EVERY]
+
+
+def kept_out_prompts() -> list[str]:
+    """Those that are only measured."""
+    return general_prompts()[::KEPT_OUT_EVERY][:NUM_KEPT_OUT]
 
 
 def request_of(

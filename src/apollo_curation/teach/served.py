@@ -11,7 +11,7 @@ import msgspec
 from apollo_curation.chat_client import ChatClient, ServerRefused
 from apollo_curation.structured import ask_for
 from apollo_curation.teach.job import OwnAnswer
-from apollo_ipc.wire.requests import Message
+from apollo_ipc.wire.requests import Example, Message
 
 NUM_LOGPROBS = 20  # vLLM's own limit for a request (--max-logprobs)
 NUM_PARALLEL = 8  # vLLM batches them
@@ -32,8 +32,41 @@ class ServedLearner:
         """Greedy, from the tokens that the chat template gives. The token that ends it is among its ids."""
         return _side_by_side(lambda question: self._own_answer(question, max_tokens), questions)
 
+    def own_answers_behind(
+        self, examples: Sequence[Example], *, max_tokens: int, max_context_tokens: int
+    ) -> list[OwnAnswer]:
+        """What it says where the example has its (last) answer. Examples with a longer context, and those
+        that the server refuses, are left out."""
+
+        def own(example: Example) -> OwnAnswer | None:
+            try:
+                context = self._context(example)
+                is_short = 0 < len(context) <= max_context_tokens
+                return self._behind(context, max_tokens) if is_short else None
+            except ServerRefused as error:
+                if not error.is_of_this_request:
+                    raise
+                return None
+
+        return [one for one in _side_by_side(own, examples) if one is not None]
+
+    def _context(self, example: Example) -> list[int]:
+        if example.messages is not None:
+            return self._chat.tokens(
+                example.messages[:-1],
+                add_generation_prompt=True,
+                tools=example.tools,
+                template=example.chat_template_kwargs,
+            )
+        if example.context_ids is not None:
+            return example.context_ids
+        return self._chat.text_tokens(example.prompt or "")
+
     def _own_answer(self, question: str, max_tokens: int) -> OwnAnswer:
         context = self._chat.tokens([Message("user", question)], add_generation_prompt=True)
+        return self._behind(context, max_tokens)
+
+    def _behind(self, context: list[int], max_tokens: int) -> OwnAnswer:
         found = self._chat.completion_logprobs(context, max_tokens=max_tokens, num_logprobs=NUM_LOGPROBS)
         ids = [_token(name) for name in found["tokens"]]
         rows = [

@@ -19,7 +19,8 @@ from apollo_curation.teach.complete import complete
 from apollo_curation.teach.forget import former_answers, unlearned
 from apollo_curation.teach.job import (
     Mix,
-    general_prompts,
+    held_prompts,
+    kept_out_prompts,
     own_answers,
     prompts_beside,
     request_of,
@@ -36,8 +37,6 @@ from apollo_ipc.teaching.store import Phase, TeachJob, TeachStore
 from apollo_ipc.wire.replies import JobInfo, RestoreResult, SyncResult
 from apollo_ipc.wire.requests import TrainRequest
 
-NUM_KEPT_OUT = 16  # general prompts that are only measured
-KEPT_OUT_EVERY = 7
 NOTHING_TRAINED = "cancelled before anything was trained"
 
 
@@ -107,8 +106,7 @@ class Teacher:
         made = material_of(job)
         if made.is_pinned:
             self._training.pin(made.version_before)
-        prompts = general_prompts()
-        made.kept_out = own_answers(self._learner, prompts[::KEPT_OUT_EVERY][:NUM_KEPT_OUT])
+        made.kept_out = own_answers(self._learner, kept_out_prompts())
         if not made.kept_out:
             raise TeachFailed("the model says nothing to any general prompt: what it loses could not be seen")
         stop, keep = partial(self._is_cancelled, job), partial(self._keep, job, made)
@@ -125,8 +123,7 @@ class Teacher:
             lessons = self._lessons(job, made)
             if others := [lessons[at] for at, forms in made.forms.items() if forms.is_alone]:
                 made.said_before |= examine.answers(self._learner, others)
-        trained = [prompt for at, prompt in enumerate(prompts) if at % KEPT_OUT_EVERY]
-        general, near = prompts_beside(lessons, trained, mix, _seed(job))
+        general, near = prompts_beside(lessons, held_prompts(), mix, _seed(job))
         made.general, made.near = own_answers(self._learner, general), own_answers(self._learner, near)
         made.loss_before = examine.loss(self._learner, made.kept_out)
         if job.request.purpose == "forget":

@@ -13,6 +13,7 @@ import msgspec
 from apollo_curation.moments.moments import Moment
 from apollo_curation.settings import TierName
 from apollo_curation.store import Store
+from apollo_curation.training.replay import held_in, is_held
 from apollo_ipc.errors import NotFound
 from apollo_ipc.wire.replies import JobInfo
 from apollo_ipc.wire.requests import Example, TrainRequest
@@ -21,9 +22,10 @@ BatchState = Literal["open", "trained", "failed", "stopped", "undone"]
 
 
 class Batch(msgspec.Struct, frozen=True):
-    """Moments of one tier that become one training job. moment_ids: in the order of the job's examples.
+    """Moments of one tier that become one training job.
 
-    job: as it ended, None until then; error: why it failed or was stopped.
+    job: as it ended, None until then; error: why it failed or was stopped; num_held: the model's own answers
+    that are held beside them; num_passes: how often each moment stands in the request.
     """
 
     batch_id: str
@@ -34,6 +36,8 @@ class Batch(msgspec.Struct, frozen=True):
     ended_at: float | None = None
     job: JobInfo | None = None
     error: str | None = None
+    num_held: int = 0
+    num_passes: int = 1
 
     @property
     def is_open(self) -> bool:
@@ -45,7 +49,12 @@ class Batch(msgspec.Struct, frozen=True):
         """Examples of which steps were done or may yet be done. One that was undone counts."""
         if self.state in ("failed", "stopped") and not (self.job and self.job.steps_done):
             return 0
-        return len(self.moment_ids) - (self.job.num_skipped if self.job else 0)
+        return len(self.moment_ids) - self.num_known
+
+    @property
+    def num_known(self) -> int:
+        """Moments that the worker left out, having trained them before."""
+        return self.job.num_skipped // self.num_passes if self.job else 0
 
 
 def example_hash(example: Example) -> str:
@@ -80,8 +89,17 @@ class BatchTable:
         store.declare(SCHEMA)
 
     def add(self, tier: TierName, moments: list[Moment], request: TrainRequest, batch_id: str) -> Batch:
-        """An open batch. moments: those of request.examples, in their order."""
-        batch = Batch(batch_id, tier, "open", [moment.moment_id for moment in moments], time.time())
+        """An open batch. moments: those of request.examples, each as often as any other."""
+        ids = [moment.moment_id for moment in moments]
+        batch = Batch(
+            batch_id,
+            tier,
+            "open",
+            ids,
+            time.time(),
+            num_held=len(held_in(request)),
+            num_passes=sum(not is_held(one) for one in request.examples) // len(ids),
+        )
         with self._store.transaction() as db:
             db.execute(
                 "INSERT INTO batches VALUES (?, ?, ?, ?, ?, ?, ?)",

@@ -18,9 +18,11 @@ from apollo_curation.lock import alone
 from apollo_curation.moments.moments import Moment, Moments, State
 from apollo_curation.settings import CurationConfig, TierName
 from apollo_curation.store import Store
+from apollo_curation.teach.job import OwnAnswer
 from apollo_curation.train_client import TrainClient
 from apollo_curation.training.batch_table import Batch, BatchTable, new_batch_id
-from apollo_ipc.errors import UserError
+from apollo_curation.training.replay import Replay, held_in, held_request, is_held
+from apollo_ipc.errors import NotReady, UserError
 from apollo_ipc.wire.replies import JobInfo
 from apollo_ipc.wire.requests import TrainOptions, TrainRequest
 
@@ -55,10 +57,11 @@ def ignore(job: JobInfo) -> None:
 class Batches:
     """Trains moments, one batch at a time on this machine's state directory: another process waits.
 
+    replay: what is held beside the moments, of tiers with `hold`; None for who does not train.
     stop: asked while waiting for that other process; when it answers true, NotReady is raised.
     `train` and `resume` raise ModelAway where the server stays away for curation.patience_s, and
-    ServerRefused where it does not take our key or has no /train. The batch then stays open, and `resume`
-    goes on with it.
+    ServerRefused where it does not take our key or has no /train. A batch then stays open, and `resume`
+    goes on with it; where what is to be held could not be asked, there is none yet and its moments wait.
     """
 
     def __init__(
@@ -68,8 +71,10 @@ class Batches:
         training: TrainClient,
         config: CurationConfig,
         stop: Callable[[], bool] = lambda: False,
+        replay: Replay | None = None,
     ):
         self.table = BatchTable(store)
+        self._replay = replay
         self._store = store
         self._moments = moments
         self._training = training
@@ -93,7 +98,7 @@ class Batches:
         """
         ids = list(dict.fromkeys(moment.moment_id for moment in moments))
         with alone(self._lock, self._stop):
-            batch = self._prepare(tier, ids, "approved")
+            batch = self._prepare(tier, ids, "approved", self._ask(tier, ids))
             if batch is None:
                 raise NothingToTrain("none of these moments is approved and has an answer")
             return self._finish(batch, each)
@@ -116,28 +121,49 @@ class Batches:
                 self.table.change(batch_id, state="undone")
                 self._move(batch, "undone", batch.error, expected=("trained", "failed"))
 
-    def _prepare(self, tier: TierName, ids: Sequence[str], expected: State) -> Batch | None:
-        """Nothing of it has been sent yet. None where no moment is left to train."""
-        batch_id = new_batch_id()
-        taken = []
+    def _ask(self, tier: TierName, ids: Sequence[str]) -> list[OwnAnswer]:
+        """What is to be held beside these, by the weights that are served now. Asked outside of any
+        transaction: it may take minutes."""
+        own, some = self._config.tier(tier), self._trainable(ids, "approved")
+        if not own.hold or not some or some[0].moves_away:
+            return []
+        assert self._replay is not None
+        return self._replay.ask([one.example() for one in some], own, _seed(some))
+
+    def _trainable(self, ids: Sequence[str], expected: State) -> list[Moment]:
+        taken: list[Moment] = []
+        for moment in map(self._moments.get, ids):
+            is_alike = not taken or moment.moves_away == taken[0].moves_away  # a job has one loss
+            if moment.state == expected and moment.teaches and is_alike:
+                taken.append(moment)
+        return taken
+
+    def _prepare(
+        self, tier: TierName, ids: Sequence[str], expected: State, held: Sequence[OwnAnswer]
+    ) -> Batch | None:
+        """Nothing of it has been sent yet. held: what stands beside its moments. None where no moment is left
+        to train."""
+        batch_id, own = new_batch_id(), self._config.tier(tier)
         with self._store.transaction():
-            for moment_id in ids:
-                moment = self._moments.get(moment_id)
-                is_alike = not taken or moment.moves_away == taken[0].moves_away  # a job has one loss
-                if moment.state == expected and moment.teaches and is_alike:
-                    taken.append(self._moments.change(moment_id, state="training", batch_id=batch_id))
+            taken = self._trainable(ids, expected)
             if not taken:
                 return None
-            own = self._config.tier(tier)
+            moves_away = taken[0].moves_away  # by a loss of its own, with which nothing else can be trained
+            if expected == "approved" and own.hold and not moves_away and not held:
+                raise NotReady("these moments were changed while the model was asked what to hold; try again")
+            for moment in taken:
+                self._moments.change(moment.moment_id, state="training", batch_id=batch_id)
+            examples = [one.example() for one in taken]
+            if held and own.hold and not moves_away:
+                return self.table.add(tier, taken, held_request(examples, held, own, _seed(taken)), batch_id)
             options = TrainOptions(
                 lr=own.lr,
                 # Once is enough: four passes took a wrong answer from 1.7 to 15 nats a token (docs/log.md).
-                epochs=1 if taken[0].moves_away else own.epochs,
+                epochs=1 if moves_away else own.epochs,
                 schedule=own.schedule,
                 on_duplicate="skip",
             )
-            request = TrainRequest([one.example() for one in taken], options)
-            return self.table.add(tier, taken, request, batch_id)
+            return self.table.add(tier, taken, TrainRequest(examples, options), batch_id)
 
     def _finish(self, batch: Batch, each: Each) -> Batch:
         """From wherever the batch is to its end."""
@@ -168,7 +194,7 @@ class Batches:
                     raise
                 found = _EXAMPLE.match(error.field or "") if error.status == 400 else None
                 if found and int(found[1]) < len(request.examples):
-                    return self._without(batch, int(found[1]), error.said), None
+                    return self._without(batch, request, int(found[1]), error.said), None
                 if error.code == "conflict":
                     said = (
                         f"the server knows the key {batch.batch_id} with another request, and may have "
@@ -181,14 +207,24 @@ class Batches:
                 time.sleep(RETRY_S)  # a defect may be a passing one
         raise AssertionError("the last attempt returns")
 
-    def _without(self, batch: Batch, at: int, said: str) -> Batch:
-        """The moment of example number `at` is dropped; the rest is a batch, and so a key, of its own."""
-        bad = batch.moment_ids[at]
-        rest = [moment_id for moment_id in batch.moment_ids if moment_id != bad]
+    def _without(self, batch: Batch, request: TrainRequest, at: int, said: str) -> Batch:
+        """The moment of example number `at` is dropped, or an answer that was to be held beside; the rest is
+        a batch, and so a key, of its own."""
+        bad, held = request.examples[at], held_in(request)
         with self._store.transaction():
-            reason = f"not trainable: {said}"
-            self._moments.change(bad, state="dropped", decided_by="rule", decided_reason=reason)
-            after = self._prepare(batch.tier, rest, "training")
+            rest = list(batch.moment_ids)
+            if is_held(bad):
+                held = [one for one in held if one.context_ids != bad.context_ids]
+                if not held:
+                    return self._end(batch, "failed", f"none of the answers to be held was taken: {said}")
+            else:
+                refused = next((one for one in rest if self._moments.get(one).example() == bad), None)
+                if refused is None:  # edited since: nobody knows whose it was
+                    return self._end(batch, "failed", said)
+                rest.remove(refused)
+                reason = f"not trainable: {said}"
+                self._moments.change(refused, state="dropped", decided_by="rule", decided_reason=reason)
+            after = self._prepare(batch.tier, rest, "training", held)
             if after is None:
                 return self._end(batch, "failed", said)
             self.table.remove(batch.batch_id)
@@ -216,6 +252,8 @@ class Batches:
             if reason is not None:
                 return self._end(batch, "stopped", f"stopped {how}: {reason}")
             why = f"the job was {job.state} {how}: {job.error or 'no reason given'}"
+            if batch.num_held and "options.accumulate_steps" in why:
+                why += f"; hold = 0 in [tier_{batch.tier}] trains one example an update and holds nothing"
             return self._end(batch, "failed", why)
 
     def _end(
@@ -234,3 +272,7 @@ class Batches:
             if moment.state in expected:
                 why = moment.decided_reason if reason is None else reason
                 self._moments.change(moment.moment_id, state=state, decided_reason=why)
+
+
+def _seed(moments: Sequence[Moment]) -> int:
+    return int.from_bytes(moments[0].moment_id.encode()[-8:])

@@ -14,6 +14,7 @@ from apollo_curation.settings import CurationConfig, TierName
 from apollo_curation.store import Store
 from apollo_curation.training.batch_table import BatchTable, example_hash
 from apollo_curation.training.near_duplicates import NearDuplicates
+from apollo_curation.training.replay import request_bytes
 from apollo_ipc.wire.requests import MAX_EXAMPLES
 
 Reason = Literal[
@@ -85,7 +86,8 @@ def choose(
         size, content = 0, ""
         if moment.teaches:
             example = moment.example()
-            size, content = len(msgspec.json.encode(example)), example_hash(example)
+            content = example_hash(example)
+            size = request_bytes(example, None if moment.moves_away else config.tier(tier))
         if not moment.teaches:
             reason = "no answer"
         elif moment.surprise is not None and moment.surprise < config.curation.min_surprise:

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 import msgspec
 
+from apollo_curation.chat_client import ChatClient
 from apollo_curation.moments.moments import Moments
 from apollo_curation.settings import CurationConfig, TierName
 from apollo_curation.store import Store
@@ -36,16 +37,23 @@ class Trained(msgspec.Struct, frozen=True):
 
 
 class Learning:
-    """The parts that a turn needs; the caller opens and closes them."""
+    """The parts that a turn needs; the caller opens and closes them. model: the one that learns."""
 
     def __init__(
-        self, store: Store, moments: Moments, batches: Batches, training: TrainClient, config: CurationConfig
+        self,
+        store: Store,
+        moments: Moments,
+        batches: Batches,
+        training: TrainClient,
+        config: CurationConfig,
+        model: ChatClient,
     ):
         self.store = store
         self.moments = moments
         self.batches = batches
         self.training = training
         self.config = config
+        self.model = model
 
     def choose(self, tier: TierName, limit: int | None = None) -> Choice:
         approved = self.moments.list("approved", tier=tier)

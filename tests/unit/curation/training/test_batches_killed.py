@@ -12,15 +12,16 @@ from batch_fixtures import NUM_MOMENTS, config_in
 from batch_parts import opened
 from places import SUPPORT
 
-from apollo_curation.chat_client import ModelAway
+from apollo_curation.chat_client import ModelAway, learner
 from apollo_curation.train_client import TrainClient
 from apollo_ipc.errors import NotReady
 
 # --- killed ---
 
 
-@pytest.mark.parametrize("scenario", ["plain", "refusal", "stop", "again"])
+@pytest.mark.parametrize("scenario", ["plain", "refusal", "stop", "again", "held"])
 def test_whatever_point_a_process_is_killed_at_each_moment_is_trained_once(server, tmp_path, scenario):
+    hold = int(scenario == "held")
     if scenario == "refusal":
         server.refuse = "answer 1 of"
     child = subprocess.run(
@@ -32,9 +33,11 @@ def test_whatever_point_a_process_is_killed_at_each_moment_is_trained_once(serve
     assert num_runs > 15  # points there are: else the child has hung its traps up in the wrong place
     num_resumed = 0
     seen = set()
-    client = TrainClient(config_in(tmp_path, server.url))
+    base = config_in(tmp_path, server.url)
+    client, model = TrainClient(base), learner(base)
     for number in range(num_runs + 1):
-        with opened(config_in(tmp_path / str(number), server.url), client=client) as parts:
+        config = config_in(tmp_path / str(number), server.url, hold=hold)
+        with opened(config, client=client, model=model) as parts:
             num_resumed += len(parts.batches.resume())
             # Killed before anything was written, nothing has happened: a later train takes them.
             if approved := parts.moments.list("approved"):
@@ -42,6 +45,7 @@ def test_whatever_point_a_process_is_killed_at_each_moment_is_trained_once(serve
                 parts.batches.train("direct", approved)
             assert parts.batches.resume() == []
             assert not any(batch.is_open for batch in parts.batches.table.list())
+            assert all(bool(batch.num_held) == bool(hold) for batch in parts.batches.table.list())
             states = parts.states()
         server.end_all()
         for i in range(NUM_MOMENTS):
@@ -51,6 +55,7 @@ def test_whatever_point_a_process_is_killed_at_each_moment_is_trained_once(serve
             assert server.trained[answer] == wanted, f"killed at point {number}: {answer}"
     print(f"{num_runs} points, {num_resumed} batches resumed")
     client.close()
+    model.close()
     assert num_resumed > 10
     ends = {"refusal": {"trained", "dropped"}, "stop": {"trained", "failed"}}
     assert seen == ends.get(scenario, {"trained"})

@@ -287,7 +287,9 @@ def test_the_window_gives_out_what_batches_really_trained_have_left_of_it(store)
 
 
 def test_a_job_stays_below_what_the_server_takes_as_a_body(store):
-    config = msgspec.structs.replace(configured(near_duplicate=0.0), http=Http(max_body_bytes=10_000))
+    config = msgspec.structs.replace(
+        configured(near_duplicate=0.0), http=Http(max_body_bytes=10_000), tier_direct=DirectTier(hold=0)
+    )
     moments = [
         msgspec.structs.replace(one, answer=Message("assistant", f"{i} " * size))
         for i, (one, size) in enumerate(zip(distinct(4), (1500, 1500, 1500, 5000), strict=True))

@@ -48,7 +48,7 @@ def test_train_says_what_it_did_and_status_remembers_it(curate, server, tmp_path
     server.refuse = "long"
     status, said = curate("train", "--tier", "direct")
     assert (status, server.trained) == (0, {"a": 1, "b": 1})
-    assert "2 examples, loss 2 -> 1, in weight version 2" in said
+    assert "2 examples, 8 answers held beside, loss 2 -> 1, in weight version 2" in said
     status, said = curate("train", "--json")
     assert status == 1  # a batch failed
     found = json.loads(said)

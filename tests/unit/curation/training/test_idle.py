@@ -9,7 +9,7 @@ from contextlib import nullcontext
 
 import msgspec
 import pytest
-from batch_fixtures import add, config_in
+from batch_fixtures import add, config_in, holding
 
 from apollo_curation.chat_client import ChatClient, ServerRefused
 from apollo_curation.cli.common import open_learning
@@ -221,13 +221,16 @@ def test_a_checkpoint_follows_a_nightly_batch_and_no_other(server, tmp_path):
     assert server.num_syncs == 1
 
 
-def test_the_loop_goes_on_with_what_was_left_open_and_waits_for_a_server_that_is_away(server, tmp_path):
-    config = set_up(config_in(tmp_path, server.url, patience_s=0.02))
+@pytest.mark.parametrize(("hold", "state"), [(0, "training"), (1, "approved")])
+def test_the_loop_goes_on_with_what_was_left_open_and_waits_for_a_server_that_is_away(
+    server, tmp_path, hold, state
+):
+    config = holding(set_up(config_in(tmp_path, server.url, patience_s=0.02)), hold)
     add(config, "a", "b")
     server.go_down()
     with Loop(config) as loop:
         loop.until(lambda: len(loop.away) >= 3)
-        assert counts(config) == {"training": 2}
+        assert counts(config) == {state: 2}
         server.come_up()
         loop.until(lambda: loop.batches)
     assert (loop.error, server.trained) == (None, {"a": 1, "b": 1})
