@@ -144,9 +144,7 @@ class DirectTier(Tier, frozen=True, forbid_unknown_fields=True):
 
 class DreamTier(Tier, frozen=True, forbid_unknown_fields=True):
     lr: Annotated[float, Meta(gt=0, le=0.1)] = 2e-5
-    examples_per_update: Count = (
-        1  # jobs of a few examples: the first update of a job has nothing to hold yet
-    )
+    examples_per_update: Count = 1  # of few examples, so that a job has more updates than the first
 
 
 class CurationConfig(Config, frozen=True, forbid_unknown_fields=True):

@@ -20,12 +20,12 @@ NUM_MOMENTS = 3
 def config_in(
     directory: Path, url: str = "http://127.0.0.1:1", *, hold: int = 0, **curation: Any
 ) -> CurationConfig:
-    """hold: of every tier."""
+    """hold: of every tier, in updates that hold all of a batch."""
     settings = {"url": url, "patience_s": 10.0, **curation}
     config = CurationConfig(
         paths=Paths(str(directory), str(directory)), http=Http(train_key="key"), curation=Curation(**settings)
     )
-    return holding(config, hold)
+    return holding(config, hold, examples_per_update=100)
 
 
 def holding(config: CurationConfig, hold: int, **tier: Any) -> CurationConfig:

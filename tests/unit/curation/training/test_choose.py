@@ -14,9 +14,11 @@ from apollo_curation.logs.conversation import Source
 from apollo_curation.moments.moments import Moment, Moments
 from apollo_curation.settings import Curation, CurationConfig, DirectTier
 from apollo_curation.store import Store
+from apollo_curation.teach.job import ANSWER_TOKENS, OwnAnswer
 from apollo_curation.training.batch_table import BatchTable, example_hash
 from apollo_curation.training.choose import Choice, by_value, choose
 from apollo_curation.training.near_duplicates import NearDuplicates, shingles, similarity
+from apollo_curation.training.replay import MAX_CONTEXT_TOKENS, held_request
 from apollo_ipc.config import Http
 from apollo_ipc.wire.replies import JobInfo
 from apollo_ipc.wire.requests import Message, TrainRequest
@@ -297,6 +299,17 @@ def test_a_job_stays_below_what_the_server_takes_as_a_body(store):
     choice = choose(moments, store, "direct", config, NOW)
     assert (len(choice.chosen), left(choice)) == (2, {"too large": ["m-0003"], "job full": ["m-0002"]})
     assert len(msgspec.json.encode([one.example() for one in choice.chosen])) < 8_000
+
+
+def test_a_job_leaves_room_for_what_is_held_beside_in_every_pass(store):
+    limit = 400_000
+    config = msgspec.structs.replace(configured(), http=Http(max_body_bytes=limit))
+    choice = choose(distinct(4), store, "direct", config, NOW)
+    assert (len(choice.chosen), list(choice.left)) == (2, ["job full"])
+    row = [(150_000 + i, -12.3456789012345678) for i in range(20)]  # as long as they come
+    longest = OwnAnswer([150_000] * MAX_CONTEXT_TOKENS, [150_000] * ANSWER_TOKENS, [row] * ANSWER_TOKENS)
+    request = held_request([one.example() for one in choice.chosen], [longest], config.tier_direct, 0)
+    assert limit / 2 < len(msgspec.json.encode(request)) < limit
 
 
 def test_choosing_among_thousands_takes_seconds(store):
