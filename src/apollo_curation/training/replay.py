@@ -21,6 +21,10 @@ MAX_CONTEXT_TOKENS = 1024  # of a held-out prompt: a longer one would cost more 
 ANSWER_BYTES = 28 * 1024  # JSON of one answer at most: 32 tokens with 20 (token, log-probability) each
 
 
+# Of a lesson's recipe the answers' weight alone: what else a lesson has was not measured here.
+RECIPE = Mix(num_near=0, target_probability=1.0, embeddings="train")
+
+
 class Keeper(Learner, Protocol):
     """A model that is also asked what it says in place of an example's answer."""
 
@@ -75,15 +79,15 @@ def held_request(
     held: Sequence[OwnAnswer],
     tier: Tier,
     seed: int,
-    kl_weight: float = Mix().kl_weight,
+    recipe: Mix = RECIPE,
 ) -> TrainRequest:
     """The job of `learned` with `held` (Replay.ask) beside it, of which an answer may return. Each of
-    `learned` is in it `tier.epochs` times. kl_weight: of an answer that is held, an example's is 1."""
-    mix = Mix(
+    `learned` is in it `tier.epochs` times. recipe: what `tier` leaves open, so the weight."""
+    mix = msgspec.structs.replace(
+        recipe,
         num_facts=tier.examples_per_update,
         num_general=tier.hold,
         epochs=tier.epochs,
-        kl_weight=kl_weight,
         lr=tier.lr,
         schedule=tier.schedule,
     )

@@ -166,6 +166,36 @@ def test_the_cost_is_told_and_refused_where_a_gpu_has_no_room(model_dir, monkeyp
     assert refused.value.code == "not_enough_memory"
 
 
+def test_where_a_gpu_has_no_room_a_short_example_is_padded_into_the_pass_of_a_long_one(
+    model_dir, monkeypatch
+):
+    trainer = make_trainer(model_dir)
+    mixed = msgspec.structs.replace(
+        plan_of([1, 2], accumulate_steps=2), examples=[example_of(1, 40), example_of(2, 10)]
+    )
+    (note,) = trainer.prepare_accumulation(mixed)
+    assert "over 2 passes" in note
+    apart, other = trainer.step_on(mixed.examples, 1e-3), make_trainer(model_dir)
+    with monkeypatch.context() as on_gpu:
+        on_gpu.setattr(type(trainer.live), "device", torch.device("cuda"))
+        on_gpu.setattr("apollo_worker.step.step.free_bytes", lambda device: 1000)
+        assert other.prepare_accumulation(mixed) == [
+            "an update's examples are padded into one pass: there is no room for the gradients of 2"
+        ]
+    calls = []
+    real = other._backward
+    monkeypatch.setattr(
+        other, "_backward", lambda rows, layout: calls.append(len(layout)) or real(rows, layout)
+    )
+    together = other.step_on(mixed.examples, 1e-3)
+    assert calls == [2]
+    assert together.loss == pytest.approx(apart.loss, rel=1e-5)  # fp32, another order of its sums
+    for name, weight in weights(other).items():
+        assert torch.allclose(weight, weights(trainer)[name], rtol=1e-3, atol=1e-5), name
+    assert len(other.prepare_accumulation(mixed)) == 1, "the next job is looked at anew"
+    assert "over 2 passes" in other.prepare_accumulation(mixed)[0]
+
+
 @pytest.mark.usefixtures("one_a_pass")
 def test_hundreds_of_examples_weigh_alike_in_bf16(tmp_path):
     """In a bf16 sum the 257th equal term is less than half of the sum's last bit, and lost."""

@@ -28,28 +28,33 @@ class PackedRow(NamedTuple):
 
 
 def packed(
-    examples: Sequence[TokenisedExample], max_tokens: int, longest_shared: int = 0
+    examples: Sequence[TokenisedExample],
+    max_tokens: int,
+    longest_shared: int = 0,
+    max_padding: float = MAX_PADDING,
 ) -> list[list[PackedRow]]:
     """The batches of one update. longest_shared: tokens of the longest sequence that may be in a row with
-    others; 0: none may."""
+    others; 0: none may; max_padding: as `pack` has it."""
     lengths = [len(one.input_ids) for one in examples]
-    alone = pack([PackedRow([at], 0, length) for at, length in enumerate(lengths)], max_tokens)
+    alone = pack([PackedRow([at], 0, length) for at, length in enumerate(lengths)], max_tokens, max_padding)
     if longest_shared == 0 or len(examples) < 2:
         return alone
-    shared = pack(_rows(examples, max_tokens, longest_shared), max_tokens)
+    shared = pack(_rows(examples, max_tokens, longest_shared), max_tokens, max_padding)
     saves = _num_tokens(shared) <= (1 - MIN_SAVED) * _num_tokens(alone)
     return shared if saves and len(shared) <= len(alone) else alone
 
 
-def pack(rows: Sequence[PackedRow], max_tokens: int) -> list[list[PackedRow]]:
-    """Batches of rows, longest first: at most max_tokens with their padding (or one row), at most MAX_PADDING
+def pack(
+    rows: Sequence[PackedRow], max_tokens: int, max_padding: float = MAX_PADDING
+) -> list[list[PackedRow]]:
+    """Batches of rows, longest first: at most max_tokens with their padding (or one row), at most max_padding
     of them padding. So a pass takes no more memory than one over the longest example that may be sent."""
     batches: list[list[PackedRow]] = []
     num_real = 0
     for row in sorted(rows, key=lambda row: -row.length):
         if batches:
             num_padded = (len(batches[-1]) + 1) * batches[-1][0].length
-            if num_padded <= max_tokens and num_real + row.length >= (1 - MAX_PADDING) * num_padded:
+            if num_padded <= max_tokens and num_real + row.length >= (1 - max_padding) * num_padded:
                 batches[-1].append(row)
                 num_real += row.length
                 continue

@@ -27,7 +27,7 @@ from apollo_worker.model.live_model import LiveModel
 from apollo_worker.optimizer.apollo import Apollo
 from apollo_worker.step.forward import Forward, enable_activation_checkpointing, max_tokens_of
 from apollo_worker.step.gradient_sum import GradientSum
-from apollo_worker.step.packing import PackedRow, packed
+from apollo_worker.step.packing import MAX_PADDING, PackedRow, packed
 from apollo_worker.step.update import Row, make_update
 
 log = logging.getLogger(__name__)
@@ -61,6 +61,7 @@ class Trainer:
         set_routers(live.model, is_trained=options.router == "train")
         # The configured rank's moments, which outlive jobs; a job with a rank of its own borrows the weights.
         self.main_optimizer = self.optimizer = make_optimizer(live, options, options.rank)
+        self._max_padding = MAX_PADDING  # of a pass: this job's
         self._sum, self._is_last = GradientSum(), True  # of the step's passes: is this one its last?
         self._forward_s = 0.0  # of this step
         self._measured: tuple[Sequence[TokenisedExample], float] | None = None  # since the last step
@@ -173,7 +174,7 @@ class Trainer:
 
     def _packed(self, examples: Sequence[TokenisedExample]) -> list[list[PackedRow]]:
         longest = max_tokens_of(self.live.model, self.options.max_tokens)
-        return packed(examples, longest, self.forward.longest_shared)
+        return packed(examples, longest, self.forward.longest_shared, self._max_padding)
 
     def _take_gradient(self, parameter: Tensor) -> None:
         if not self._is_last:
@@ -192,12 +193,18 @@ class Trainer:
         return 4 * sum(parameter.numel() for _, parameter in trained_parameters(self.live.model))
 
     def prepare_accumulation(self, plan: JobPlan) -> list[str]:
-        """Notes on what the job's updates cost. Raises UserError where the GPU has no room for it."""
-        num_passes = max((len(self._packed(some)) for some in plan.updates()), default=1)
+        """Notes on what the job's updates cost. Where the GPU has no room for several passes, they are padded
+        into one if that holds them. Raises UserError where it does not."""
+        self._max_padding = MAX_PADDING
+        num_passes = self._num_passes(plan)
         if num_passes == 1:
             return []
         needed = self.accumulation_bytes()
         if self.live.device.type == "cuda" and needed > (free := free_bytes(self.live.device)):
+            self._max_padding = 1.0
+            if self._num_passes(plan) == 1:
+                room = f"there is no room for the gradients of {num_passes}"
+                return [f"an update's examples are padded into one pass: {room}"]
             raise UserError(
                 f"an update of {num_passes} passes keeps all gradients: {needed / 1e9:.1f} GB, and the GPU "
                 f"has {free / 1e9:.1f} GB free; take fewer or shorter examples an update "
@@ -207,6 +214,10 @@ class Trainer:
             )
         cost = f"{needed / 1e9:.3g} GB more"
         return [f"gradient accumulation over {num_passes} passes keeps all gradients: {cost}"]
+
+    def _num_passes(self, plan: JobPlan) -> int:
+        """Of its largest update."""
+        return max((len(self._packed(some)) for some in plan.updates()), default=1)
 
     def use_rank(self, rank: int | None) -> None:
         """None: the configured rank. Another one trains with moments that start at 0 and end with the job."""

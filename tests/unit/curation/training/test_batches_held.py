@@ -50,6 +50,7 @@ def test_each_update_of_a_batch_has_an_answer_of_the_models_own_beside(server, p
     (body,) = server.bodies
     assert body["options"] == {
         "lr": 1e-4, "epochs": 1, "schedule": "constant", "on_duplicate": "skip", "accumulate_steps": 3,
+        "target_probability": 1.0, "embeddings": "train",
     }  # fmt: skip
     assert [[is_held(one) for one in update] for update in updates(body)] == [[False, False, True]] * 8
     learned = [content_of(one) for one in body["examples"] if not is_held(one)]
