@@ -28,6 +28,10 @@ class ModelAway(NotReady):
     code = "model_away"
 
 
+class TooSlow(ModelAway):
+    """It took the request, and had not answered it after REQUEST_TIMEOUT_S."""
+
+
 class ServerRefused(UserError):
     """A server said no, and would again. said: its own sentence; status: of HTTP; field: what it named;
     is_of_this_request: another one may be taken."""
@@ -253,8 +257,11 @@ def request_patiently(
         try:
             response = http.request(method, path, json=body, headers=headers, timeout=timeout_s)
         except httpx.TransportError as error:
-            problem = f"{type(error).__name__}: {error}"
+            problem, away = f"{type(error).__name__}: {error}", ModelAway
+            if isinstance(error, httpx.ReadTimeout):
+                away = TooSlow
         else:
+            away = ModelAway
             if response.is_success:
                 return response
             problem = f"{response.status_code}: {_said(response)}"
@@ -267,7 +274,7 @@ def request_patiently(
                     code=_named(response, "code"),
                 )
         if time.monotonic() >= deadline or stop():
-            raise ModelAway(f"{http.base_url} did not answer for {patience_s:g} s ({problem})")
+            raise away(f"{http.base_url} did not answer for {patience_s:g} s ({problem})")
         time.sleep(min(RETRY_S, max(0.0, deadline - time.monotonic())))
 
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import msgspec
 
-from apollo_curation.chat_client import ChatClient, ServerRefused
+from apollo_curation.chat_client import ChatClient, ServerRefused, TooSlow
 from apollo_curation.structured import ask_for
 from apollo_curation.teach.job import OwnAnswer
 from apollo_ipc.wire.requests import Example, Message
@@ -91,6 +91,8 @@ class ServedLearner:
             if not error.is_of_this_request:
                 raise
             return None  # too long for it, or it guides no decoding
+        except TooSlow:  # would be so again
+            return None
 
     def token_logprobs(self, sequences: Sequence[list[int]]) -> list[list[float]]:
         return _side_by_side(self._chat.token_logprobs, sequences)

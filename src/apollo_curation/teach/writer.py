@@ -107,7 +107,7 @@ def write_forms(
         if not left:
             break
         forms |= write(writer, lessons, left, made)
-        if choice == "auto":
+        if choice == "auto" or not made.num_kept:
             judge_yield(made, forms)
         keep(made)
     return made

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import random
 
+import httpx
 import msgspec
 import pytest
 from fake_vllm import FakeVllm
 from test_teach import FACTS, Killed, World, admit, teach, with_store
 
-from apollo_curation.chat_client import ChatClient, ServerRefused
+from apollo_curation.chat_client import ChatClient, ModelAway, ServerRefused
 from apollo_curation.cli.teach import said_of
 from apollo_curation.teach import writer
 from apollo_curation.teach.complete import Posed
@@ -475,6 +476,35 @@ def test_the_served_model_is_guided_by_a_schema_and_what_cannot_be_read_is_no_fo
     assert body["max_tokens"] == 9
     schema = body["response_format"]["json_schema"]["schema"]
     assert set(schema["required"]) == set(Drafts.__struct_fields__)
+
+
+def test_a_server_too_slow_to_write_has_written_nothing(monkeypatch):
+    with FakeVllm() as vllm:
+        monkeypatch.setattr(httpx.Client, "request", slow)
+        chat = ChatClient(vllm.url, "m", patience_s=0)
+        assert ServedLearner(chat).write(["Write."], Drafts, max_tokens=9) == [None]
+        monkeypatch.setattr(httpx.Client, "request", away)
+        with pytest.raises(ModelAway):
+            ServedLearner(chat).write(["Write."], Drafts, max_tokens=9)
+
+
+def slow(*_args, **_options):
+    raise httpx.ReadTimeout("timed out")
+
+
+def away(*_args, **_options):
+    raise httpx.ConnectError("refused")
+
+
+def test_a_model_that_is_to_write_and_writes_nothing_is_not_asked_on(store):
+    facts = [
+        whole(Fact(f"Who runs the {n} shift?", f"Odalys Penrose runs the {n} shift.")) for n in range(12)
+    ]
+    world = Able(drafts={})
+    world.facts = facts
+    request = TeachRequest(facts, TeachOptions(min_known=0, writer="model"))
+    job = teach(store, world, store.admit(request, b"many", client_key=None))
+    assert (writing(job)["source"], len(world.prompts)) == ("rules", writer.FACTS_AT_A_TIME)
 
 
 def test_a_server_that_refuses_everything_is_said():
