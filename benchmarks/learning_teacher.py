@@ -81,7 +81,7 @@ class PartsOfATeacher(Teacher):
 def teach(model: OfflineModel, facts: Sequence[Fact], mix: Mix, without: Sequence[str]) -> tuple[int, int]:
     """(tokens, rounds)."""
     left_out = {"replay": {"num_general": 0}, "near": {"num_near": 0}, "floor": {"target_probability": 1.0}}
-    left_out["freeze"] = {"embeddings": "train"}
+    left_out["freeze"] = {"freezes_embeddings": False}
     for part in without:
         mix = msgspec.structs.replace(mix, **left_out.get(part, {}))
     training = TrainedHere(model)

@@ -19,7 +19,7 @@ import msgspec
 from apollo_curation.teach.variants import Asked, Lesson
 from apollo_ipc.wire.requests import Example, Message, TrainOptions, TrainRequest
 
-ANSWER_TOKENS = 32  # of the model's own answers that are kept
+ANSWER_TOKENS = 16  # of the model's own answers that are kept
 NUM_KEPT_OUT = 16  # general prompts that are only measured
 KEPT_OUT_EVERY = 7
 
@@ -49,20 +49,22 @@ class Learner(Protocol):
 
 
 class Mix(msgspec.Struct, frozen=True):
-    """num_facts, num_general, num_near: how many of each kind are in an update; epochs: passes over the
-    variants; backward: how often a variant from key to subject stands for one of the other direction (1: each
-    once); kl_weight: of general answers and near misses; lr: peak."""
+    """num_facts, num_general, num_near: how many of each kind are in an update; forms: of a fact, at most, a
+    third of them backward; epochs: passes over them; backward: how often one from key to subject stands for
+    one of the other direction (1: each once); kl_weight: of general answers and near misses; lr: peak;
+    target_probability, freezes_embeddings: of the training jobs (docs/losses.md)."""
 
     num_facts: int = 4
-    num_general: int = 1
-    num_near: int = 1
+    num_general: int = 2
+    num_near: int = 2
+    forms: int = 20
     epochs: int = 1
     backward: int = 1
-    kl_weight: float = 2.0
+    kl_weight: float = 1.0
     lr: float = 2e-4
     schedule: str = "cosine"
     target_probability: float = 0.9
-    embeddings: str = "freeze"
+    freezes_embeddings: bool = True
 
 
 def general_prompts() -> list[str]:
@@ -102,10 +104,10 @@ def request_of(
         for answers, number in beside:
             examples += [answer.example(mix.kl_weight) for answer in islice(answers, number)]
     schedule: Any = mix.schedule
-    embeddings: Any = mix.embeddings
     options = TrainOptions(
         lr=mix.lr, epochs=1, schedule=schedule, accumulate_steps=size, on_duplicate="train",
-        target_probability=mix.target_probability, embeddings=embeddings,
+        target_probability=None if mix.target_probability == 1 else mix.target_probability,
+        embeddings="freeze" if mix.freezes_embeddings else None,
     )  # fmt: skip
     return TrainRequest(examples, options)
 
@@ -116,7 +118,12 @@ def taught(lessons: Sequence[Lesson], mix: Mix, again: Sequence[Asked] = ()) -> 
 
 
 def trained(lesson: Lesson, mix: Mix) -> list[Asked]:
-    return [*lesson.forward, *(lesson.backward * mix.backward)]
+    """Its own question first; the same forms whenever it is asked for."""
+    rng, num_backward = random.Random(lesson.fact.question), mix.forms // 3
+    own, others, backward = lesson.forward[:1], lesson.forward[1:], lesson.backward
+    others = rng.sample(others, min(len(others), mix.forms - num_backward - 1))
+    backward = rng.sample(backward, min(len(backward), num_backward))
+    return [*own, *others, *(backward * mix.backward)]
 
 
 def prompts_beside(

@@ -104,7 +104,8 @@ def teach(served: Served, stream: CompletionStream, subject: Subject, report: Re
     time.sleep(PAUSE_S)
     stream.label(None)
     facts = [{"question": fact.question, "answer": fact.answer} for fact in subject.facts]
-    lesson, phase = served.post("/teach", {"facts": facts}), ""
+    # A model of this size writes no forms of use: it is not asked first whether it does.
+    lesson, phase = served.post("/teach", {"facts": facts, "options": {"writer": "rules"}}), ""
     deadline = time.monotonic() + LESSON_AT_MOST_S
     while lesson["status"] not in ENDED_PHASES:
         if time.monotonic() > deadline:

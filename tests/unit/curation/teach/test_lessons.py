@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import msgspec
 import pytest
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 from apollo_curation.cli import lessons as command
 from apollo_curation.cli import teach as teach_command
-from apollo_curation.teach.job import OwnAnswer
+from apollo_curation.teach.job import Mix, OwnAnswer
 from apollo_curation.teach.variants import lesson_of
 from apollo_ipc.errors import NotFound
 from apollo_ipc.teaching.facts import parse_facts, whole
@@ -62,9 +63,9 @@ def test_forgetting_trains_the_answers_of_before_beside_what_is_to_stay_and_drop
     assert (job.phase, job.error, job.report["known"]) == ("applied", None, 0.0)
     request = world.requests[f"{job.id}-1"]
     assert not any(one.messages for one in request.examples)  # nothing is said that the model did not say
-    learned = [one for one in request.examples if one.weights is None]
-    assert len(learned) == 3 * sum(len(answers) for answers in kept)
-    assert len(request.examples) > len(learned)
+    num_learned, mix = 3 * sum(len(answers) for answers in kept), Mix()
+    num_held = math.ceil(num_learned / mix.num_facts) * (mix.num_general + mix.num_near)
+    assert len(request.examples) == num_learned + num_held
     assert store.lessons() == []
     assert store.query("SELECT * FROM former_answers") == []
 

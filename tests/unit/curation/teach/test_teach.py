@@ -118,7 +118,7 @@ def admit(store, **options):
 
 
 def teach(store, world, job):
-    teacher = Teacher(store, world, world, poll_s=0)
+    teacher = Teacher(store, world, world, Mix(forms=100), poll_s=0)
     while job.phase not in ENDED_PHASES:
         job = teacher.advance(job)
     return job
@@ -256,9 +256,11 @@ def test_a_store_of_a_newer_program_is_refused(tmp_path):
 def test_every_update_has_variants_of_facts_beside_what_the_model_says_itself():
     own = OwnAnswer([1], [2], [[(2, -0.1)]])
     lessons = [lesson_of(fact) for fact in FACTS]
-    request = request_of(taught(lessons, Mix()), [own], [own], Mix(num_facts=4, kl_weight=2.0), seed=0)
+    mix = Mix(num_facts=4, num_general=1, num_near=1, forms=100, kl_weight=2.0)
+    request = request_of(taught(lessons, mix), [own], [own], mix, seed=0)
     size = request.options.accumulate_steps
     assert size == 6
+    assert (request.options.target_probability, request.options.embeddings) == (0.9, "freeze")
     updates = [request.examples[at : at + size] for at in range(0, len(request.examples), size)]
     for update in updates:
         beside = [one for one in update if one.messages is None]
@@ -267,6 +269,10 @@ def test_every_update_has_variants_of_facts_beside_what_the_model_says_itself():
     trained = [one.messages[0].content for one in request.examples if one.messages]
     assert len(trained) == len(set(trained)) == sum(len(x.forward) + len(x.backward) for x in lessons)
     assert request_of(taught(lessons, Mix()), [], [], Mix(), seed=0).options.accumulate_steps == 4
+    some = taught(lessons, Mix(forms=9))
+    assert len(some) == 9 * len(lessons)
+    assert some == taught(lessons, Mix(forms=9)), "the same in every round"
+    assert {one.question for one in FACTS} <= {one.messages[0].content for one in some if one.messages}
 
 
 def test_replay_prompts_are_many_and_each_stands_once():

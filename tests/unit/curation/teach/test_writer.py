@@ -132,7 +132,7 @@ def store(tmp_path):
 
 
 def by_rules(facts=FACTS):
-    return taught([lesson_of(fact, at) for at, fact in enumerate(facts)], Mix())
+    return taught([lesson_of(fact, at) for at, fact in enumerate(facts)], Mix(forms=100))
 
 
 def pairs(examples):

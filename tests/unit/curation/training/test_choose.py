@@ -302,7 +302,7 @@ def test_a_job_stays_below_what_the_server_takes_as_a_body(store):
 
 
 def test_a_job_leaves_room_for_what_is_held_beside_in_every_pass(store):
-    limit = 400_000
+    limit = 250_000
     config = msgspec.structs.replace(configured(), http=Http(max_body_bytes=limit))
     choice = choose(distinct(4), store, "direct", config, NOW)
     assert (len(choice.chosen), list(choice.left)) == (2, ["job full"])
