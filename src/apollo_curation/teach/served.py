@@ -14,7 +14,7 @@ from apollo_curation.teach.job import OwnAnswer
 from apollo_ipc.wire.requests import Example, Message
 
 NUM_LOGPROBS = 20  # vLLM's own limit for a request (--max-logprobs)
-NUM_PARALLEL = 8  # vLLM batches them
+NUM_PARALLEL = 4  # vLLM batches them, and others ask it at the same time
 _ID = "token_id:"
 
 T = TypeVar("T")

@@ -77,8 +77,10 @@ def run(directory: Path, subject: Subject, report: Report) -> None:
     report.answers_general = [GeneralAnswer(*general) for general in subject.general]
     with Served(model_dir, directory) as served:
         say("Served at %s; asking before it is taught", served.url)
-        for answer in report.all_answers():
-            answer.before = served.ask(answer.question)
+        everything = report.all_answers()
+        questions = [answer.question for answer in everything]
+        for answer, said in zip(everything, served.ask_all(questions), strict=True):
+            answer.before = said
             say("  %s  %r", answer.question, answer.before)
         with CompletionStream(served.url, served.model) as stream:
             if subject.options is None:
@@ -86,8 +88,8 @@ def run(directory: Path, subject: Subject, report: Report) -> None:
             else:
                 train(served, stream, subject, report)
         report.take_latencies(stream)
-        for answer in report.all_answers():
-            answer.after = served.ask(answer.question)
+        for answer, said in zip(everything, served.ask_all(questions), strict=True):
+            answer.after = said
         status = served.get("/train/status")
         report.parameters = status["num_parameters"]
         report.parameters_mapped = status["num_parameters_mapped"]

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -26,6 +28,7 @@ from apollo_ipc.process.serving import (
 
 START_TIMEOUT_S = 600.0
 ANSWER_TOKENS = 48
+NUM_PARALLEL = 8
 
 console = Console(stderr=True)
 
@@ -99,6 +102,11 @@ class Served:
             "temperature": 0,
         }
         return self.post("/v1/chat/completions", body)["choices"][0]["message"]["content"]
+
+    def ask_all(self, questions: Sequence[str]) -> list[str]:
+        """Some side by side: vLLM batches them."""
+        with ThreadPoolExecutor(NUM_PARALLEL) as pool:
+            return [*pool.map(self.ask, questions)]
 
     def post(self, path: str, body: dict) -> dict:
         response = self._http.post(path, json=body)
