@@ -76,10 +76,10 @@ def run(args: argparse.Namespace, model_dir: Path) -> dict[str, Any]:
 
         return one
 
-    def a_pass_each(some: list[TokenisedExample], *_: int) -> list[list[PackedRow]]:
+    def a_pass_each(some: list[TokenisedExample], *_: object) -> list[list[PackedRow]]:
         return [[PackedRow([at], 0, len(one.input_ids))] for at, one in enumerate(some)]
 
-    def padded(some: list[TokenisedExample], max_tokens: int, _: int) -> list[list[PackedRow]]:
+    def padded(some: list[TokenisedExample], max_tokens: int, *_: object) -> list[list[PackedRow]]:
         return packed(some, max_tokens)
 
     does = (a_step_each, update(a_pass_each), update(padded), update(packed))
