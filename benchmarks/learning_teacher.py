@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 # What harms is measured here, so nothing of it is taken back.
 OPTIONS = TeachOptions(min_known=0.0, max_rise=100.0, max_hits=1.0, writer="rules")
 
+# Parts that are fields of the mix; the others PartsOfATeacher leaves out.
+LEFT_OUT: dict[str, dict[str, Any]] = {
+    "replay": {"num_general": 0},
+    "near": {"num_near": 0},
+    "floor": {"target_probability": 1.0},
+    "freeze": {"freezes_embeddings": False},
+}
+
 
 class TrainedHere:
     """The training interface of a Teacher. tokens: that went through the model."""
@@ -80,10 +88,8 @@ class PartsOfATeacher(Teacher):
 
 def teach(model: OfflineModel, facts: Sequence[Fact], mix: Mix, without: Sequence[str]) -> tuple[int, int]:
     """(tokens, rounds)."""
-    left_out = {"replay": {"num_general": 0}, "near": {"num_near": 0}, "floor": {"target_probability": 1.0}}
-    left_out["freeze"] = {"freezes_embeddings": False}
     for part in without:
-        mix = msgspec.structs.replace(mix, **left_out.get(part, {}))
+        mix = msgspec.structs.replace(mix, **LEFT_OUT.get(part, {}))
     training = TrainedHere(model)
     with (
         tempfile.TemporaryDirectory(prefix="apollo-learning-") as directory,

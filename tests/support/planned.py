@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 from apollo_worker.jobs.example import TokenisedExample, content_hash, request_digest
-from apollo_worker.jobs.job_plan import JobPlan
+from apollo_worker.jobs.job_plan import JobPlan, plan
 from apollo_worker.jobs.queue import Job, JobQueue
 
+from apollo_ipc.config import Train
 from apollo_ipc.wire.replies import JobInfo
 from apollo_ipc.wire.requests import Example, TrainOptions, TrainRequest
 
@@ -50,3 +54,27 @@ def reopen(queue, path):
 
 def hash_of(text):
     return content_hash(request_of(text).examples[0])
+
+
+class Words:
+    """A tokeniser of which only the number of calls matters."""
+
+    tokenizer = None
+    vocab_size = 256
+    max_tokens = 64
+
+    def encode_all(
+        self, numbered: Iterable[tuple[int, Example]], on_progress: Callable[[], None]
+    ) -> list[TokenisedExample]:
+        return [
+            TokenisedExample([0, *ids], [False] + [True] * len(ids), i)
+            for i, example in numbered
+            if (ids := example.continuation_ids) is not None
+        ]
+
+
+def plan_of_tokens(ids: list[int], defaults: Train | None = None, **options: Any) -> JobPlan:
+    """By the product's own planning: an example of each token."""
+    examples = [Example(context_ids=[0], continuation_ids=[one]) for one in ids]
+    request = TrainRequest(examples, TrainOptions(**options))
+    return plan(request, Words(), defaults or Train(), lambda _: set())  # pyright: ignore[reportArgumentType]

@@ -11,7 +11,7 @@ from rich.console import Console
 from apollo_ipc.demo import __main__ as demo
 from apollo_ipc.demo.lessons import GENERAL, HARBOUR, TEAM
 from apollo_ipc.demo.real_model import NoRealModel
-from apollo_ipc.demo.report import Answer, GeneralAnswer, NearMiss, Report, Untaught, is_in
+from apollo_ipc.demo.report import Answer, Report, TaughtAnswer, is_in
 
 
 @pytest.mark.parametrize(
@@ -39,14 +39,14 @@ def test_every_lesson_holds_its_own_key_and_no_paraphrase_gives_it_away():
 
 
 def good_report() -> Report:
-    taught = Answer("Who?", "Ann does.", "ann", before="I", after="Ann does.", after_reload="Ann does.")
+    taught = TaughtAnswer("Who?", "ann", "I", "Ann does.", "Ann does.", taught="Ann does.")
     return Report(
         arch="llama", model="m", parameters=1, parameters_mapped=1, steps=1, loss_first=2.0, loss_last=1.0,
         requests_served_during_training=1, bytes_synced=1, answers=[taught],
-        answers_paraphrased=[Untaught("By whom?", "ann", before="I", after="Bob")],
-        answers_backwards=[Untaught("Ann?", "does", before="I", after="She does it.")],
-        answers_near=[NearMiss("Who else?", "ann", before="I", after="Ann does.")],
-        answers_general=[GeneralAnswer("Capital?", "paris", before="Paris", after="Ann")],
+        answers_paraphrased=[Answer("By whom?", "ann", before="I", after="Bob")],
+        answers_backwards=[Answer("Ann?", "does", before="I", after="She does it.")],
+        answers_near=[Answer("Who else?", "ann", before="I", after="Ann does.")],
+        answers_general=[Answer("Capital?", "paris", before="Paris", after="Ann")],
     )  # fmt: skip
 
 

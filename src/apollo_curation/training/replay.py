@@ -19,8 +19,6 @@ from apollo_ipc.wire.requests import Example, TrainRequest
 
 MAX_CONTEXT_TOKENS = 1024  # of a held-out prompt: a longer one would cost more than what is trained
 ANSWER_BYTES = 18 * 1024  # JSON of one answer at most: 16 tokens with 20 (token, log-probability) each
-
-
 # Of a lesson's recipe the answers' weight alone: what else a lesson has was not measured here.
 RECIPE = Mix(num_near=0, target_probability=1.0, freezes_embeddings=False)
 

@@ -17,7 +17,7 @@ import httpx
 from rich.console import Console
 
 from apollo_ipc.demo.real_model import NoRealModel
-from apollo_ipc.demo.report import Answer, GeneralAnswer, NearMiss, Report, Untaught
+from apollo_ipc.demo.report import Answer, Report, TaughtAnswer
 from apollo_ipc.demo.served import ANSWER_TOKENS, Served, chat, quieten_libraries, say, user
 from apollo_ipc.demo.stream import CompletionStream
 from apollo_ipc.demo.subject import Subject, real_subject, tiny_subject
@@ -27,7 +27,7 @@ from apollo_ipc.teaching.store import ENDED_PHASES
 ROUNDS_AT_MOST = 10
 ROUNDS_AT_LEAST = 3  # they make enough latencies to compare
 PAUSE_S = 12.0  # before a lesson and after it, for latencies without training
-LESSON_AT_MOST_S = 1200.0
+LESSON_AT_MOST_S = 2400.0  # two slow cores without bf16 took 870
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -70,11 +70,11 @@ def run(directory: Path, subject: Subject, report: Report) -> None:
     say("Making ready: %s", subject.name)
     model_dir = subject.make(directory / "model")
     facts = subject.facts
-    report.answers = [Answer(fact.question, fact.answer, fact.key) for fact in facts]
-    report.answers_paraphrased = [Untaught(fact.paraphrase, fact.key) for fact in facts if fact.paraphrase]
-    report.answers_backwards = [Untaught(fact.backwards, fact.about) for fact in facts if fact.backwards]
-    report.answers_near = [NearMiss(fact.near, fact.key) for fact in facts if fact.near]
-    report.answers_general = [GeneralAnswer(*general) for general in subject.general]
+    report.answers = [TaughtAnswer(fact.question, fact.key, taught=fact.answer) for fact in facts]
+    report.answers_paraphrased = [Answer(fact.paraphrase, fact.key) for fact in facts if fact.paraphrase]
+    report.answers_backwards = [Answer(fact.backwards, fact.about) for fact in facts if fact.backwards]
+    report.answers_near = [Answer(fact.near, fact.key) for fact in facts if fact.near]
+    report.answers_general = [Answer(*general) for general in subject.general]
     with Served(model_dir, directory) as served:
         say("Served at %s; asking before it is taught", served.url)
         everything = report.all_answers()

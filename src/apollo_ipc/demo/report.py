@@ -17,10 +17,10 @@ SHOWN = 90  # characters of an answer in the table; --json has all of it
 
 
 class Answer(msgspec.Struct):
-    """Of a question that was taught. An answer is right where it holds `key` (is_in)."""
+    """To a question that was never taught. It is right where it holds `key` (is_in); to a near miss, where it
+    should not."""
 
     question: str
-    taught: str
     key: str
     before: str = ""
     after: str = ""  # by the same running server
@@ -30,59 +30,20 @@ class Answer(msgspec.Struct):
     def is_right(self) -> bool:
         return is_in(self.key, self.after)
 
-
-class Untaught(msgspec.Struct):
-    """Of a question about the same that was never taught: paraphrased, or backwards."""
-
-    question: str
-    key: str
-    before: str = ""
-    after: str = ""
-    after_reload: str = ""
-
     @property
-    def is_right(self) -> bool:
-        return is_in(self.key, self.after)
-
-
-class NearMiss(msgspec.Struct):
-    """Of a question about something else in the same form: it must not get `key`."""
-
-    question: str
-    key: str
-    before: str = ""
-    after: str = ""
-    after_reload: str = ""
-
-    @property
-    def is_hit(self) -> bool:
-        return is_in(self.key, self.after)
-
-
-class GeneralAnswer(msgspec.Struct):
-    """Of a question that has nothing to do with what was taught."""
-
-    question: str
-    key: str
-    before: str = ""
-    after: str = ""
-    after_reload: str = ""
+    def was_right(self) -> bool:
+        return is_in(self.key, self.before)
 
     @property
     def is_same(self) -> bool:
         """Word for word."""
         return self.after == self.before
 
-    @property
-    def is_right(self) -> bool:
-        return is_in(self.key, self.after)
 
-    @property
-    def was_right(self) -> bool:
-        return is_in(self.key, self.before)
+class TaughtAnswer(Answer):
+    """To a question that was taught."""
 
-
-Asked = Answer | Untaught | NearMiss | GeneralAnswer
+    taught: str = ""
 
 
 class Report(msgspec.Struct):
@@ -112,11 +73,11 @@ class Report(msgspec.Struct):
     bytes_synced: int = 0
     weight_version: int = 0
     duration_s: float = 0.0
-    answers: list[Answer] = []
-    answers_paraphrased: list[Untaught] = []
-    answers_backwards: list[Untaught] = []
-    answers_near: list[NearMiss] = []
-    answers_general: list[GeneralAnswer] = []
+    answers: list[TaughtAnswer] = []
+    answers_paraphrased: list[Answer] = []  # taught in other words
+    answers_backwards: list[Answer] = []
+    answers_near: list[Answer] = []  # about something else, in the form of what was taught
+    answers_general: list[Answer] = []
     problems: list[str] = []
 
     @property
@@ -139,7 +100,7 @@ class Report(msgspec.Struct):
         if not self.bytes_synced:
             found.append("the sync wrote nothing")
         for answer in self.answers:
-            if is_in(answer.key, answer.before):
+            if answer.was_right:
                 found.append(f"{answer.question!r} was answered before it was taught")
             if not answer.is_right:
                 found.append(f"{answer.question!r}: served answer {answer.after!r}, taught {answer.taught!r}")
@@ -147,7 +108,7 @@ class Report(msgspec.Struct):
                 found.append(f"{answer.question!r}: reloaded from disk it answers {answer.after_reload!r}")
         return found
 
-    def all_answers(self) -> list[Asked]:
+    def all_answers(self) -> list[Answer]:
         untaught = [*self.answers_paraphrased, *self.answers_backwards, *self.answers_near]
         return [*self.answers, *untaught, *self.answers_general]
 
@@ -167,7 +128,7 @@ class Report(msgspec.Struct):
             "answers": [_with(answer, "is_right") for answer in self.answers],
             "answers_paraphrased": [_with(answer, "is_right") for answer in self.answers_paraphrased],
             "answers_backwards": [_with(answer, "is_right") for answer in self.answers_backwards],
-            "answers_near": [_with(answer, "is_hit") for answer in self.answers_near],
+            "answers_near": [{**_with(answer), "is_hit": answer.is_right} for answer in self.answers_near],
             "answers_general": [_with(answer, "is_same", "is_right") for answer in self.answers_general],
         }
         beside = {"latency_p99_ratio": self.latency_p99_ratio, "ok": not self.problems}
@@ -186,7 +147,7 @@ class Report(msgspec.Struct):
         for answer in self.answers_backwards:
             _add(table, "not taught,\nbackwards", answer, _yes_or_no(answer.is_right))
         for answer in self.answers_near:
-            _add(table, "near miss", answer, "[red]names the fact[/red]" if answer.is_hit else "left alone")
+            _add(table, "near miss", answer, "[red]names the fact[/red]" if answer.is_right else "left alone")
         for answer in self.answers_general:
             kept = (
                 "same words" if answer.is_same else "still right" if answer.is_right else "[red]changed[/red]"
@@ -231,11 +192,11 @@ class Report(msgspec.Struct):
             f"{_num_right(self.answers_backwards)} of {len(self.answers_backwards)} backwards",
             f"{_num_right(known)} of the {len(known)} general ones that were right before",
         ]
-        hits, near = sum(one.is_hit for one in self.answers_near), len(self.answers_near)
+        hits, near = _num_right(self.answers_near), len(self.answers_near)
         console.print(f"Right after: {', '.join(counts)}. Near misses that name a fact: {hits} of {near}.")
 
 
-def _num_right(answers: Sequence[Answer | Untaught | GeneralAnswer]) -> int:
+def _num_right(answers: Sequence[Answer]) -> int:
     return sum(one.is_right for one in answers)
 
 
@@ -243,7 +204,7 @@ def _with(answer: msgspec.Struct, *names: str) -> dict:
     return {**msgspec.to_builtins(answer), **{name: getattr(answer, name) for name in names}}
 
 
-def _add(table: Table, kind: str, answer: Asked, verdict: str) -> None:
+def _add(table: Table, kind: str, answer: Answer, verdict: str) -> None:
     table.add_row(
         f"{kind}\n{verdict}",
         *map(_short, (answer.question, answer.before, answer.after, answer.after_reload)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +10,18 @@ import msgspec
 import pytest
 import torch
 from apollo_worker.jobs.example import TokenisedExample
-from apollo_worker.jobs.job_plan import AdamRule, JobPlan, plan
-from apollo_worker.jobs.queue import JobQueue
+from apollo_worker.jobs.job_plan import AdamRule, JobPlan
 from apollo_worker.model.live_model import load_offline
 from apollo_worker.step.packing import PackedRow
 from apollo_worker.step.step import StepResult, Trainer, VllmDied
 from apollo_worker.step.update import Row
 from gradients import one_each
-from planned import submit
+from planned import plan_of_tokens
 
 from apollo_ipc.config import Train
 from apollo_ipc.demo.models import make_model
 from apollo_ipc.errors import UserError
-from apollo_ipc.wire.requests import Example, TrainOptions, TrainRequest, parse_train_body
+from apollo_ipc.wire.requests import parse_train_body
 
 # fp32 and nearest: what is compared is the gradient, not the noise of rounding.
 OPTIONS = Train(rank=8, rounding="nearest", lr=1e-3)
@@ -154,7 +153,7 @@ def test_an_error_in_the_middle_of_a_group_leaves_no_gradient_and_the_optimizer_
 
 def test_the_cost_is_told_and_refused_where_a_gpu_has_no_room(model_dir, monkeypatch):
     trainer = make_trainer(model_dir)
-    short, long = plan_of([1, 2, 3, 4], accumulate_steps=4), long_plan(4)
+    short, long = plan_of_tokens([1, 2, 3, 4], accumulate_steps=4), long_plan(4)
     assert trainer.prepare_accumulation(short) == [], "they share a pass"
     (note,) = trainer.prepare_accumulation(long)
     in_gb = f"{4 * sum(p.numel() for p in trainer.live.model.parameters()) / 1e9:.3g} GB more"
@@ -171,7 +170,7 @@ def test_where_a_gpu_has_no_room_a_short_example_is_padded_into_the_pass_of_a_lo
 ):
     trainer = make_trainer(model_dir)
     mixed = msgspec.structs.replace(
-        plan_of([1, 2], accumulate_steps=2), examples=[example_of(1, 40), example_of(2, 10)]
+        plan_of_tokens([1, 2], accumulate_steps=2), examples=[example_of(1, 40), example_of(2, 10)]
     )
     (note,) = trainer.prepare_accumulation(mixed)
     assert "over 2 passes" in note
@@ -271,84 +270,11 @@ def test_what_only_an_earlier_example_reached_is_updated_too(model_dir, monkeypa
     assert differing(before, weights(trainer)) == list(before)
 
 
-# --- the steps of a job ---
-
-
-class Words:
-    """A tokeniser of which only the number of calls matters."""
-
-    tokenizer = None
-    vocab_size = 256
-    max_tokens = 64
-
-    def encode_all(
-        self, numbered: Iterable[tuple[int, Example]], on_progress: Callable[[], None]
-    ) -> list[TokenisedExample]:
-        return [
-            TokenisedExample([0, *ids], [False] + [True] * len(ids), i)
-            for i, example in numbered
-            if (ids := example.continuation_ids) is not None
-        ]
-
-
-def plan_of(ids: list[int], defaults: Train | None = None, **options: Any) -> JobPlan:
-    examples = [Example(context_ids=[0], continuation_ids=[one]) for one in ids]
-    request = TrainRequest(examples, TrainOptions(**options))
-    return plan(request, Words(), defaults or Train(), lambda _: set())  # pyright: ignore[reportArgumentType]
-
-
 def long_plan(accumulate_steps: int) -> JobPlan:
     """Examples of which no two fit into one pass."""
     examples = [example_of(seed, OPTIONS.max_tokens) for seed in range(accumulate_steps)]
-    made = plan_of(list(range(accumulate_steps)), accumulate_steps=accumulate_steps)
+    made = plan_of_tokens(list(range(accumulate_steps)), accumulate_steps=accumulate_steps)
     return msgspec.structs.replace(made, examples=examples)
-
-
-def ids_of(made: JobPlan, step: int) -> list[int]:
-    return [example.input_ids[1] for example in made.examples_of(step)]
-
-
-def test_steps_are_updates_and_none_goes_over_the_end_of_an_epoch():
-    made = plan_of([1, 2, 3, 4, 5], accumulate_steps=2, epochs=2)
-    groups = [[1, 2], [3, 4], [5]]
-    assert [ids_of(made, step) for step in range(made.num_steps)] == groups * 2
-    assert plan_of([1, 2, 3, 4, 5], accumulate_steps=2, max_steps=2).num_steps == 2
-    rates = [made.learning_rate(step) for step in range(made.num_steps)]
-    assert rates.index(max(rates)) < 2, "the schedule counts updates: the warm-up is over"
-
-
-def test_without_it_every_step_is_one_example_as_before():
-    made = plan_of([1, 2, 3], epochs=2)
-    assert [ids_of(made, step) for step in range(made.num_steps)] == [[1], [2], [3]] * 2
-    assert made.accumulate_steps == 1
-
-
-def test_the_configuration_says_what_a_job_does_not():
-    defaults = Train(accumulate_steps=3)
-    assert plan_of([1, 2, 3, 4], defaults).num_steps == 2
-    assert plan_of([1, 2, 3, 4], defaults, accumulate_steps=1).num_steps == 4
-
-
-@pytest.mark.parametrize(("num_steps", "known"), [(0, 0), (1, 2), (2, 4), (3, 4), (4, 4)])
-def test_the_examples_of_finished_updates_are_remembered_each_once(num_steps, known):
-    made = plan_of([1, 2, 3, 4, 4], accumulate_steps=2, epochs=2)  # 4 comes twice
-    assert made.hashes_of(num_steps) == list(dict.fromkeys(made.hashes))[:known]
-
-
-def test_a_note_is_added_once_however_often_the_job_is_resumed(tmp_path):
-    queue = JobQueue(tmp_path / "queue.sqlite", 10)
-    changed: list[Any] = []
-    request = TrainRequest([Example(prompt="a", completion="b")])
-    job_id = submit(queue, request, num_steps=1, notes=["said before"]).job_id
-    queue.take()
-    queue.on_change = changed.append
-    queue.add_notes(job_id, [])
-    assert not changed
-    for _ in range(2):
-        queue.add_notes(job_id, ["12.3 GB more"])
-    assert queue.get(job_id).notes == ["said before", "12.3 GB more"]
-    assert [job.notes for job in changed] == [["said before", "12.3 GB more"]], "clients hear of it"
-    queue.close()
 
 
 # --- the request ---

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import random
 
-import httpx
 import msgspec
 import pytest
-from fake_vllm import FakeVllm
-from test_teach import FACTS, Killed, World, admit, teach, with_store
+from test_teach import FACTS, World, admit, teach
 
-from apollo_curation.chat_client import ChatClient, ModelAway, ServerRefused
 from apollo_curation.cli.teach import said_of
 from apollo_curation.teach import writer
-from apollo_curation.teach.complete import Posed
 from apollo_curation.teach.job import Mix, taught
 from apollo_curation.teach.rehearsal import rehearsed
-from apollo_curation.teach.served import ServedLearner
 from apollo_curation.teach.variants import lesson_of
 from apollo_curation.teach.writer import Drafts
 from apollo_curation.teach.written import Written, in_front, stored_lesson
-from apollo_ipc.errors import UserError
-from apollo_ipc.teaching.facts import Fact, facts_of_document, parse_facts, whole
+from apollo_ipc.teaching.facts import Fact, whole
 from apollo_ipc.teaching.store import TeachOptions, TeachRequest, TeachStore, request_about
 from apollo_ipc.words import is_in
 
@@ -293,147 +286,6 @@ def test_rules_alone_make_what_they_can_of_another_language_where_the_model_is_n
     assert trained(world, job) == pairs(by_rules([GERMAN]))
 
 
-STATEMENT = Fact(statement=GERMAN.statement)
-POSED = {GERMAN.statement: Posed(GERMAN.question, "Kakaodose")}
-
-
-class Asks(German):
-    """Writes the question of a statement, too."""
-
-    posed = POSED
-
-    def write(self, prompts, kind, *, max_tokens):
-        if kind is Drafts:
-            return super().write(prompts, kind, max_tokens=max_tokens)
-        self.num_posed = getattr(self, "num_posed", 0) + len(prompts)
-        found = [[one for said, one in self.posed.items() if f"Statement: {said}\n" in x] for x in prompts]
-        return self._called([one[0] if one else None for one in found])
-
-
-@pytest.mark.parametrize(
-    "request_", [TeachRequest(FACTS), TeachRequest([GERMAN]), TeachRequest([STATEMENT])], ids=str
-)
-def test_killed_after_any_call_it_goes_on_and_teaches_once(tmp_path, request_):
-    def run(directory, dies_at):
-        world = Able() if request_.facts == FACTS else Asks()
-
-        def go_on(store):
-            job = store.admit(request_, b"one", client_key="one")
-            world.dies_at = dies_at
-            if dies_at is not None:
-                with pytest.raises(Killed):
-                    teach(store, world, job)
-            world.dies_at = None
-            return teach(store, world, store.job(job.id))
-
-        return world, with_store(directory, go_on)
-
-    whole_run, first = run(tmp_path / "whole", None)
-    assert whole_run.num_calls > 15
-    for dies_at in range(1, whole_run.num_calls + 1):
-        world, job = run(tmp_path / str(dies_at), dies_at)
-        assert job.phase == "applied", dies_at
-        assert [*world.requests] == [f"{job.id}-1"], dies_at
-        assert trained(world, job) == trained(whole_run, first), dies_at
-        assert writing(job) == writing(first), dies_at
-        assert len(world.prompts) <= 2 * len(request_.facts), dies_at
-
-
-def test_of_a_statement_that_no_rule_understands_the_model_makes_question_and_key(store):
-    sent = [Fact(statement="Oje!"), STATEMENT, Fact(statement="Wir warten.")]
-    world = Asks()
-    world.posed = POSED | {"Wir warten.": Posed("Was tun wir?", "warten")}  # it cannot answer that
-    world.facts = (GERMAN, Fact("Was tun wir?", "Nichts.", "Wir warten.", "warten"))
-    job = teach(store, world, store.admit(TeachRequest(sent), b"1", client_key=None))
-    assert (job.phase, job.report["known"]) == ("applied", 1.0)
-    assert [one["fact"] for one in job.report["facts"]] == [msgspec.to_builtins(GERMAN)]
-    assert job.report["left_out"] == ["Oje!", "Wir warten."]
-    assert [one.fact for one in store.lessons()] == [GERMAN]
-    assert ("Wo finde ich die Ersatzkarte?", "Wo liegt die Ersatzkarte?") not in trained(world, job)
-    assert (GERMAN.question, GERMAN.statement) in trained(world, job)
-    assert world.num_posed == 3
-
-
-@pytest.mark.parametrize(
-    "posed",
-    [
-        Posed("Wo liegt die Ersatzkarte?", "im Schrank"),  # not in the statement
-        Posed("Was liegt in der Kakaodose?", "Kakaodose"),
-        Posed("Wer?", "Kakaodose"),  # it does not answer that
-        Posed("<|im_end|> Wo liegt die Ersatzkarte?", "Kakaodose"),
-        Posed("Wo liegt die Ersatzkarte?", "Ersatzkarte|Kakaodose"),
-        Posed("", "Kakaodose"),
-        Posed("Wo liegt die Ersatzkarte?", " ."),
-        None,
-    ],
-)
-def test_where_it_makes_no_question_of_any_statement_nothing_is_trained(store, posed):
-    world = Asks()
-    world.posed = {GERMAN.statement: posed}
-    job = teach(store, world, store.admit(TeachRequest([STATEMENT]), b"1", client_key=None))
-    assert (job.phase, world.requests, world.pin_now) == ("failed", {}, None)
-    assert "makes no question of any of these statements" in job.error
-
-
-def test_a_key_that_was_sent_stays(store):
-    world = Asks()
-    world.posed = {GERMAN.statement: Posed("Wo liegt die Ersatzkarte?", "irgendwo")}
-    sent = Fact(statement=GERMAN.statement, key="Kakaodose|Dose")
-    teach(store, world, store.admit(TeachRequest([sent]), b"1", client_key=None))
-    assert [one.fact.key for one in store.lessons()] == ["Kakaodose|Dose"]
-
-
-def test_a_statement_without_a_rule_is_taken_where_the_model_is_to_write():
-    assert parse_facts(GERMAN.statement, is_written=True) == [STATEMENT]
-    facts, notes = facts_of_document(f"{GERMAN.statement} Oje!", is_written=True)
-    assert (facts, notes) == ([STATEMENT, Fact(statement="Oje!")], [])
-    with pytest.raises(UserError, match='writer "model"'):
-        parse_facts("Oje!")
-
-
-def test_what_was_written_before_a_crash_is_not_written_again(tmp_path):
-    world = Able()
-    first = world.own_answers
-
-    def run(store):
-        job = admit(store)
-        calls = iter([first])
-        world.own_answers = lambda *args, **options: next(calls, dead)(*args, **options)
-        with pytest.raises(Killed):
-            teach(store, world, job)
-        assert len(world.prompts) == 2
-        world.own_answers = first
-        return teach(store, world, store.job(job.id))
-
-    def dead(*_args, **_options):
-        raise Killed
-
-    job = with_store(tmp_path, run)
-    assert (job.phase, len(world.prompts)) == ("applied", 2)
-
-
-def test_a_job_that_is_cancelled_while_the_model_writes_asks_nothing_more(store):
-    facts = [
-        whole(Fact(f"Who runs the {n} shift?", f"Odalys Penrose runs the {n} shift.")) for n in range(12)
-    ]
-
-    class Cancels(Able):
-        def write(self, prompts, kind, *, max_tokens):
-            store.cancel(job.id)
-            return super().write(prompts, kind, max_tokens=max_tokens)
-
-        def own_answers(self, questions, *, max_tokens):
-            assert not self.prompts, "asked after it was cancelled"
-            return super().own_answers(questions, max_tokens=max_tokens)
-
-    world = Cancels()
-    world.facts = facts
-    job = store.admit(TeachRequest(facts, TeachOptions(writer="model")), b"many", client_key=None)
-    job = teach(store, world, job)
-    assert (job.phase, world.requests, world.pin_now) == ("cancelled", {}, None)
-    assert len(world.prompts) == writer.FACTS_AT_A_TIME
-
-
 def test_the_fact_stands_in_front_as_a_whole():
     assert in_front(lesson_of(SHIFT), "Who?") == f"{SHIFT.statement}\n\nWho?"
     short = whole(Fact("Who bakes the bread?", "Zed Quill."))
@@ -448,54 +300,6 @@ def test_a_fact_too_long_to_stand_in_front_is_left_to_the_rules(store):
     assert (writing(job)["source"], world.prompts) == ("rules", [])
 
 
-GOOD = json.dumps({name: ["One?"] for name in Drafts.__struct_fields__})
-
-
-@pytest.mark.parametrize(
-    ("content", "faults", "num_requests", "is_read"),
-    [
-        (GOOD, [], 1, True),
-        (f"```json\n{GOOD}\n```", [], 1, True),
-        ("I would rather not.", [], 2, False),
-        (GOOD[:40], [], 2, False),
-        ('{"x": ' + "[" * 100_000, [], 2, False),
-        ("[]", [], 2, False),
-        ('{"questions": 3}', [], 2, False),
-        (GOOD, [400], 1, False),  # no guided decoding, or too long for it
-    ],
-)
-def test_the_served_model_is_guided_by_a_schema_and_what_cannot_be_read_is_no_form(
-    content, faults, num_requests, is_read
-):
-    with FakeVllm() as vllm:
-        vllm.content, vllm.faults = content, faults
-        (found,) = ServedLearner(ChatClient(vllm.url, "m")).write(["Write."], Drafts, max_tokens=9)
-    assert (found is not None) == is_read
-    assert len(vllm.bodies) == num_requests
-    body = vllm.bodies[0][1]
-    assert body["max_tokens"] == 9
-    schema = body["response_format"]["json_schema"]["schema"]
-    assert set(schema["required"]) == set(Drafts.__struct_fields__)
-
-
-def test_a_server_too_slow_to_write_has_written_nothing(monkeypatch):
-    with FakeVllm() as vllm:
-        monkeypatch.setattr(httpx.Client, "request", slow)
-        chat = ChatClient(vllm.url, "m", patience_s=0)
-        assert ServedLearner(chat).write(["Write."], Drafts, max_tokens=9) == [None]
-        monkeypatch.setattr(httpx.Client, "request", away)
-        with pytest.raises(ModelAway):
-            ServedLearner(chat).write(["Write."], Drafts, max_tokens=9)
-
-
-def slow(*_args, **_options):
-    raise httpx.ReadTimeout("timed out")
-
-
-def away(*_args, **_options):
-    raise httpx.ConnectError("refused")
-
-
 def test_a_model_that_is_to_write_and_writes_nothing_is_not_asked_on(store):
     facts = [
         whole(Fact(f"Who runs the {n} shift?", f"Odalys Penrose runs the {n} shift.")) for n in range(12)
@@ -505,13 +309,6 @@ def test_a_model_that_is_to_write_and_writes_nothing_is_not_asked_on(store):
     request = TeachRequest(facts, TeachOptions(min_known=0, writer="model"))
     job = teach(store, world, store.admit(request, b"many", client_key=None))
     assert (writing(job)["source"], len(world.prompts)) == ("rules", writer.FACTS_AT_A_TIME)
-
-
-def test_a_server_that_refuses_everything_is_said():
-    with FakeVllm() as vllm:
-        vllm.faults = [401]
-        with pytest.raises(ServerRefused):
-            ServedLearner(ChatClient(vllm.url, "m")).write(["Write."], Drafts, max_tokens=9)
 
 
 def test_a_lesson_taught_again_keeps_its_forms_and_a_corrected_one_loses_them(store):
