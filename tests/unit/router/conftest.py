@@ -6,7 +6,7 @@ import shutil
 
 import openai
 import pytest
-from router_harness import TRAIN_KEY, FakeWorker, Server, make_config
+from router_harness import TRAIN_KEY, FakeWorker, Server, make_config, wait_until
 from ui_world import World
 
 
@@ -29,8 +29,13 @@ def server(config):
 
 
 @pytest.fixture
-def worker(config):
+def worker(config, request):
     with FakeWorker(config) as worker:
+        if (
+            "server" in request.fixturenames
+        ):  # it may be seconds, on a busy machine, until the two are connected
+            http = request.getfixturevalue("server").http
+            wait_until(lambda: http.get("/train/status").status_code == 200, 30)
         yield worker
 
 
