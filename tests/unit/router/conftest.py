@@ -31,9 +31,8 @@ def server(config):
 @pytest.fixture
 def worker(config, request):
     with FakeWorker(config) as worker:
-        if (
-            "server" in request.fixturenames
-        ):  # it may be seconds, on a busy machine, until the two are connected
+        # On a busy machine it may be seconds until the two have met.
+        if "server" in request.fixturenames:
             http = request.getfixturevalue("server").http
             wait_until(lambda: http.get("/train/status").status_code == 200, 30)
         yield worker
