@@ -148,6 +148,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """What the types of the fields cannot say. Raises UserError."""
         if 0 < self.train.limiter_ratio < 1:
             raise UserError("0 (off) or at least 1 is needed", field="train.limiter_ratio")
+        for at, name in enumerate(self.train.log_to):
+            if name in self.train.log_to[:at]:
+                raise UserError(f"{name!r} is given twice", field=f"train.log_to[{at}]")
         for at, url in enumerate(self.webhooks.urls):
             if problem := _problem_of(url, self.webhooks.urls[:at]):
                 raise UserError(f"{url!r}: {problem}", field=f"webhooks.urls[{at}]")
@@ -254,7 +257,8 @@ def _check(data: Any, source: str, kind: type[T]) -> T:
         return config
     except UserError as error:
         at = f"{error.field}: " if error.field else ""
-        raise ConfigError(f"{source}: {at}{error.message}", field=error.field) from None
+        message = error.message.replace("Expected `array`, got `str`", 'a list is needed, as ["this"]')
+        raise ConfigError(f"{source}: {at}{message}", field=error.field) from None
 
 
 def _parse_scalar(text: str) -> Any:

@@ -65,13 +65,17 @@ def strip(
     num_shown = 0
     screen = console(stderr=as_json)
     limit = config.curation.max_record_bytes
-    with StrippedFile(out, readers.find_files(files)) as written:
+    with (
+        progress("reading the logs", is_quiet=num_previews > 0) as doing,
+        StrippedFile(out, readers.find_files(files)) as written,
+    ):
         for record in readers.read(files, max_record_bytes=limit, prune=keep_pruned, passed_over=passed_over):
             lost.update(record.lost)
             if isinstance(record, Broken):
                 broken.setdefault(record.reason, []).append(record)
                 continue
             topics[record.topic] += 1
+            doing("reading the logs", note=f"{topics.total()} conversations")
             stripped = stripping.strip(record, rules)
             tally.add(stripped, pruned)
             if stripped.problem is None:

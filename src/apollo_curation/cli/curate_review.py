@@ -54,13 +54,19 @@ def judge(
     config = load_curation_config(config_file)
     if not config.judge.enabled:
         raise UserError("the judge is switched off; set `enabled = true` in [judge]", field="judge.enabled")
-    with open_moments(config) as (store, moments), stop_by_signal() as stop:
+    with (
+        open_moments(config) as (store, moments),
+        stop_by_signal() as stop,
+        progress("asking what each next message says") as doing,
+    ):
         with closing(learner(config, stop)) as model:
             looked = look_back(store, model, stop=stop)
         with closing(judge_model(config, stop)) as model:
             which = judging.unjudged(moments)[:limit]
+            doing(f"the judge reads {len(which)} moments")
             counts = judging.judge(moments, model, config.judge, which=which, stop=stop)
         with closing(learner(config, stop)) as model:
+            doing("measuring how surprising each answer is")
             check_better(store, model, stop)
             scored = surprise.score(moments, model)
         approved = _approve_confident(moments, config) if auto else []

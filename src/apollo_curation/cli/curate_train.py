@@ -16,15 +16,18 @@ from apollo_curation.settings import CurationConfig, TierName, load_curation_con
 from apollo_ipc.cli.options import AsJson, ConfigFile
 from apollo_ipc.cli.output import print_json, print_json_line
 from apollo_ipc.errors import UserError
-from apollo_ipc.process.progress import progress
+from apollo_ipc.process.progress import Doing, progress, say_nothing
 from apollo_ipc.process.say import say
 
 if TYPE_CHECKING:
     from apollo_curation.dreams.bridge import Bridge
+    from apollo_curation.dreams.table import Dream
     from apollo_curation.dreams.night import Night
     from apollo_curation.moments.moments import Moment
     from apollo_curation.training.batch_table import Batch
+    from apollo_curation.training.batches import Each
     from apollo_curation.training.schedule import Trained
+    from apollo_ipc.wire.replies import JobInfo
 
 TEXT_SHOWN = 80  # characters of an answer
 EXIT_STATUS = {"done": 0, "budget": 0, "away": 69, "stopped": 1}  # of dreams, by what ended them
@@ -56,11 +59,16 @@ def train(
     broken: QualityBroken | None = None
     with open_learning(config) as learning:
         if is_dry_run:
-            turns = [Trained(one, learning.choose(one, limit)) for one in tiers]
+            with progress("choosing"):
+                turns = [Trained(one, learning.choose(one, limit)) for one in tiers]
             _print_choices(turns, as_json)
             return
         try:
-            with watched(config, learning.store, learning.training) as each:
+            with (
+                progress("measuring, choosing") as doing,
+                watched(config, learning.store, learning.training) as watching,
+            ):
+                each = _shown(doing, watching)
                 batches += learning.batches.resume(each)
                 for one in tiers:
                     if any(batch.state == "stopped" for batch in batches):
@@ -145,8 +153,17 @@ def dream(
     for one in broken:
         say(f"{one.source}: {one.message}")
     good = [one for one in found if isinstance(one, Seed)]
-    with stop_by_signal() as stop, open_dreaming(config, stop) as bridge:
-        night = loop.dream(good, bridge, again=again, stop=stop, each=lambda one: say(describe_dream(one)))
+    with (
+        stop_by_signal() as stop,
+        progress(f"dreaming of {len(good)} seeds") as doing,
+        open_dreaming(config, stop, doing) as bridge,
+    ):
+
+        def each(one: Dream) -> None:
+            say(describe_dream(one))
+            doing(f"dreaming of {len(good)} seeds")
+
+        night = loop.dream(good, bridge, again=again, stop=stop, each=each)
     if as_json:
         print_json({**msgspec.to_builtins(night), "broken": broken})
     else:
@@ -184,7 +201,9 @@ def night(
 
 
 @contextmanager
-def open_dreaming(config: CurationConfig, stop: Callable[[], bool] = lambda: False) -> Iterator[Bridge]:
+def open_dreaming(
+    config: CurationConfig, stop: Callable[[], bool] = lambda: False, doing: Doing = say_nothing
+) -> Iterator[Bridge]:
     """The bridge by the configuration, when what an earlier run left open has been settled. What it trains is
     watched where quality.heldout is set: raises QualityBroken."""
     from apollo_curation.dreams.bridge import open_bridge
@@ -192,11 +211,23 @@ def open_dreaming(config: CurationConfig, stop: Callable[[], bool] = lambda: Fal
 
     with (
         open_learning(config, stop) as learning,
-        watched(config, learning.store, learning.training, stop) as each,
+        watched(config, learning.store, learning.training, stop) as watching,
     ):
+        each = _shown(doing, watching)
         learning.batches.resume(each)
         with open_bridge(config, learning.store, learning.batches, each=each, stop=stop) as bridge:
             yield bridge
+
+
+def _shown(doing: Doing, each: Each) -> Each:
+    """`each`, and the job's steps on the terminal."""
+
+    def seen(job: JobInfo) -> None:
+        note = "" if job.loss_last is None else f"loss {job.loss_last:.4g}"
+        doing(f"{job.job_id}: {job.state}", job.steps_done, job.num_steps, note=note)
+        each(job)
+
+    return seen
 
 
 def _print_night(night: Night, num_broken: int) -> None:

@@ -96,7 +96,7 @@ def run_job(
 
         def tell(text: str) -> None:
             if not is_quiet:
-                console().print(text)
+                print(text)
             doing(text)
 
         return wait_for(config, store, job.id, tell).shown()

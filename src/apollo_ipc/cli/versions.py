@@ -171,7 +171,8 @@ def pin(
     if (version is None) is not is_none:
         raise UserError("name either the VERSION to be pinned or --none", field="VERSION")
     path = find_model_dir(model_dir, config_file)
-    reply = ask_worker(load_config(config_file), path, PinVersion("", version))
+    with progress("a sync that runs is waited for"):
+        reply = ask_worker(load_config(config_file), path, PinVersion("", version))
     done = reply.pin if reply else PinResult(str(path), version, checkpoint.pin_version(path, version))
     assert done is not None
     before = done.pinned_before

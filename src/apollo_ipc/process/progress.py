@@ -42,9 +42,13 @@ def progress(what: str, *, is_quiet: bool = False) -> Iterator[Doing]:
         TimeElapsedColumn(),
     ]
     counted = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *columns[2:]]
-    with Progress(
-        *columns, console=Console(stderr=True, highlight=False, markup=False), transient=True
-    ) as shown:
+    shown = Progress(
+        *columns,
+        console=Console(stderr=True, highlight=False, markup=False),
+        transient=True,
+        redirect_stdout=sys.stdout.isatty(),  # else what is printed meanwhile would go to the terminal
+    )
+    with shown:
         task = shown.add_task(what, total=None, note="")
 
         def doing(what: str, done: int = 0, total: int | None = None, *, note: str = "") -> None:

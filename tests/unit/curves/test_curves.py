@@ -18,6 +18,7 @@ from apollo_worker.curves.feed import Feed
 from apollo_worker.curves.libraries import keeper_of
 from apollo_worker.curves.marks import Marks
 from apollo_worker.jobs.queue import JobQueue
+from curve_readers import library, mlflow_run, of_mlflow, of_tensorboard, of_wandb
 from planned import submit
 
 from apollo_ipc.config import load_config
@@ -184,8 +185,35 @@ def test_a_library_that_is_not_there_is_said_in_one_sentence_that_names_its_extr
         with pytest.raises(ConfigError) as told:
             keeper_of(name, Path())
         assert told.value.message == f"{name} is not installed: pip install 'apollo-ipc[{name}]'"
-    with pytest.raises(ConfigError, match=r"train.log_to\[0\]"):
-        load_config(environ={"APOLLO_TRAIN__LOG_TO": '["tensorbord"]'})
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ('["tensorbord"]', r"train.log_to\[0\]: .*did you mean 'tensorboard'"),
+        ('["wandb", "mlflow", "wandb"]', r"train.log_to\[2\]: 'wandb' is given twice"),
+        ("wandb", r"train.log_to: a list is needed"),
+    ],
+)
+def test_a_list_of_libraries_that_cannot_be_meant_is_refused_at_its_place(given, words):
+    with pytest.raises(ConfigError, match=words):
+        load_config(environ={"APOLLO_TRAIN__LOG_TO": given})
+
+
+def test_a_library_that_cannot_write_says_so_in_a_line_and_that_it_is_told_later(queue, tmp_path):
+    look(feed_of(queue, tmp_path, Shelf()))
+    train(queue, [2.0, 1.0])
+    (tmp_path / "tensorboard").write_text("in the way")
+    command = [sys.executable, "-m", "apollo_worker.curves", "tensorboard", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "tensorboard: NotADirectoryError" in line
+    assert line.endswith("it is tried again, and told what it missed")
+    (tmp_path / "tensorboard").unlink()
+    with feeding("tensorboard", tmp_path):
+        wait_for(lambda: Marks(tmp_path / "curves.sqlite", "tensorboard").next_seq() == 2, 60)
+    assert of_tensorboard(tmp_path, "jobs", "loss_last") == [(1, 1.0)]
 
 
 @contextmanager
@@ -229,80 +257,29 @@ WHOLE = [(step, pytest.approx(4.0 / step)) for step in range(1, 41)]
 
 
 def test_tensorboard_reads_back_what_was_trained_also_over_a_kill(queue, tmp_path):
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    from tensorboard.util.tensor_util import make_ndarray
-
-    def scalars(run, tag):
-        if not (tmp_path / "tensorboard" / run).is_dir():
-            return []
-        read = reader.EventAccumulator(str(tmp_path / "tensorboard" / run), {reader.TENSORS: 0}).Reload()
-        found = read.Tensors(tag) if tag in read.Tags()["tensors"] else []
-        return [(one.step, float(make_ndarray(one.tensor_proto))) for one in found]
-
-    job_id = train_and_kill(queue, tmp_path, "tensorboard", lambda job: len(scalars(job, "loss")) == 20)
-    assert scalars(job_id, "loss") == WHOLE
-    assert scalars("jobs", "loss_last") == [(1, pytest.approx(0.1))]
+    library("tensorboard")
+    seen = lambda job: len(of_tensorboard(tmp_path, job)) == 20  # noqa: E731
+    job_id = train_and_kill(queue, tmp_path, "tensorboard", seen)
+    assert of_tensorboard(tmp_path, job_id) == WHOLE
+    assert of_tensorboard(tmp_path, "jobs", "loss_last") == [(1, pytest.approx(0.1))]
 
 
 @pytest.mark.parametrize("store", ["sqlite", "file"])
 def test_mlflow_has_what_was_trained_also_over_a_kill(queue, tmp_path, store, monkeypatch):
-    tracking = pytest.importorskip(
-        "mlflow.tracking", reason="pip install 'apollo-ipc[mlflow]' runs this test"
-    )
+    library("mlflow")
     uri = f"sqlite:///{tmp_path}/own.db" if store == "sqlite" else (tmp_path / "mlruns").as_uri()
     environment = {"MLFLOW_TRACKING_URI": uri, "MLFLOW_ALLOW_FILE_STORE": "true"}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    client = tracking.MlflowClient(uri)
-
-    def run_of(job_id):
-        experiment = client.get_experiment_by_name("apollo-ipc")
-        runs = client.search_runs([experiment.experiment_id]) if experiment else []
-        return next((run for run in runs if run.info.run_name == job_id), None)
-
-    def losses(job_id, name="loss"):
-        run = run_of(job_id)
-        history = client.get_metric_history(run.info.run_id, name) if run else []
-        return sorted((one.step, one.value) for one in history)
-
-    job_id = train_and_kill(queue, tmp_path, "mlflow", lambda job: len(losses(job)) == 20, **environment)
-    assert losses(job_id) == WHOLE
-    assert run_of(job_id).info.status == "FINISHED"
-    assert losses("jobs", "loss_last") == [(1, pytest.approx(0.1))]
-
-
-def records(content: bytes):
-    """Of a .wandb file: LevelDB's log format after 7 bytes, the last record perhaps still being written."""
-    at, parts = 7, b""
-    while at + 7 <= len(content):
-        left = 32768 - at % 32768
-        size, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
-        if left < 7 or kind == 0:
-            at += left
-            continue
-        if at + 7 + size > len(content):
-            return
-        parts += content[at + 7 : at + 7 + size]
-        at += 7 + size
-        if kind in (1, 4):  # whole, or its last part
-            yield parts
-            parts = b""
+    seen = lambda job: len(of_mlflow(uri, job)) == 20  # noqa: E731
+    job_id = train_and_kill(queue, tmp_path, "mlflow", seen, **environment)
+    assert of_mlflow(uri, job_id) == WHOLE
+    assert mlflow_run(uri, job_id).info.status == "FINISHED"
+    assert of_mlflow(uri, "jobs", "loss_last") == [(1, pytest.approx(0.1))]
 
 
 def test_wandb_has_what_was_trained_offline_also_over_a_kill(queue, tmp_path):
-    pytest.importorskip("wandb", reason="pip install 'apollo-ipc[wandb]' runs this test")
-    from wandb.proto import wandb_internal_pb2
-
-    def losses(job_id):
-        found = []
-        for file in sorted(tmp_path.glob(f"wandb/offline-run-*{job_id}/*.wandb")):
-            for data in records(file.read_bytes()):
-                record = wandb_internal_pb2.Record.FromString(data)
-                values = {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
-                if "loss" in values:
-                    found.append((int(values["_step"]), float(values["loss"])))
-        return found
-
-    environment = {"WANDB_MODE": "offline"}
-    job_id = train_and_kill(queue, tmp_path, "wandb", lambda job: len(losses(job)) == 20, **environment)
-    assert losses(job_id) == WHOLE
+    library("wandb")
+    seen = lambda job: len(of_wandb(tmp_path, job)) == 20  # noqa: E731
+    job_id = train_and_kill(queue, tmp_path, "wandb", seen, WANDB_MODE="offline")
+    assert of_wandb(tmp_path, job_id) == WHOLE

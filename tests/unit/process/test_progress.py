@@ -21,9 +21,11 @@ with progress("first") as doing:
     for step in range(1, 4):
         doing("training", step, 3, note=f"loss {step}")
         print(f"a line {step}", file=sys.stderr)
+        print(f"a row {step}")
         time.sleep(0.3)
 print("the result")
 """
+RESULT = "a row 1\na row 2\na row 3\nthe result\n"
 
 
 def on_a_terminal(command) -> tuple[str, str, int]:
@@ -51,7 +53,7 @@ def words(text: str) -> str:
 def test_on_a_terminal_each_phase_and_step_is_shown_and_the_line_goes(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     out, seen, status = on_a_terminal([sys.executable, "-c", COUNTED])
-    assert (out, status) == ("the result\n", 0)
+    assert (out, status) == (RESULT, 0), "what is printed meanwhile is not the terminal's"
     shown = words(seen)
     for part in ("first", "training", "3/3", "loss 3", "a line 2"):
         assert part in shown
@@ -60,7 +62,7 @@ def test_on_a_terminal_each_phase_and_step_is_shown_and_the_line_goes(monkeypatc
 
 def test_what_is_piped_gets_no_line_of_it():
     done = subprocess.run([sys.executable, "-c", COUNTED], capture_output=True, text=True, timeout=60)
-    assert (done.stdout, done.stderr) == ("the result\n", "a line 1\na line 2\na line 3\n")
+    assert (done.stdout, done.stderr) == (RESULT, "a line 1\na line 2\na line 3\n")
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])

@@ -49,7 +49,10 @@ def main() -> None:
         sys.exit(error.exit_code)
     except Exception as error:
         # Of the library: a server that is away, a full disk.
-        log.warning("%s: %s: %s", args.name, type(error).__name__, error)
+        said = " ".join(str(error).split())
+        log.warning(
+            "%s: %s: %s; it is tried again, and told what it missed", args.name, type(error).__name__, said
+        )
         sys.exit(1)
 
 

@@ -30,7 +30,7 @@ def curate(monkeypatch):
 
     def run(world, *arguments, stdin=None):
         @contextmanager
-        def opened(config, stop=None):
+        def opened(config, stop=None, doing=None):
             world.bridge.config = config
             yield world.bridge
 
