@@ -21,8 +21,8 @@ from apollo_ipc.process.say import say
 
 if TYPE_CHECKING:
     from apollo_curation.dreams.bridge import Bridge
-    from apollo_curation.dreams.table import Dream
     from apollo_curation.dreams.night import Night
+    from apollo_curation.dreams.table import Dream
     from apollo_curation.moments.moments import Moment
     from apollo_curation.training.batch_table import Batch
     from apollo_curation.training.batches import Each
