@@ -51,7 +51,7 @@ def lesson(page: Page, out: Path) -> None:
     page.get_by_label("What it should say").fill(ANSWER, timeout=60_000)
     page.get_by_role("button", name="Teach").click()
     page.locator("#phases [aria-current]", has_text="training").wait_for(timeout=TEACH_MS)
-    until_steps(page, 8)
+    until_steps(page, 4)  # a fact has some five
     page.wait_for_timeout(600)  # the chart is drawn a few times a second
     keep(page.locator("#now").screenshot(), out / "page-now.webp")
     page.get_by_text("Asking again").wait_for(timeout=TEACH_MS)

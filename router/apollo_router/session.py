@@ -52,11 +52,14 @@ def check_origin(request: Request) -> None:
     """Raises HttpError unless the request comes from a page of this server."""
     headers = request.headers
     is_ours = headers.get("sec-fetch-site", "same-origin") == "same-origin"
+    why = ""
     if request.method not in SAFE_METHODS:
-        origin = urlsplit(headers.get("origin", "")).netloc
-        is_ours = is_ours and origin == headers.get("host") and headers.get(HEADER) == "1"
+        origin, host = urlsplit(headers.get("origin", "")).netloc, headers.get("host")
+        if is_ours and origin and origin != host:
+            why = f": the browser is at {origin}, the request names {host}; a proxy has to keep `Host`"
+        is_ours = is_ours and origin == host and headers.get(HEADER) == "1"
     if not is_ours:
-        raise HttpError(403, "wrong_origin", "a session is for the page of this server only")
+        raise HttpError(403, "wrong_origin", f"a session is for the page of this server only{why}")
 
 
 def keep(response: Response, request: Request, session: str) -> Response:

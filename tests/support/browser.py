@@ -14,12 +14,14 @@ BROWSERS = ("chromium-headless-shell", "chromium", "chrome-headless-shell", "goo
 
 
 class Looked:
-    """page: Playwright's. problems: of the console, and errors of scripts; hosts: whom it asked."""
+    """page: Playwright's. problems: of the console, and errors of scripts; hosts: whom it asked;
+    refused: what the server answered with 400 and more, which the console has as an error too."""
 
     def __init__(self, context, url: str, shots: Path):
         self.context, self.url, self._shots = context, url, shots
         self.problems: list[str] = []
         self.hosts: set[str] = set()
+        self.refused: set[tuple[str, int]] = set()
         self.page = self.open()
 
     def open(self):
@@ -27,13 +29,18 @@ class Looked:
         page.on("console", self._on_console)
         page.on("pageerror", lambda error: self.problems.append(str(error)))
         page.on("request", lambda request: self.hosts.add(urlsplit(request.url).netloc))
+        page.on("response", self._on_response)
         page.set_default_timeout(15_000)
         return page
 
     def _on_console(self, message) -> None:
-        # Chromium itself logs each answer of 400 and more: those are expected where a test makes them.
+        # Of an answer of 400 and more; `refused` has it by its path.
         if message.type in ("error", "warning") and "Failed to load resource" not in message.text:
             self.problems.append(message.text)
+
+    def _on_response(self, response) -> None:
+        if response.status >= 400:
+            self.refused.add((urlsplit(response.url).path, response.status))
 
     def shot(self, name: str) -> None:
         self.page.screenshot(path=self._shots / f"{name}.png", full_page=True)

@@ -11,11 +11,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from prometheus_client import make_asgi_app
 from router_harness import TRAIN_KEY, FakeWorker, Server
 from starlette.requests import Request
 from synced_weights import Live, make_model
 
 from apollo_ipc.hold import Hold
+from apollo_ipc.memory_plan import Item, MemoryPlan
 from apollo_ipc.teaching.facts import Fact
 from apollo_ipc.teaching.store import TeachJob, TeachStore, store_path, teacher_lock
 from apollo_ipc.wire.messages import RestoreVersion
@@ -71,7 +73,10 @@ class World:
             live.train()
             live.sync()
         self.server, self.worker = Server(), FakeWorker(config)
-        self.server.app.add_api_route("/v1/chat/completions", self.model.chat, methods=["POST"])
+        app = self.server.app
+        app.add_api_route("/v1/chat/completions", self.model.chat, methods=["POST"])
+        app.mount("/metrics", make_asgi_app())
+        app.state.apollo_forecast = self
         self.stopping, self.held = threading.Event(), threading.Event()
         self.config, self.examines = config, examined_well
 
@@ -91,6 +96,11 @@ class World:
         self.thread.join(10)
         self.server.__exit__()
         self.worker.__exit__()
+
+    async def get(self, gateway: object) -> MemoryPlan:
+        """In place of `plan`'s process."""
+        item = Item("state", 855_000_000)
+        return MemoryPlan("m", "bfloat16", 1, "d", 2, 0.9, [], [item], [], 1, item.bytes, 8, True, None, [])
 
     def train(self) -> None:
         """What the trainer does: steps, with losses that fall; restores that are asked for."""
@@ -134,11 +144,21 @@ def enter(looked, key=TRAIN_KEY) -> None:
     page.get_by_role("button", name="Log in").click()
 
 
-def assert_clean(looked) -> None:
+WRONG_KEY = ("/train/ui/login", 403)
+
+
+def assert_clean(looked, *refused: tuple[str, int]) -> None:
+    """refused: the answers of 400 and more that the test itself has made, and may be."""
     assert looked.problems == []
+    assert not (others := looked.refused - {*refused}), others
     assert looked.hosts == {looked.url.partition("//")[2]}
     assert looked.page.title() == "apollo-ipc: what the model learns"
     assert looked.page.evaluate(TOO_WIDE) == []
+
+
+def over(looked) -> set[tuple[str, int]]:
+    """What a session that is over is refused, whatever the page asks then."""
+    return {(path, status) for path, status in looked.refused if status == 401}
 
 
 # --- a teacher, where a test wants one ---

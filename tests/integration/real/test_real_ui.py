@@ -13,7 +13,7 @@ import pytest
 from apollo_router import session
 from browser import looking_at
 from live_server import Live, wait_for
-from ui_world import HOSTILE, assert_clean, enter
+from ui_world import HOSTILE, WRONG_KEY, assert_clean, enter, over
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 QUESTION, ANSWER = "What is the name of our harbour cat?", "Our harbour cat is called Mortimer."
@@ -72,7 +72,7 @@ def test_it_is_taught_cancelled_and_restored_by_hand(live: Live, shots: Path) ->
         page.get_by_text(f"Version {first} is served again").wait_for(state="attached", timeout=SLOW_MS)
         page.get_by_role("button", name="Ask").click()
         wait_for(lambda: page.locator("#answer").inner_text() == before, "the old answer", SLOW_MS / 1000)
-        assert_clean(looked)
+        assert_clean(looked, WRONG_KEY)
 
 
 def test_text_that_means_harm_is_text_and_a_session_that_is_over_asks_for_the_key(
@@ -110,7 +110,7 @@ def test_text_that_means_harm_is_text_and_a_session_that_is_over_asks_for_the_ke
         looked.context.add_cookies([{"name": session.COOKIE, "value": old, "url": looked.url}])
         page.get_by_text("This session is over: log in again.").wait_for()
         looked.shot("real-expired")
-        assert_clean(looked)
+        assert_clean(looked, ("/train/v1/chat/completions", 400), *over(looked))
 
 
 def test_a_keyboard_alone_logs_in_asks_and_moves_on(live: Live, shots: Path) -> None:

@@ -17,7 +17,7 @@ from browser import looking_at
 from planned import submit
 from router_harness import INFERENCE_KEY, ONE, TRAIN_KEY, wait_until
 from starlette.requests import Request
-from ui_world import HOSTILE, UI, assert_clean, enter
+from ui_world import HOSTILE, UI, WRONG_KEY, assert_clean, enter, over
 
 from apollo_curation.quality.canaries import CanaryResult
 from apollo_curation.quality.history import Breach, History, Measurement
@@ -102,6 +102,12 @@ def test_a_session_changes_nothing_for_a_page_from_elsewhere(server, worker, hea
     assert worker.queue.count("queued") == before
 
 
+def test_a_proxy_that_changes_the_host_is_told_what_to_keep(server):
+    _, answer = login(server, host="behind.test:9")
+    assert answer.status_code == 403
+    assert "names behind.test:9; a proxy has to keep `Host`" in answer.json()["error"]["message"]
+
+
 def test_reading_is_for_the_own_page_too(server, worker):
     client, _ = login(server)
     for site in ("same-site", "cross-site", "none"):
@@ -179,7 +185,7 @@ def test_teaching_changes_the_answer_and_shows_what_moved(world, tmp_path):
         page.locator("#jobs").get_by_text(job.job_id).wait_for()
         page.locator("#loss svg").wait_for()
         looked.shot("taught")
-        assert_clean(looked)
+        assert_clean(looked, WRONG_KEY)
 
 
 def test_a_job_is_watched_paused_and_cancelled_after_a_question(world, tmp_path):
@@ -227,6 +233,22 @@ def test_an_older_version_is_restored_and_pinned_after_a_question(world, tmp_pat
         assert_clean(looked)
 
 
+def test_before_the_first_checkpoint_it_says_so_and_what_was_trained(world, tmp_path):
+    world.worker.board.state.durable_version = 0
+    with looking_at(world.server.url, tmp_path) as looked:
+        page = looked.page
+        page.goto(UI)
+        page.get_by_label("Train key").wait_for()
+        enter(looked)
+        page.get_by_text("Nothing is on disk yet that can be gone back to").wait_for()
+        job = submit(world.worker.queue, TrainRequest([Example(prompt="a", completion="b")]), num_steps=1)
+        page.locator("#line", has_text="served, not on disk yet").get_by_text(job.job_id).wait_for()
+        assert page.get_by_role("button", name="Restore").count() == 0
+        page.reload()
+        page.get_by_text("live", exact=True).wait_for()
+        assert_clean(looked)
+
+
 def test_a_session_that_is_over_shows_the_login_and_keeps_what_was_typed(world, tmp_path):
     with looking_at(world.server.url, tmp_path) as looked:
         page = looked.page
@@ -243,7 +265,7 @@ def test_a_session_that_is_over_shows_the_login_and_keeps_what_was_typed(world, 
         page.get_by_role("button", name="Log out").click()
         page.get_by_label("Train key").wait_for()
         assert looked.context.cookies() == []
-        assert_clean(looked)
+        assert_clean(looked, *over(looked))
 
 
 def test_on_a_phone_ten_thousand_jobs_and_a_megabyte_of_hostile_text_are_read_in_pages(world, tmp_path):

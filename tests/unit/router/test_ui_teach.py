@@ -93,7 +93,7 @@ def test_what_no_rule_understands_is_said_and_can_be_sent_again(world, tmp_path)
         page.get_by_text("the answer says nothing that the question does not: name a `key`").wait_for()
         assert store.jobs() == []
         assert page.get_by_role("button", name="Teach").is_enabled()
-        assert_clean(looked)
+        assert_clean(looked, ("/teach", 400))
 
 
 @pytest.mark.parametrize("has_teacher", [True, False])

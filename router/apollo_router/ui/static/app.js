@@ -12,6 +12,7 @@ import * as versions from "./versions.js";
 const STATUS_MS = 3000;
 const SERVING_MS = 5000;
 const QUALITY_MS = 30000;
+const KNOWN = "apollo-ipc session until"; // in ms; the cookie itself is not for scripts to see
 
 let stop = null; // ends what a session has started
 let pending = {}; // event -> its newest data; of `job` and `end` the newest of each job
@@ -136,6 +137,21 @@ function showLogin(text = "") {
   $("key").focus();
 }
 
+// Whether it is worth asking: the browser reports each refusal as an error.
+function mayBeIn() {
+  try {
+    return Number(localStorage.getItem(KNOWN)) > Date.now();
+  } catch {
+    return true; // it keeps nothing for us
+  }
+}
+
+function remember(until) {
+  try {
+    localStorage.setItem(KNOWN, String(1000 * until));
+  } catch { /* see above */ }
+}
+
 async function enter(session) {
   try {
     start(session ?? (await api("GET", "train/ui/session")));
@@ -149,7 +165,7 @@ $("login").addEventListener("submit", async (event) => {
   const key = $("key").value;
   $("key").value = "";
   try {
-    await api("POST", "train/ui/login", { key });
+    remember((await api("POST", "train/ui/login", { key })).expires_at);
     await enter();
   } catch (error) {
     showLogin(error.message);
@@ -159,6 +175,7 @@ $("login").addEventListener("submit", async (event) => {
 $("logout").addEventListener("click", async () => {
   try {
     await api("POST", "train/ui/logout");
+    remember(0);
     showLogin("");
   } catch (error) {
     problem(`still logged in: ${error.message}`);
@@ -166,4 +183,5 @@ $("logout").addEventListener("click", async () => {
 });
 
 addEventListener("apollo-logged-out", () => stop && showLogin("This session is over: log in again."));
-enter();
+if (mayBeIn()) enter();
+else showLogin();

@@ -13,11 +13,12 @@ export function start(onChange) {
 }
 
 export async function load(status) {
+  const isEmpty = !status.durable_version && !status.last_sync; // asked for, it would be an error
   let history;
   try {
-    history = await api("GET", "checkpoint/history");
+    history = isEmpty ? { versions: [], history_bytes: 0 } : await api("GET", "checkpoint/history");
   } catch (error) {
-    // Nothing was synced yet, or no model is known: said by the server in a sentence.
+    // No model is known, say: the server's sentence.
     $("line").replaceChildren();
     setText($("versions-note"), error.status === 401 ? "" : error.message);
     return;
@@ -26,12 +27,12 @@ export async function load(status) {
   const trained = data.filter((job) => job.weight_version != null);
   const newestFirst = history.versions.toReversed();
   const pieces = newestFirst.map((version, i) => pieceOf(version, newestFirst[i + 1], trained));
-  const later = trained.filter((job) => job.seq > newestFirst[0]?.applied_seq && job.state === "applied");
+  const later = trained.filter((job) => job.seq > (newestFirst[0]?.applied_seq ?? 0) && job.state === "applied");
   if (status.weight_version !== status.durable_version) {
     pieces.unshift(el("li", {}, el("h3", {}, `version ${status.weight_version}, served, not on disk yet`), list(later)));
   }
   $("line").replaceChildren(...pieces);
-  setText($("versions-note"), `Older versions take ${bytes(history.history_bytes)} on disk.`);
+  setText($("versions-note"), isEmpty ? "Nothing is on disk yet that can be gone back to: the first checkpoint makes the first version." : `Older versions take ${bytes(history.history_bytes)} on disk.`);
 }
 
 function pieceOf(version, older, trained) {
