@@ -102,6 +102,7 @@ class Killer:
             self._raised.append(raise_once(self._system, self._random))
             say(f"exception {len(self._raised)}: {self._raised[-1]}")
             return
+        wait_for(self._has_older_version, "an older version to be restored", 600, 3.0)
         self._jobs.hold.set()
         ids = {job_id for job_id, _ in self._jobs.acknowledged.values()}
         wait_for(lambda: all(job.state in ENDED_STATES for job in self._system.jobs()), "idleness", 900, 1.0)
@@ -119,6 +120,13 @@ class Killer:
         self.restored.add(version)
         say(f"{what}: version {version}")
         self._jobs.hold.clear()
+
+    def _has_older_version(self) -> bool:
+        """A sync after each question makes one as soon as something has been trained."""
+        if (commit := read_commit(self._system.model_dir)) is not None and commit.history:
+            return True
+        self._system.ask_for_sync("full")
+        return False
 
     def kill(self, what: str) -> None:
         """And start it again, as systemd would."""

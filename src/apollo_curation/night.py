@@ -186,6 +186,8 @@ class _Night:
         self._guard = self._monitor.guard()
 
     def _resume(self, stage: Stage) -> None:
+        if num_forgotten := self._batches.forget():
+            stage.facts["forgotten"] = num_forgotten
         self._count(stage, self._batches.resume(self._guard))
 
     def _read(self, stage: Stage) -> None:

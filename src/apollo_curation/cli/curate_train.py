@@ -63,6 +63,7 @@ def train(
                 turns = [Trained(one, learning.choose(one, limit)) for one in tiers]
             _print_choices(turns, as_json)
             return
+        learning.batches.forget()
         try:
             with (
                 progress("measuring, choosing") as doing,

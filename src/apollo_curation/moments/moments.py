@@ -51,6 +51,7 @@ class Moment(msgspec.Struct, frozen=True):
 
     confidence: 0 to 1; surprise: nats a token of `answer` without the removed instructions, None while not
     measured; stripped: hashes of what was removed; lineage: of a dream, the ids of its ancestors.
+    forgotten: digest of what was trained, where its texts were dropped after their time.
     """
 
     kind: Kind
@@ -76,6 +77,7 @@ class Moment(msgspec.Struct, frozen=True):
     moment_id: str = ""
     hindsight: Hindsight | None = None
     is_told: bool = False  # somebody said it outright (POST /feedback): nothing has to be guessed
+    forgotten: str = ""
 
     @property
     def is_candidate(self) -> bool:
@@ -117,6 +119,24 @@ class Moment(msgspec.Struct, frozen=True):
             return Example(messages=[*context, wrong], tools=self.tools, label=False)
         assert self.answer is not None
         return Example(messages=[*context, self.answer], tools=self.tools)
+
+    @property
+    def digest(self) -> str:
+        """Of what is trained. `teaches` must hold, or have held before the texts were forgotten."""
+        return self.forgotten or example_digest(self.example())
+
+    def without_texts(self) -> Moment:
+        """As it is kept when its time is over: no text of the conversation, and still found by its id where
+        the same log is read again."""
+        digest = self.digest if self.teaches else "nothing was to be learned"
+        return msgspec.structs.replace(
+            self, context=[], answer=None, original=None, aftermath=[], tools=None, forgotten=digest
+        )
+
+
+def example_digest(example: Example) -> str:
+    """Equal for examples of equal content, whichever moment they come from."""
+    return blake2b(msgspec.json.encode(example, order="sorted"), digest_size=16).hexdigest()
 
 
 def without_weight(message: Message) -> Message:
@@ -184,6 +204,20 @@ class Moments:
 
     def of_batch(self, batch_id: str) -> list[Moment]:
         return self._select("WHERE batch_id = ? ORDER BY created_at, moment_id", batch_id)
+
+    def set_aside(self, created_before: float) -> list[Moment]:
+        """Those that were rejected or dropped and that are older, with their texts."""
+        return self._select(
+            "WHERE state IN ('rejected', 'dropped') AND created_at < ? "
+            "AND coalesce(json_extract(CAST(body AS TEXT), '$.forgotten'), '') = ''",
+            created_before,
+        )
+
+    def forget(self, moment: Moment) -> None:
+        """Its texts; what was decided stays."""
+        with self._store.transaction() as db:
+            body = _encode(moment.without_texts())
+            db.execute("UPDATE moments SET body = ? WHERE moment_id = ?", (body, moment.moment_id))
 
     def change(self, moment_id: str, *, expected: Iterable[State] | None = None, **changes: Any) -> Moment:
         """The moment with `changes`. Raises NotFound; UserError where it is in none of the `expected` states

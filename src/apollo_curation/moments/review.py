@@ -141,6 +141,10 @@ class Review:
 
 def approve(moments: Moments, shown: Moment, *, answer: Message | None = None, reason: str = "") -> Moment:
     """By a person. Raises UserError; see Review.approve."""
+    if shown.forgotten:
+        raise UserError(
+            f"moment {shown.moment_id} has no text any more: its time was over; it cannot be trained"
+        )
     chosen = answer if answer is not None else shown.answer
     if chosen is None and not shown.moves_away:
         raise UserError(

@@ -25,6 +25,10 @@ _ROLES = {"user": "cyan", "assistant": "green", "tool": "magenta", "system": "ye
 def view(moment: Moment, *, whole: bool = False, has_colour: bool = True) -> RenderableType:
     """whole: all of the context; else its last messages, shortened."""
     parts: list[RenderableType] = [_title(moment), _why(moment)]
+    if moment.forgotten:
+        return Group(
+            *parts, Text("its texts were dropped after their time (worker.keep_examples_s)", style="dim")
+        )
     context = moment.context if whole else moment.context[-SHORT_MESSAGES:]
     if len(context) < len(moment.context):
         parts.append(Text(f"... {len(moment.context) - len(context)} messages before", style="dim"))

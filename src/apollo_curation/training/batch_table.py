@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import sqlite3
 import time
-from hashlib import blake2b
 from typing import Any, Literal
 
 import msgspec
@@ -16,7 +15,7 @@ from apollo_curation.store import Store
 from apollo_curation.training.replay import held_in, is_held
 from apollo_ipc.errors import NotFound
 from apollo_ipc.wire.replies import JobInfo
-from apollo_ipc.wire.requests import Example, TrainRequest
+from apollo_ipc.wire.requests import TrainRequest
 
 BatchState = Literal["open", "trained", "failed", "stopped", "undone"]
 
@@ -55,11 +54,6 @@ class Batch(msgspec.Struct, frozen=True):
     def num_known(self) -> int:
         """Moments that the worker left out, having trained them before."""
         return self.job.num_skipped // self.num_passes if self.job else 0
-
-
-def example_hash(example: Example) -> str:
-    """Equal for examples of equal content, whichever moment they come from."""
-    return blake2b(msgspec.json.encode(example, order="sorted"), digest_size=16).hexdigest()
 
 
 # The last two lines take over what was written before only the server's states counted.
@@ -133,6 +127,15 @@ class BatchTable:
     def request(self, batch_id: str) -> TrainRequest:
         rows = self._store.query("SELECT request FROM batches WHERE batch_id = ?", batch_id)
         return msgspec.json.decode(rows[0]["request"], type=TrainRequest)
+
+    def forget_requests(self, ended_before: float) -> list[str]:
+        """Drops the requests of batches that ended before then (seconds since the epoch); what became of them
+        stays. Returns their ids."""
+        old = "WHERE ended_at < ? AND length(request) > 0"
+        with self._store.transaction() as db:
+            rows = db.execute(f"SELECT batch_id FROM batches {old}", (ended_before,)).fetchall()
+            db.execute(f"UPDATE batches SET request = x'' {old}", (ended_before,))
+        return [row["batch_id"] for row in rows]
 
     def open(self) -> list[Batch]:
         """The oldest first, as in `list`."""

@@ -121,6 +121,23 @@ class Batches:
                 self.table.change(batch_id, state="undone")
                 self._move(batch, "undone", batch.error, expected=("trained", "failed"))
 
+    def forget(self) -> int:
+        """Drops the texts of what ended more than worker.keep_examples_s ago: requests of batches, moments of
+        these, and moments that were rejected or dropped. What became of them stays, and a digest by which
+        equal content is known. Returns the number of moments."""
+        before = time.time() - self._config.worker.keep_examples_s
+        with self._store.transaction():
+            old = [
+                moment
+                for batch_id in self.table.forget_requests(before)
+                for moment in self._moments.of_batch(batch_id)
+                if moment.state in ("trained", "undone", "failed")
+            ]
+            old += self._moments.set_aside(before)
+            for moment in old:
+                self._moments.forget(moment)
+        return len(old)
+
     def _ask(self, tier: TierName, ids: Sequence[str]) -> list[OwnAnswer]:
         """What is to be held beside these, by the weights that are served now. Asked outside of any
         transaction: it may take minutes."""

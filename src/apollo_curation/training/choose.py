@@ -9,10 +9,10 @@ from typing import Literal
 
 import msgspec
 
-from apollo_curation.moments.moments import Moment, Moments
+from apollo_curation.moments.moments import Moment, Moments, example_digest
 from apollo_curation.settings import CurationConfig, TierName
 from apollo_curation.store import Store
-from apollo_curation.training.batch_table import BatchTable, example_hash
+from apollo_curation.training.batch_table import BatchTable
 from apollo_curation.training.near_duplicates import NearDuplicates
 from apollo_curation.training.replay import request_bytes
 from apollo_ipc.wire.requests import MAX_EXAMPLES
@@ -77,7 +77,7 @@ def choose(
     chosen: list[Moment] = []
     left: dict[Reason, list[Moment]] = {}
     there = Moments(store).list("training", "trained")
-    trained = {example_hash(moment.example()) for moment in there if moment.teaches}
+    trained = {moment.digest for moment in there if moment.teaches or moment.forgotten}
     hashes = set[str]()
     num_of_source, num_of_topic = Counter[str](), Counter[str]()
     num_bytes = 0
@@ -86,7 +86,7 @@ def choose(
         size, content = 0, ""
         if moment.teaches:
             example = moment.example()
-            content = example_hash(example)
+            content = example_digest(example)
             size = request_bytes(example, None if moment.moves_away else config.tier(tier))
         if not moment.teaches:
             reason = "no answer"
@@ -165,4 +165,4 @@ def recently_trained(store: Store, table: BatchTable, since: float) -> list[Mome
     """Moments in the weights, or on their way there, of batches made at or after `since`."""
     kept = Moments(store)
     moments = [moment for batch in table.list(since) for moment in kept.of_batch(batch.batch_id)]
-    return [moment for moment in moments if moment.state in ("trained", "training")]
+    return [one for one in moments if one.state in ("trained", "training") and not one.forgotten]

@@ -114,6 +114,7 @@ def run(
         return follow
 
     waiting = _Waiting()
+    learning.batches.forget()
     while not stop():
         try:
             if learning.batches.table.open():
@@ -134,6 +135,7 @@ def run(
                         continue
                     has_trained = True
                     on_batch(done.batch)
+                learning.batches.forget()
         except NotReady as error:
             if stop():
                 return

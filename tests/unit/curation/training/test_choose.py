@@ -11,11 +11,11 @@ import pytest
 from batch_fixtures import moment
 
 from apollo_curation.logs.conversation import Source
-from apollo_curation.moments.moments import Moment, Moments
+from apollo_curation.moments.moments import Moment, Moments, example_digest
 from apollo_curation.settings import Curation, CurationConfig, DirectTier
 from apollo_curation.store import Store
 from apollo_curation.teach.job import ANSWER_TOKENS, OwnAnswer
-from apollo_curation.training.batch_table import BatchTable, example_hash
+from apollo_curation.training.batch_table import BatchTable
 from apollo_curation.training.choose import Choice, by_value, choose
 from apollo_curation.training.near_duplicates import NearDuplicates, shingles, similarity
 from apollo_curation.training.replay import MAX_CONTEXT_TOKENS, held_request
@@ -155,8 +155,10 @@ def test_the_same_words_with_another_role_or_tool_are_another_example():
         moment("yes", tools=[{"type": "function", "function": {"name": "f"}}]).example(),
         moment("yes", context=[Message("tool", "Question before yes?")]).example(),
     ]
-    assert len({example_hash(one) for one in examples}) == 3
-    assert example_hash(moment("yes", topic="other", reason="other").example()) == example_hash(examples[0])
+    assert len({example_digest(one) for one in examples}) == 3
+    assert example_digest(moment("yes", topic="other", reason="other").example()) == example_digest(
+        examples[0]
+    )
 
 
 def test_nearly_the_same_is_trained_once_and_by_the_more_valuable(store):
