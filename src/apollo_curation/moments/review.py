@@ -142,9 +142,7 @@ class Review:
 def approve(moments: Moments, shown: Moment, *, answer: Message | None = None, reason: str = "") -> Moment:
     """By a person. Raises UserError; see Review.approve."""
     if shown.forgotten:
-        raise UserError(
-            f"moment {shown.moment_id} has no text any more: its time was over; it cannot be trained"
-        )
+        raise UserError(f"moment {shown.moment_id} has no text any more: its time is over")
     chosen = answer if answer is not None else shown.answer
     if chosen is None and not shown.moves_away:
         raise UserError(
