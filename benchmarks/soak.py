@@ -89,7 +89,7 @@ def soak(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
                 say("no more kills; waiting for the jobs")
                 ids = {job_id for job_id, _ in jobs.acknowledged.values()}
                 wait_for(lambda: has_ended(system.jobs(), ids), "the end of all jobs", 1200, 1.0)
-                figures |= final_state(system, jobs, problems, killer.restored)
+                figures |= final_state(system, jobs, problems, killer)
             if figures["recoveries_s"]:
                 say("a plain start of vLLM, to compare with")
                 system.stop_vllm()
@@ -119,12 +119,12 @@ def has_ended(jobs: list[Any], ids: set[str]) -> bool:
     return ids <= {job.job_id for job in jobs if job.state in ENDED}
 
 
-def final_state(system: Any, jobs: Any, problems: list[str], restored: set[int]) -> dict[str, Any]:
+def final_state(system: Any, jobs: Any, problems: list[str], killer: Any) -> dict[str, Any]:
     """Syncs, stops the worker, and compares everything with everything. vLLM still runs."""
     import httpx
     from apollo_worker.model.compare import compare
     from apollo_worker.model.mapping import map_views, open_transport
-    from soak_disk import optimizer_steps
+    from soak_disk import steps_in_weights
 
     from apollo_ipc.checkpoint import verify
     from apollo_ipc.manifest import read_manifest
@@ -138,11 +138,14 @@ def final_state(system: Any, jobs: Any, problems: list[str], restored: set[int])
     assert manifest is not None
     transport = open_transport(manifest)
     compared = compare(system.model_dir, map_views(manifest, transport))
-    figures = judge_jobs(jobs.acknowledged, system.jobs(), problems, jobs.kinds, restored)
-    steps, expected = optimizer_steps(system.model_dir), figures["steps_expected"]
+    figures = judge_jobs(jobs.acknowledged, system.jobs(), problems, jobs.kinds, killer.restored)
+    steps = steps_in_weights(system.model_dir)
+    half_done = killer.half_done.of(10**9)
+    expected = figures["steps_expected"] + half_done
     most = expected + figures["steps_of_cancelled_jobs"]
     figures |= {
-        "optimizer_steps": steps,
+        "steps_in_weights": steps,
+        "steps_of_half_done_jobs": half_done,
         "checkpoint_equals_live": compared.is_equal and compared.num_equal > 0,
         "tensors_compared": compared.num_equal + len(compared.different),
         "verify_problems": len(found := verify(system.model_dir)),
@@ -152,7 +155,7 @@ def final_state(system: Any, jobs: Any, problems: list[str], restored: set[int])
     if not figures["checkpoint_equals_live"]:
         problems.append(f"live and disk differ: {compared.different[:5]}")
     if not expected <= steps <= most:
-        problems.append(f"the optimizer has counted {steps} steps, the jobs have {expected} to {most}")
+        problems.append(f"the weights have {steps} steps, the jobs {expected} to {most}")
         figures["jobs_applied_twice"] += max(0, steps - most)  # at most so many; which, is not to be seen
     return figures
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from apollo_worker.trainer.step_marks import StepMarks
 from safetensors import safe_open
@@ -27,8 +28,15 @@ def copy_problems(model_dir: Path) -> list[str]:
             return [error.message]
 
 
-def optimizer_steps(model_dir: Path) -> int:
-    """The step counter in the optimizer file of the last commit: its own, from no queue. 0 without a file."""
+def steps_in_weights(model_dir: Path) -> int:
+    """As the trainer counted those that ended in the weights of the last commit: from no queue."""
+    commit = read_commit(model_dir)
+    return commit.extra.get("optimizer_steps", 0) if commit else 0
+
+
+def moment_steps(model_dir: Path) -> int:
+    """The step counter in the optimizer file of the last commit, 0 without a file. At most that of the weights:
+    a trainer that is killed leaves these, and the next one's moments are those of the last commit."""
     commit = read_commit(model_dir)
     if commit is None or commit.optimizer is None:
         return 0
@@ -39,15 +47,36 @@ def optimizer_steps(model_dir: Path) -> int:
     return counts.pop()
 
 
-def steps_in_commit(commit: Commit, jobs: list[JobInfo]) -> tuple[int, int]:
+class HalfDone:
+    """Steps of jobs that a restore undid, and that are in the weights all the same: the restored version had
+    been committed in the middle of a job."""
+
+    def __init__(self) -> None:
+        self._since: list[tuple[int, int]] = [(0, 0)]  # (weight version from which on, steps)
+
+    def of(self, weight_version: int) -> int:
+        return next(steps for since, steps in reversed(self._since) if since <= weight_version)
+
+    def restored(self, before: Commit, weight_version: int, after: Commit) -> None:
+        """before, after: the commits around the restore."""
+        one = next(one for one in [before, *before.history] if one.weight_version == weight_version)
+        self._since.append((after.weight_version, self.of(weight_version) + _of_running(one.extra)))
+
+
+def steps_in_commit(commit: Commit, jobs: list[JobInfo], half_done: HalfDone) -> tuple[int, int]:
     """The steps that `commit` says are in its weights: of all jobs up to its last that no restore has undone,
-    and of a half-done one. At least, at most: those of cancelled jobs go where the weights go back behind
+    and of half-done ones. At least, at most: those of cancelled jobs go where the weights go back behind
     them."""
-    half_done = (commit.extra.get("running") or {}).get("steps_done", 0)
     held = [job for job in jobs if job.seq <= commit.applied_seq and job.state != "undone"]
     cancelled = sum(job.steps_done for job in held if job.state in ("cancelled", "quarantined"))
-    most = sum(job.steps_done for job in held) + half_done
+    most = (
+        sum(job.steps_done for job in held) + _of_running(commit.extra) + half_done.of(commit.weight_version)
+    )
     return most - cancelled, most
+
+
+def _of_running(extra: dict[str, Any]) -> int:
+    return (extra.get("running") or {}).get("steps_done", 0)
 
 
 def is_last_step_torn(state_dir: Path) -> bool:

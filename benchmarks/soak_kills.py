@@ -9,7 +9,14 @@ import time
 from typing import Any
 
 from soak_clients import JobStream
-from soak_disk import copy_problems, is_last_step_torn, optimizer_steps, steps_in_commit
+from soak_disk import (
+    HalfDone,
+    copy_problems,
+    is_last_step_torn,
+    moment_steps,
+    steps_in_commit,
+    steps_in_weights,
+)
 from soak_faults import raise_once, restore_live, restore_on_disk
 from soak_system import System, runs, wait_for
 
@@ -50,6 +57,7 @@ class Killer:
         self._system, self._options, self._problems = system, options, problems
         self._jobs = jobs
         self.restored: set[int] = set()
+        self.half_done = HalfDone()
         self._raised: list[str] = []
         self._random = random.Random(options.seed + 1)
         self._num_torn_steps = self._num_in_sync = self._num_torn_checkpoints = 0
@@ -107,6 +115,7 @@ class Killer:
         ids = {job_id for job_id, _ in self._jobs.acknowledged.values()}
         wait_for(lambda: all(job.state in ENDED_STATES for job in self._system.jobs()), "idleness", 900, 1.0)
         assert ids <= {job.job_id for job in self._system.jobs()}
+        before = read_commit(self._system.model_dir)
         if what == "live restore":
             version = restore_live(self._system, self._random)
         else:
@@ -117,6 +126,10 @@ class Killer:
             self._system.start_worker()
             self._system.start_vllm()
             self._system.wait_until_training()
+        after = read_commit(self._system.model_dir)
+        assert before is not None
+        assert after is not None
+        self.half_done.restored(before, version, after)
         self.restored.add(version)
         say(f"{what}: version {version}")
         self._jobs.hold.clear()
@@ -153,11 +166,12 @@ class Killer:
         self._num_torn_steps += is_last_step_torn(system.config.state_dir)
         found = copy_problems(system.model_dir)
         if (commit := read_commit(system.model_dir)) is not None:
-            steps = optimizer_steps(system.model_dir)
-            least, most = steps_in_commit(commit, system.jobs())
-            if not least <= steps <= most:
+            steps, moments = steps_in_weights(system.model_dir), moment_steps(system.model_dir)
+            least, most = steps_in_commit(commit, system.jobs(), self.half_done)
+            if not least <= steps <= most or moments > steps:
                 found.append(
-                    f"commit {commit.serial} holds {least} to {most} steps, its optimizer has counted {steps}"
+                    f"commit {commit.serial}: its jobs have {least} to {most} steps, its weights {steps}, its "
+                    f"moments {moments}"
                 )
         if found:
             self._num_torn_checkpoints += 1

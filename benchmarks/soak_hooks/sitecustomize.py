@@ -66,7 +66,7 @@ def install(directory: Path) -> None:
             order = directory / "raise"
             while True:
                 if order.exists():
-                    layer, _, number = order.read_text().partition(" ")
+                    layer, _, number = order.read_text().rpartition(" ")
                     order.unlink()
                     self.layer, self.left = layer, int(number)
                 time.sleep(LOOK_S)

@@ -135,7 +135,7 @@ class TrainingServer:
         self.weight_version += 1
         return 200, {
             "restored_version": version, "weight_version": self.weight_version, "num_tensors_changed": 1,
-            "num_jobs_undone": 0, "has_optimizer": True, "duration_s": 0.1,
+            "num_jobs_undone": 0, "num_jobs_back": 0, "has_optimizer": True, "duration_s": 0.1,
         }  # fmt: skip
 
     def pin(self, version: int) -> tuple[int, dict[str, Any]]:

@@ -110,9 +110,9 @@ class World:
                 asked = board.asked.get()
                 assert isinstance(asked.request, RestoreVersion)
                 self.restored.append(asked.request.weight_version)
-                queue.undo(0, 1000, asked.request.weight_version)
+                queue.restored(0, 1000, asked.request.weight_version, 9)
                 board.state.weight_version = board.state.durable_version = 9
-                asked.done.set_result(RestoreResult(asked.request.weight_version, 9, 1, 1, False, 0.1))
+                asked.done.set_result(RestoreResult(asked.request.weight_version, 9, 1, 1, 0, False, 0.1))
             if (job := queue.take()) is None:
                 board.show("idle")
                 time.sleep(0.02)

@@ -74,8 +74,13 @@ def describe_sync(sync: SyncResult) -> str:
 def describe_restore(restore: RestoreResult) -> str:
     return (
         f"version {restore.restored_version} came back as version {restore.weight_version}, "
-        f"{restore.num_jobs_undone} jobs undone"
+        f"{describe_undone(restore)}"
     )
+
+
+def describe_undone(restore: RestoreResult) -> str:
+    back = f", {restore.num_jobs_back} back" if restore.num_jobs_back else ""
+    return f"{restore.num_jobs_undone} jobs undone{back}"
 
 
 def describe_post_sync(run: PostSync) -> str:

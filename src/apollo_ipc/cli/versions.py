@@ -12,7 +12,7 @@ import typer
 
 from apollo_ipc.cli.checkpoint import ModelDir, find_model_dir
 from apollo_ipc.cli.options import AsJson, ConfigFile
-from apollo_ipc.cli.output import describe_ago, describe_bytes, print_json
+from apollo_ipc.cli.output import describe_ago, describe_bytes, describe_undone, print_json
 from apollo_ipc.config import Config, load_config
 from apollo_ipc.errors import NotReady, UserError
 from apollo_ipc.manifest import is_served
@@ -144,7 +144,7 @@ def restore(
             return
         print(
             f"version {version} restored as version {result.weight_version} in {result.duration_s:.1f} s: "
-            f"{result.num_tensors_changed} tensors changed, {result.num_jobs_undone} jobs undone, "
+            f"{result.num_tensors_changed} tensors changed, {describe_undone(result)}, "
             f"optimizer state {'of that version' if result.has_optimizer else 'starts anew'}"
         )
         return

@@ -87,6 +87,7 @@ class RestoreResult(msgspec.Struct, frozen=True):
     weight_version: int  # the new version, whose weights are those of restored_version
     num_tensors_changed: int
     num_jobs_undone: int  # jobs whose effect went with it; they are not trained again
+    num_jobs_back: int  # jobs that an earlier restore had undone, and that it holds
     has_optimizer: bool  # the moments of that version came back; else they start anew
     duration_s: float
 

@@ -304,7 +304,7 @@ def test_examples_are_known_from_submit_until_their_job_ends_without_training_th
     queue.take()
     queue.finish(failed.job_id, "failed", error="x")
     assert queue.known_examples(hashes.values()) == {hashes["kept"]}
-    queue.undo(0, 3, weight_version=7)
+    queue.restored(0, 3, weight_version=7, new_version=9)
     assert (queue.get(kept.job_id).state, queue.get(kept.job_id).undone_by) == ("undone", 7)
     assert queue.known_examples(hashes.values()) == set()
 

@@ -32,11 +32,34 @@ def test_a_queue_of_schema_2_is_taken_over(queue, path):
     queue.close()
 
 
+def make_schema_4(db: sqlite3.Connection) -> None:
+    db.executescript("ALTER TABLE jobs DROP COLUMN restores; PRAGMA user_version = 4;")
+
+
 def make_schema_3(db: sqlite3.Connection) -> None:
+    make_schema_4(db)
     db.executescript(
         "ALTER TABLE jobs DROP COLUMN loss; DROP TABLE advantages; DROP TABLE reference_logprobs; "
         "PRAGMA user_version = 3;"
     )
+
+
+def test_a_queue_of_schema_4_is_taken_over(queue, path):
+    """When a job was undone then nobody wrote down, so it stays undone."""
+    undone, kept = (submit(queue, request_of(text)).job_id for text in "ab")
+    for job_id in (undone, kept):
+        queue.take()
+        queue.finish(job_id, "applied", weight_version=1)
+    queue.restored(0, 1, weight_version=0, new_version=2)
+    queue.close()
+    with sqlite3.connect(path) as db:
+        make_schema_4(db)
+    queue = JobQueue(path, 10)
+    assert queue.restored(2, 2, weight_version=1, new_version=3) == []
+    assert (queue.get(undone).state, queue.get(kept).state) == ("undone", "applied")
+    queue.restored(0, 2, weight_version=0, new_version=4)
+    assert queue.get(kept).state == "undone"
+    queue.close()
 
 
 def test_a_queue_of_schema_3_is_taken_over(queue, path):

@@ -25,8 +25,8 @@ def undone(server, worker) -> str:
     """The id of a job that was applied, under the key `one`, before version 3 came back."""
     response = server.http.post("/train", json=ONE, headers={"Idempotency-Key": "one"})
     worker.train_one()
-    worker.queue.undo(0, 1000, 3)
-    worker.board.state.last_restore = RestoreResult(3, 9, 56, 1, True, 1.2)
+    worker.queue.restored(0, 1000, 3, 4)
+    worker.board.state.last_restore = RestoreResult(3, 9, 56, 1, 0, True, 1.2)
     return response.json()["job_id"]
 
 
@@ -67,7 +67,7 @@ def test_to_openais_client_in_the_job_and_its_events(server, worker):
         job = client.fine_tuning.jobs.create(model="m", training_file=file.id)
         worker.train_one()
         assert client.fine_tuning.jobs.retrieve(job.id).status == "succeeded"
-        worker.queue.undo(0, 1000, 3)
+        worker.queue.restored(0, 1000, 3, 4)
         found = client.fine_tuning.jobs.retrieve(job.id)
         assert (found.status, found.fine_tuned_model) == ("failed", None)
         assert found.error is not None

@@ -37,11 +37,14 @@ def test_a_version_is_restored_live_with_its_optimizer_and_can_be_left_again(
         assert all(job.undone_by == target and "undone" in job.notes[-1] for job in undone)
         assert trainer.board.state.last_restore == result
         assert trainer.train() == [], "undone jobs are not trained again"
-        restore(trainer, 3)
+        result = restore(trainer, 3)
         assert_same(trainer.live(), weights[3])
         assert verify(model_dir) == []
+        assert (result.num_jobs_undone, result.num_jobs_back) == (0, 3 - target)
     with Trainer(config) as again:
         assert again.train() == []
+        states = [(job.state, job.undone_by) for job in again.queue.list()]
+        assert states == [("durable", None)] * 3, "they are in the weights"
         assert_same(again.live(), weights[3])
 
 

@@ -56,17 +56,31 @@ def reconcile(db: sqlite3.Connection, applied_seq: int, job_id: str | None, step
     return [*durable, *lost]
 
 
-def undo(db: sqlite3.Connection, after_seq: int, up_to_seq: int, weight_version: int) -> list[str]:
-    undone = _ids(db, "seq > ? AND seq <= ? AND state IN ('applied', 'durable')", after_seq, up_to_seq)
-    for job_id in undone:
+def restored(
+    db: sqlite3.Connection, held_seq: int, up_to_seq: int, weight_version: int, new_version: int
+) -> list[str]:
+    """A version holds the jobs up to its `held_seq`, without those that an odd number of restores before it
+    changed."""
+    changed = []
+    may_differ = (
+        "seq <= ? AND restores IS NOT NULL AND (undone_by IS NOT NULL "
+        "OR (state IN ('applied', 'durable') AND (seq > ? OR restores != '[]')))"
+    )
+    for job_id in _ids(db, may_differ, up_to_seq, held_seq):
         info = read_job(db, job_id)
-        notes = [*info.notes, f"undone: weight version {weight_version} was restored"]
+        row = db.execute("SELECT restores FROM jobs WHERE seq = ?", (info.seq,)).fetchone()
+        restores: list[int] = json.loads(row["restores"])
+        is_held = info.seq <= held_seq and sum(one <= weight_version for one in restores) % 2 == 0
+        if new_version in restores or is_held == (info.state != "undone"):
+            continue
+        state, by, word = ("durable", None, "back") if is_held else ("undone", weight_version, "undone")
+        notes = [*info.notes, f"{word}: weight version {weight_version} was restored"]
         db.execute(
-            "UPDATE jobs SET state = 'undone', undone_by = ?, notes = ? WHERE job_id = ?",
-            (weight_version, json.dumps(notes), job_id),
+            "UPDATE jobs SET state = ?, undone_by = ?, notes = ?, restores = ? WHERE seq = ?",
+            (state, by, json.dumps(notes), json.dumps([*restores, new_version]), info.seq),
         )
-        db.execute("DELETE FROM examples WHERE seq = ?", (info.seq,))
-    return undone
+        changed.append(job_id)
+    return changed
 
 
 def _ids(db: sqlite3.Connection, where: str, *values: object) -> list[str]:

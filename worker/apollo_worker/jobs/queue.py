@@ -262,13 +262,14 @@ class JobQueue(QueueFile):
             changed = checkpoint_side.reconcile(db, applied_seq, job_id, steps_done)
         return [self._changed(one) for one in changed]
 
-    def undo(self, after_seq: int, up_to_seq: int, weight_version: int) -> Jobs:
-        """The older `weight_version` was restored, which holds jobs up to `after_seq` only: those after it,
-        up to `up_to_seq`, that had trained are `undone`. They are not trained again, unless someone sends
-        them anew. Idempotent."""
+    def restored(self, held_seq: int, up_to_seq: int, weight_version: int, new_version: int) -> Jobs:
+        """`weight_version` was restored, as `new_version`; its commit says `held_seq`. Of the jobs up to
+        `up_to_seq` that had trained, those that it does not hold are `undone`: they are not trained again,
+        unless someone sends them anew. Those that it holds, and an earlier restore had undone, are `durable`
+        again. Returns the jobs that changed. Idempotent."""
         with self.changing() as db:
-            undone = checkpoint_side.undo(db, after_seq, up_to_seq, weight_version)
-        return [self._changed(job_id) for job_id in undone]
+            changed = checkpoint_side.restored(db, held_seq, up_to_seq, weight_version, new_version)
+        return [self._changed(job_id) for job_id in changed]
 
     def forget_plans(self, ended_before: float) -> int:
         """Drops the plans (the examples themselves) of jobs that ended before then (seconds since the epoch)

@@ -134,6 +134,10 @@ class QueueFile:
         with self.reading() as db:
             return count_of(db, state)
 
+    def ids(self, state: JobState) -> set[str]:
+        with self.reading() as db:
+            return {row[0] for row in db.execute("SELECT job_id FROM jobs WHERE state = ?", (state,))}
+
     def list(self, limit: int = 50, state: JobState | None = None, before_seq: int | None = None) -> Jobs:
         """The newest `limit` jobs (of one state, older than `before_seq`, where given), newest first."""
         with self.reading() as db:
@@ -175,7 +179,11 @@ class QueueFile:
             for start in range(0, len(todo), MAX_VARIABLES):
                 some = todo[start : start + MAX_VARIABLES]
                 marks = ", ".join("?" * len(some))
-                rows = db.execute(f"SELECT DISTINCT hash FROM examples WHERE hash IN ({marks})", some)
+                rows = db.execute(
+                    f"SELECT DISTINCT hash FROM examples JOIN jobs USING (seq) WHERE hash IN ({marks}) "
+                    "AND state != 'undone'",
+                    some,
+                )
                 known.update(row[0] for row in rows)
         return known
 

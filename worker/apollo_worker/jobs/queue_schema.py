@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import sqlite3
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 # `plans` apart from `jobs`: SQLite writes a changed row whole, and a plan may have 32 MB.
 # `requests`: bodies of schema 1, until the front has made plans of them.
@@ -62,6 +62,12 @@ ALTER TABLE jobs ADD COLUMN loss TEXT NOT NULL DEFAULT 'cross_entropy';
 CREATE TABLE advantages (seq INTEGER PRIMARY KEY, body TEXT NOT NULL);
 CREATE TABLE reference_logprobs (seq INTEGER, at INTEGER, logprobs BLOB NOT NULL, PRIMARY KEY (seq, at));
 """
+# restores: JSON, the weight versions (those of restores) that took the job out of the weights and brought it
+# back, in turn; NULL where an older program undid it.
+_VERSION_5 = """
+ALTER TABLE jobs ADD COLUMN restores TEXT DEFAULT '[]';
+UPDATE jobs SET restores = NULL WHERE state = 'undone';
+"""
 _FROM_1 = """
 UPDATE jobs SET state = 'queued', steps_done = 0 WHERE state = 'running'
     AND EXISTS (SELECT 1 FROM jobs AS earlier WHERE earlier.seq < jobs.seq
@@ -79,12 +85,13 @@ UPDATE jobs SET attempts = 0 WHERE state != 'running';
 def migrate(db: sqlite3.Connection, version: int) -> None:
     """From `version` (0: an empty file) to this one, inside the open transaction."""
     if version == 0:
-        _run(db, _JOBS + _EXAMPLES + _VERSION_2 + _VERSION_3 + _VERSION_4)
+        _run(db, _JOBS + _EXAMPLES + _VERSION_2 + _VERSION_3 + _VERSION_4 + _VERSION_5)
         db.execute(f"PRAGMA application_id = {1 + secrets.randbelow(2**31 - 1)}")
     elif version == 1:
-        _run(db, _FROM_1 + _EXAMPLES + _EXAMPLES_FROM_1 + _VERSION_2 + _VERSION_3 + _VERSION_4)
+        _run(db, _FROM_1 + _EXAMPLES + _EXAMPLES_FROM_1 + _VERSION_2 + _VERSION_3 + _VERSION_4 + _VERSION_5)
     elif version < SCHEMA_VERSION:
-        _run(db, (_VERSION_3 if version == 2 else "") + _VERSION_4)
+        newer = {2: _VERSION_3 + _VERSION_4 + _VERSION_5, 3: _VERSION_4 + _VERSION_5, 4: _VERSION_5}
+        _run(db, newer[version])
 
 
 def _run(db: sqlite3.Connection, script: str) -> None:

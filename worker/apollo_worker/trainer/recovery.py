@@ -144,7 +144,8 @@ class Recovery:
         if self._knows(commit):
             applied_seq, running = commit.applied_seq, commit.extra.get("running") or {}
             if (restored := commit.extra.get("restored_from")) is not None:
-                self._queue.undo(commit.extra.get("undone_after", applied_seq), applied_seq, restored)
+                held_seq = commit.extra.get("undone_after", applied_seq)
+                self._queue.restored(held_seq, applied_seq, restored, commit.weight_version)
         elif commit is not None:
             log.warning("the checkpoint's record of jobs is of another queue file; it is not used")
         changed = self._queue.reconcile(applied_seq, running.get("job_id"), running.get("steps_done", 0))

@@ -77,21 +77,24 @@ class Restoring:
             self.sync_before_restore()
         self._syncing.wait()
         self._board.show("restoring")
-        num_undone = self._queue.count("undone")
+        undone = self._queue.ids("undone")
         commit = self._attachment.restore_version(weight_version)
         self._announce()
-        num_undone = self._queue.count("undone") - num_undone
+        now_undone = self._queue.ids("undone")
+        num_undone, num_back = len(now_undone - undone), len(undone - now_undone)
         new_version = self._board.state.weight_version
         # What a sync said of the weights that are gone (NaN, for one) is over with them.
         self._board.state.durable_version, self._board.state.sync_error = new_version, None
         log.warning(
-            "weight version %d restored as %d; %d jobs undone", weight_version, new_version, num_undone
+            "weight version %d restored as %d; %d jobs undone, %d back",
+            *(weight_version, new_version, num_undone, num_back),
         )
         self._board.state.last_restore = RestoreResult(
             restored_version=weight_version,
             weight_version=new_version,
             num_tensors_changed=sum(before.tensors.get(n) != d for n, d in commit.tensors.items()),
             num_jobs_undone=num_undone,
+            num_jobs_back=num_back,
             has_optimizer=commit.optimizer is not None,
             duration_s=time.monotonic() - started,
         )

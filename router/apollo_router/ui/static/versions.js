@@ -68,7 +68,7 @@ async function restore(version) {
   if (!(await confirmed(`Restore version ${version.weight_version}?`, text, "Yes, restore it"))) return;
   await run(async () => {
     const done = await api("POST", "checkpoint/restore", { version: version.weight_version });
-    announce(`Version ${done.restored_version} is served again, as version ${done.weight_version}; ${done.num_jobs_undone} jobs undone`);
+    announce(`Version ${done.restored_version} is served again, as version ${done.weight_version}; ${done.num_jobs_undone} jobs undone${done.num_jobs_back ? `, ${done.num_jobs_back} back` : ""}`);
   });
 }
 
