@@ -170,8 +170,8 @@ class Killer:
             least, most = steps_in_commit(commit, system.jobs(), self.half_done)
             if not least <= steps <= most or moments > steps:
                 found.append(
-                    f"commit {commit.serial}: its jobs have {least} to {most} steps, its weights {steps}, its "
-                    f"moments {moments}"
+                    f"commit {commit.serial}: its jobs have {least} to {most} steps, its weights {steps}, "
+                    f"its moments {moments}"
                 )
         if found:
             self._num_torn_checkpoints += 1
