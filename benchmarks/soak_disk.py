@@ -36,7 +36,7 @@ def steps_in_weights(model_dir: Path) -> int:
 
 def moment_steps(model_dir: Path) -> int:
     """The step counter in the optimizer file of the last commit, 0 without a file. At most that of the
-    weights: a trainer that is killed leaves these, and the next one's moments are those of the last commit."""
+    weights: a trainer that is killed leaves these, the next one's moments are those of the last commit."""
     commit = read_commit(model_dir)
     if commit is None or commit.optimizer is None:
         return 0
