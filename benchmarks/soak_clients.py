@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import httpx
+from soak_faults import POISON
 from soak_system import System
 
 RETRY_S = 0.5
@@ -129,12 +130,12 @@ class JobStream(Stream):
             example = {"context_ids": [poison, 1], "continuation_ids": [2, 3]}
             return {"examples": [example], "options": {"lr": LEARNING_RATE, "epochs": 1}}
         if self.is_mixed and draw.random() < 0.5:
-            ids = [draw.randrange(256) for _ in range(24)]
+            ids = [draw.randrange(POISON) for _ in range(24)]
             return {"examples": [{"context_ids": ids[:12], "continuation_ids": ids[12:]}],
                     "options": {"lr": LEARNING_RATE, "epochs": 1}}  # fmt: skip
         examples = []
         for _ in range(draw.randint(1, 6)):
-            ids = [draw.randrange(256) for _ in range(draw.randint(8, 120))]
+            ids = [draw.randrange(POISON) for _ in range(draw.randint(8, 120))]
             cut = draw.randint(1, len(ids) - 1)
             examples.append({"context_ids": ids[:cut], "continuation_ids": ids[cut:]})
         options = {"lr": LEARNING_RATE, "epochs": draw.randint(5, 10) if is_big else 1}
