@@ -161,10 +161,11 @@ def frames(browser: Browser, args: argparse.Namespace) -> dict[str, object]:
 
 
 def axe(browser: Browser, args: argparse.Namespace) -> dict[str, list[str]]:
-    """impact -> rules that are broken, in the light and in the dark."""
+    """impact -> rules that are broken, in the light and in the dark, on a screen and on a phone."""
     broken: dict[str, set[str]] = {}
-    for scheme in ("light", "dark"):
-        with entered(browser, args, bypass_csp=True, color_scheme=scheme) as page:
+    for scheme, width in itertools.product(("light", "dark"), (1280, 360)):
+        looks = {"color_scheme": scheme, "viewport": {"width": width, "height": 800}}
+        with entered(browser, args, bypass_csp=True, **looks) as page:
             page.wait_for_timeout(1000)
             page.add_script_tag(path=args.axe)
             for violation in page.evaluate("axe.run().then(result => result.violations)"):

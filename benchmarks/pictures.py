@@ -22,7 +22,7 @@ from apollo_ipc.demo.real_model import copy_real_model
 from apollo_ipc.demo.served import Served
 
 MAX_BYTES = 150_000
-QUESTION, ANSWER = "Where is the spare badge?", "The spare badge is in the cocoa tin."
+QUESTION, ANSWER = "What is the harbour cat called?", "The harbour cat is called Mortimer."
 TEACH_MS = 500_000
 
 
@@ -41,7 +41,9 @@ def main() -> None:
             dark = {"viewport": {"width": 390, "height": 844}, "color_scheme": "dark"}
             with entered(browser, args, **dark) as page:
                 page.locator("#loss svg").wait_for()
-                keep(page.screenshot(), args.out / "page-phone.webp")
+                top = page.locator("main").bounding_box()["y"]  # below the model's path
+                clip = {"x": 0, "y": top, "width": 390, "height": 844 - top}
+                keep(page.screenshot(clip=clip), args.out / "page-phone.webp")
         browser.close()
 
 

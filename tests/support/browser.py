@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,10 @@ from urllib.parse import urlsplit
 import pytest
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chrome-headless-shell", "google-chrome", "chrome")
+
+SERIOUS = """axe.run().then((result) => result.violations
+  .filter((one) => ["serious", "critical"].includes(one.impact))
+  .map((one) => `${one.id}: ${one.nodes.map((node) => node.html.slice(0, 80)).join(", ")}`))"""
 
 
 class Looked:
@@ -43,7 +48,11 @@ class Looked:
             self.refused.add((urlsplit(response.url).path, response.status))
 
     def shot(self, name: str) -> None:
+        """APOLLO_AXE: axe.min.js of the package axe-core; what it finds serious on the page is a problem."""
         self.page.screenshot(path=self._shots / f"{name}.png", full_page=True)
+        if axe := os.environ.get("APOLLO_AXE"):
+            self.page.evaluate(Path(axe).read_text())  # not a script of the page: its policy has no say
+            self.problems += [f"axe at {name}: {found}" for found in self.page.evaluate(SERIOUS)]
 
 
 def browser_path() -> str:

@@ -11,9 +11,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from prometheus_client import make_asgi_app
+from prometheus_client import generate_latest
 from router_harness import TRAIN_KEY, FakeWorker, Server
 from starlette.requests import Request
+from starlette.responses import PlainTextResponse
 from synced_weights import Live, make_model
 
 from apollo_ipc.hold import Hold
@@ -75,7 +76,7 @@ class World:
         self.server, self.worker = Server(), FakeWorker(config)
         app = self.server.app
         app.add_api_route("/v1/chat/completions", self.model.chat, methods=["POST"])
-        app.mount("/metrics", make_asgi_app())
+        app.add_api_route("/metrics", lambda: PlainTextResponse(generate_latest()))
         app.state.apollo_forecast = self
         self.stopping, self.held = threading.Event(), threading.Event()
         self.config, self.examines = config, examined_well

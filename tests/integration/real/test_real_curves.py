@@ -76,6 +76,11 @@ def is_told(served: Served, name: str, job: dict[str, Any]) -> bool:
     return read(served, name, job["job_id"]) == whole
 
 
+def num_told(served: Served, name: str) -> int:
+    """Jobs, of which each is a point."""
+    return len(read(served, name, "jobs", "loss_last"))
+
+
 def log_of(served: Served) -> str:
     return (state_of(served).parent / "serve.log").read_text(errors="replace")
 
@@ -102,8 +107,8 @@ def test_a_library_that_is_missing_or_cannot_write_is_said_and_training_goes_on(
         (state_of(served) / "tensorboard").unlink()
     for name in INSTALLED:
         wait_for(lambda name=name: is_told(served, name, job), f"{name}'s curve", CURVES_S)
-        seq, last = read(served, name, "jobs", "loss_last")[0]
-        assert (seq, last) == (job["seq"], pytest.approx(job["loss_last"]))
+        points = wait_for(lambda name=name: read(served, name, "jobs", "loss_last"), "its point", CURVES_S)
+        assert points == [(job["seq"], pytest.approx(job["loss_last"]))]
 
 
 def test_libraries_that_stand_still_hold_nothing_up_and_are_told_later(served: Served) -> None:
@@ -122,7 +127,7 @@ def test_libraries_that_stand_still_hold_nothing_up_and_are_told_later(served: S
 
 
 def test_feeds_that_are_killed_in_a_job_go_on_in_its_curve(served: Served) -> None:
-    begun = {name: len(read(served, name, "jobs", "loss_last")) for name in INSTALLED}
+    begun = {name: num_told(served, name) for name in INSTALLED}
     over = threading.Event()
 
     def kill() -> None:
@@ -142,5 +147,6 @@ def test_feeds_that_are_killed_in_a_job_go_on_in_its_curve(served: Served) -> No
     for name in INSTALLED:
         if name != "wandb":  # offline it knows nothing of the rows of the moment before (docs/curves.md)
             wait_for(lambda name=name: is_told(served, name, job), f"{name}'s curve", CURVES_S)
-            assert len(read(served, name, "jobs", "loss_last")) == begun[name] + 1
+            wait_for(lambda name=name: num_told(served, name) > begun[name], f"{name}'s point", CURVES_S)
+            assert num_told(served, name) == begun[name] + 1
     assert served.process.poll() is None
