@@ -23,6 +23,7 @@ from apollo_ipc.words import is_in
 MIN_ABILITY = 0.8  # share of questions about a fact in front of it that an able writer answers
 MIN_YIELD = 0.25  # of the forms that it was asked for
 FACTS_ASKED = 12  # to see what it can do, at most
+ASKED_AT_A_TIME = 10  # questions
 FACTS_AT_A_TIME = 4
 WRITE_TOKENS = 900  # of all forms of a fact, in each of two attempts
 SAID_TOKENS = 32
@@ -133,18 +134,21 @@ def begin(learner: Learner, lessons: Sequence[Lesson], choice: str, seed: int) -
         some = rng.sample(one.forward[1:], min(2, len(one.forward) - 1))
         forward += [(one, Asked(asked.question, key)) for asked in (*one.paraphrased, *some)]
         backward += [(one, Asked(asked.question, subject)) for asked in (*one.reversed, *one.backward[:1])]
-    right, right_reversed = (_num_right(learner, asked) for asked in (forward, backward))
-    made = Writing("model", "", right / len(forward), right_reversed / len(backward) if backward else None)
-    if made.ability is not None and made.ability < MIN_ABILITY:
+    right, num_asked = _num_right(learner, forward)
+    made = Writing("model", "", right / num_asked)
+    if right / num_asked < MIN_ABILITY:
         _rules_alone(
             made,
-            f"the served model answers {right} of {len(forward)} questions about a fact that stands in front "
+            f"the served model answers {right} of {num_asked} questions about a fact that stands in front "
             "of it",
         )
-    elif not made.wants_reversed:
+        return made
+    right_reversed, num_reversed = _num_right(learner, backward)
+    made.ability_reversed = right_reversed / num_reversed if num_reversed else None
+    if not made.wants_reversed:
         made.reason = (
             f"reversed forms are the rules' alone: the served model answers {right_reversed} of "
-            f"{len(backward)} reversed questions about a fact that stands in front of it"
+            f"{num_reversed} reversed questions about a fact that stands in front of it"
         )
     return made
 
@@ -165,9 +169,17 @@ def _rules_alone(made: Writing, why: str) -> None:
     made.source, made.reason, made.num_kept = "rules", f"{why}: rules alone", 0
 
 
-def _num_right(learner: Learner, asked: Sequence[tuple[Lesson, Asked]]) -> int:
-    said = learner.say([in_front(one, question) for one, (question, _) in asked], max_tokens=SAID_TOKENS)
-    return sum(is_in(one.answer, text) for (_, one), text in zip(asked, said, strict=True))
+def _num_right(learner: Learner, asked: Sequence[tuple[Lesson, Asked]]) -> tuple[int, int]:
+    """How many are answered right, and how many were asked: no more, where the rest cannot make it able."""
+    right = wrong = 0
+    for start in range(0, len(asked), ASKED_AT_A_TIME):
+        some = asked[start : start + ASKED_AT_A_TIME]
+        said = learner.say([in_front(one, question) for one, (question, _) in some], max_tokens=SAID_TOKENS)
+        num = sum(is_in(one.answer, text) for (_, one), text in zip(some, said, strict=True))
+        right, wrong = right + num, wrong + len(some) - num
+        if (len(asked) - wrong) / len(asked) < MIN_ABILITY:
+            break
+    return right, right + wrong
 
 
 # --- writing ---

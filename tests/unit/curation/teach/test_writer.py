@@ -12,7 +12,7 @@ from apollo_curation.cli.teach import said_of
 from apollo_curation.teach import writer
 from apollo_curation.teach.job import Mix, taught
 from apollo_curation.teach.rehearsal import rehearsed
-from apollo_curation.teach.variants import lesson_of
+from apollo_curation.teach.variants import Asked, lesson_of
 from apollo_curation.teach.writer import Drafts
 from apollo_curation.teach.written import Written, in_front, stored_lesson
 from apollo_ipc.teaching.facts import Fact, whole
@@ -325,3 +325,20 @@ def test_a_lesson_taught_again_keeps_its_forms_and_a_corrected_one_loses_them(st
     teach(store, world, store.admit(TeachRequest([other]), b"3", client_key=None))
     assert [store.written_forms(one.id) for one in store.lessons()] == [b""]
     assert store.query("SELECT * FROM written_forms") == []
+
+
+@pytest.mark.parametrize(("num_right", "num_asked"), [(0, 10), (2, 20), (39, 40), (32, 40), (31, 40)])
+def test_no_more_is_asked_where_the_rest_cannot_make_it_able(num_right, num_asked):
+    asked = [(lesson_of(SHIFT), Asked(f"{number}?", SHIFT.key)) for number in range(40)]
+    prompts = []
+
+    class Knowing:
+        """The first of what it is asked."""
+
+        def say(self, some, *, max_tokens):
+            first = len(prompts)
+            prompts.extend(some)
+            return [SHIFT.answer if number < num_right else "?" for number in range(first, len(prompts))]
+
+    assert writer._num_right(Knowing(), asked) == (num_right, num_asked)
+    assert len(prompts) == num_asked
