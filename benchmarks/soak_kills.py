@@ -81,7 +81,7 @@ class Killer:
             else:
                 system.wait_until_training()
                 done = self._num_done()
-                wait_for(lambda d=done: self._num_done() > d, "a step after a kill", 180, 0.3)
+                wait_for(lambda d=done: self._num_done() > d, "a step after a kill", 900, 0.3)
                 time.sleep(self._random.uniform(0, 5))
             if is_in_sync:
                 is_in_sync = self._wait_into_sync()
