@@ -1,5 +1,5 @@
 """Export: shares the weights of the model that vLLM has loaded. All that we run inside vLLM's engine is here,
-in `views.py`, `derived.py`, `memory.py`, `cpu_layers.py` and `cpu_experts.py`.
+in `views.py`, `pieces.py`, `derived.py`, `memory.py`, `ranks.py`, `cpu_layers.py` and `cpu_experts.py`.
 
 A model loader registered as `apollo` (`--load-format apollo`) that delegates to vLLM's own and then, before
 profiling, compilation and graph capture, publishes where every parameter lies. Leans on
@@ -9,12 +9,10 @@ vllm/model_executor/model_loader/{base_loader,default_loader}.py.
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import os
 import time
-import uuid
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,6 +43,8 @@ from apollo_ipc.manifest import (
 from apollo_router.cpu_layers import compute_from_live_weights
 from apollo_router.derived import Watch
 from apollo_router.memory import share_cpu, share_cuda
+from apollo_router.pieces import derive_pieces, without_changed
+from apollo_router.ranks import shared_boot_id, unsupported_ranks
 from apollo_router.serving_options import engine_serving
 from apollo_router.views import Recording, derive_views, record_loading
 
@@ -133,6 +133,7 @@ class Export:
 
     def __init__(self, vllm_config):
         self._vllm_config = vllm_config
+        self._boot_id = ""
         self._failed: str | None = None
         self._watch: Watch | None = None
         self._recording: Recording | None = None
@@ -172,9 +173,20 @@ class Export:
     def _rank(self) -> int:
         return self._vllm_config.parallel_config.rank
 
-    def checkpoint(self) -> AbstractContextManager[object]:
-        """For the block, the shards are those of one version. Raises CheckpointError."""
-        return nullcontext() if self._model_dir is None else self._locked(self._model_dir)
+    @contextmanager
+    def checkpoint(self) -> Iterator[None]:
+        """For the block, the shards are those of one version. Raises CheckpointError.
+
+        Whatever has failed in this rank, the others wait for it here. The first mends the directory.
+        """
+        with ExitStack() as locks:
+            lock = nullcontext() if self._model_dir is None else self._locked(self._model_dir)
+            if self._rank == 0:
+                locks.enter_context(lock)
+            self._boot_id = shared_boot_id(self._vllm_config.parallel_config)
+            if self._rank > 0:
+                locks.enter_context(lock)
+            yield
 
     @contextmanager
     def _locked(self, model_dir: Path) -> Iterator[None]:
@@ -210,13 +222,19 @@ class Export:
         assert self._watch is not None
         assert self._recording is not None
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        views, refused = derive_views(self._recording, parameters)
         unshareable = self._watch.refusals(model)
+        changed = {refusal.name: refusal.reason for refusal in unshareable}
+        views, pieces = {}, {}
+        if self._vllm_config.parallel_config.world_size == 1:
+            views, refused = derive_views(self._recording, parameters)
+        else:
+            pieces, refused = derive_pieces(self._recording, parameters)
+            pieces, lost = without_changed(pieces, changed)
+            refused += lost
         settings = unsupported_settings(self._vllm_config)
         memory = share_cpu(model) if _on_cpu(model) else share_cuda(model, self._vllm_config)
         # The memory must live as long as the process: vLLM's own references keep CUDA's, this the memfd.
         model.__dict__["_apollo_shared_memory"] = memory
-        changed = {refusal.name for refusal in unshareable}
         return self._manifest(
             transport=memory.transport,
             device_uuid=memory.device_uuid,
@@ -233,6 +251,7 @@ class Export:
                 if (place := memory.place(p)) is not None
             },
             views={name: view for name, view in views.items() if view.tensor not in changed},
+            pieces=pieces,
             refused=refused + unshareable + settings + memory.refused,
             serving=engine_serving(self._vllm_config.model_config),
         )
@@ -242,7 +261,7 @@ class Export:
         model_config = self._vllm_config.model_config
         return Manifest(
             format=MANIFEST_FORMAT,
-            boot_id=uuid.uuid4().hex,
+            boot_id=self._boot_id,
             pid=os.getpid(),
             pid_start_ticks=start_ticks(os.getpid()) or 0,
             rank=self._rank,
@@ -262,7 +281,8 @@ class Export:
         path = write_manifest(manifest, self._runtime_dir)
         logger.info(
             "shared %d tensors as %d views over %s: %s (refused: %d)",
-            *(len(manifest.tensors), len(manifest.views), manifest.transport, path, len(manifest.refused)),
+            *(len(manifest.tensors), len(manifest.views) or len(manifest.pieces), manifest.transport),
+            *(path, len(manifest.refused)),
         )
         for refusal in manifest.refused[:20]:
             logger.warning("cannot be trained live: %s: %s", refusal.name, refusal.reason)
@@ -271,15 +291,8 @@ class Export:
 def unsupported_settings(vllm_config) -> list[Refusal]:
     """Settings under which one worker cannot hold all of the weights that are served, or nobody could ask it
     to, by what is true in the process that has loaded them."""
-    found = []
-    parallel, quantization = vllm_config.parallel_config, vllm_config.model_config.quantization
-    if is_data_parallel(parallel):
-        reason = "each engine has a copy of the weights of its own; live training reaches one"
-        found.append(Refusal("--data-parallel-size", reason))
-    if parallel.world_size > 1:
-        name = f"--tensor-parallel-size/--pipeline-parallel-size (world size {parallel.world_size})"
-        reason = "each process holds a part of every weight; live training needs one process with all of them"
-        found.append(Refusal(name, reason))
+    found = unsupported_ranks(vllm_config.parallel_config)
+    quantization = vllm_config.model_config.quantization
     if quantization is not None:
         reason = "quantized weights are a derived copy; serve the bf16 checkpoint"
         found.append(Refusal(f"quantization {quantization}", reason))
@@ -309,19 +322,3 @@ def other_configurations(model_config) -> list[Refusal]:
         )
         found.append(Refusal("--hf-config-path", reason))
     return found
-
-
-def is_data_parallel(parallel) -> bool:
-    """Whether this engine is one of several with the same weights.
-
-    A dense model's engine is told that it is alone (`reconfigure_for_independent_dp_rank` in
-    vllm/config/parallel.py, called from v1/engine/core.py): size 1, rank 0. What stays are the index, the
-    ports and the elastic size that were found before, and the name that the process was given.
-    """
-    return (
-        parallel.data_parallel_size > 1
-        or getattr(parallel, "data_parallel_index", 0) > 0
-        or (getattr(parallel, "elastic_ep_max_dp_size", None) or 1) > 1
-        or bool(getattr(parallel, "_data_parallel_master_port_list", None))
-        or multiprocessing.current_process().name.startswith("EngineCore_DP")
-    )

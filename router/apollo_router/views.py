@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -21,6 +21,9 @@ from apollo_ipc.manifest import Refusal, View
 from apollo_router.derived import storage_of
 
 aten = torch.ops.aten
+Place = TypeVar("Place")
+INTO_A_BUFFER = "vLLM loads it into a buffer, not into a parameter"
+IN_ANOTHER_ORDER = "vLLM stores its elements in another order than the checkpoint"
 # safetensors' names; any other is a quantized format, whose tensors only need a shape to be told apart
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Copies that keep the elements and their order: what comes out stands for what went in.
@@ -191,12 +194,20 @@ def derive_views(
     The refusals name each tensor that was loaded in another way; tensors that no copy touched (a tied
     lm_head, a vision tower that is not served) appear in neither.
     """
+    return placed(recording, parameters, _affine_view)
+
+
+def placed(
+    recording: Recording, parameters: Mapping[str, nn.Parameter], find: Callable[..., Place | str]
+) -> tuple[dict[str, Place], list[Refusal]]:
+    """Checkpoint name -> what `find(shape, copies, tensor by storage, parameters)` makes of its copies, or a
+    refusal with the reason that it gives."""
     if recording.error:
         return {}, [Refusal("*", f"replaying the model's load_weights failed: {recording.error}")]
     by_storage: dict[int, str] = {}
     for name, parameter in parameters.items():
         by_storage.setdefault(storage_of(parameter), name)
-    views: dict[str, View] = {}
+    found: dict[str, Place] = {}
     refused: list[Refusal] = []
     for name, shape in recording.shapes.items():
         if name in recording.derived:
@@ -205,12 +216,12 @@ def derive_views(
             )
             refused.append(Refusal(name, reason, blocks=False))
         elif copies := recording.copies.get(name):
-            view = _affine_view(shape, copies, by_storage, parameters)
-            if isinstance(view, View):
-                views[name] = view
+            place = find(shape, copies, by_storage, parameters)
+            if isinstance(place, str):
+                refused.append(Refusal(name, place, blocks=False))
             else:
-                refused.append(Refusal(name, view, blocks=False))
-    return views, refused
+                found[name] = place
+    return found, refused
 
 
 def _affine_view(
@@ -224,23 +235,23 @@ def _affine_view(
         return "vLLM keeps it in more than one tensor; only one of them would be trained"
     tensor = by_storage.get(copies[0].dst_storage)
     if tensor is None:
-        return "vLLM loads it into a buffer, not into a parameter"
+        return INTO_A_BUFFER
     copies = list(dict.fromkeys(copies))  # the same part loaded twice counts once
-    numel = _product(shape)
-    if sum(_product(c.shape) for c in copies) != numel:
+    numel = product(shape)
+    if sum(product(c.shape) for c in copies) != numel:
         return "vLLM holds only a part of it, or parts of it twice"
     stride: list[int | None] = [None] * len(shape)
     for copy in copies:
         if not _solve_strides(shape, copy, stride):
-            return "vLLM stores its elements in another order than the checkpoint"
+            return IN_ANOTHER_ORDER
     known = _fill_unit_dims(shape, stride)
     starts = {c.dst_offset - _dst_distance(shape, known, c.src_offset) for c in copies}
     if len(starts) != 1:
-        return "vLLM stores its elements in another order than the checkpoint"
+        return IN_ANOTHER_ORDER
     return View(tensor, list(shape), known, starts.pop() - int(parameters[tensor].storage_offset()))
 
 
-def _contiguous_stride(shape: tuple[int, ...]) -> list[int]:
+def contiguous_stride(shape: tuple[int, ...]) -> list[int]:
     stride = [1] * len(shape)
     for i in range(len(shape) - 2, -1, -1):
         stride[i] = stride[i + 1] * shape[i + 1]
@@ -249,7 +260,7 @@ def _contiguous_stride(shape: tuple[int, ...]) -> list[int]:
 
 def _solve_strides(shape: tuple[int, ...], copy: Copy, stride: list[int | None]) -> bool:
     """Fills `stride` (of the view, per checkpoint dimension) with what `copy` tells; False: contradiction."""
-    source = _contiguous_stride(shape)
+    source = contiguous_stride(shape)
     for size, src, dst in zip(copy.shape, copy.src_stride, copy.dst_stride, strict=True):
         if size == 1:
             continue
@@ -282,13 +293,13 @@ def _fill_unit_dims(shape: tuple[int, ...], stride: list[int | None]) -> list[in
 def _dst_distance(shape: tuple[int, ...], stride: list[int], src_offset: int) -> int:
     """How far from the view's start the element with flat checkpoint index `src_offset` lies."""
     distance = 0
-    for extent, step in zip(_contiguous_stride(shape), stride, strict=True):
+    for extent, step in zip(contiguous_stride(shape), stride, strict=True):
         index, src_offset = divmod(src_offset, extent)
         distance += index * step
     return distance
 
 
-def _product(shape: tuple[int, ...]) -> int:
+def product(shape: tuple[int, ...]) -> int:
     result = 1
     for size in shape:
         result *= size

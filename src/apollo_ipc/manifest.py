@@ -48,6 +48,23 @@ class View(msgspec.Struct, frozen=True):
     offset: int  # in elements from the shared tensor's first element
 
 
+class Piece(msgspec.Struct, frozen=True):
+    """A box of one checkpoint tensor, and where its elements lie in a shared tensor of this rank."""
+
+    tensor: str  # vLLM's parameter name, key of Manifest.tensors
+    start: list[int]  # the box's first index along each dimension of the checkpoint tensor
+    shape: list[int]  # the box's size along each
+    stride: list[int]  # in elements of the shared tensor's dtype; 0 where the size is 1
+    offset: int  # in elements from the shared tensor's first element
+
+
+class Pieces(msgspec.Struct, frozen=True):
+    """What one rank holds of a checkpoint tensor; the ranks' pieces together are all of it, some twice."""
+
+    shape: list[int]  # the checkpoint tensor's
+    pieces: list[Piece]
+
+
 class Refusal(msgspec.Struct, frozen=True):
     """Something that cannot be shared, and why in words that a user understands."""
 
@@ -79,7 +96,7 @@ class Serving(msgspec.Struct, frozen=True):
 
 class Manifest(msgspec.Struct, frozen=True):
     format: int
-    boot_id: str  # new at every start of vLLM
+    boot_id: str  # new at every start of vLLM, one for all its ranks
     pid: int  # the process that owns the memory
     pid_start_ticks: int  # field 22 of /proc/PID/stat: tells a reused pid from the exporter
     rank: int
@@ -97,6 +114,8 @@ class Manifest(msgspec.Struct, frozen=True):
     views: dict[str, View]  # checkpoint tensor name -> view
     refused: list[Refusal]
     serving: Serving = Serving()
+    # Where world_size > 1, in place of views: checkpoint tensor name -> what this rank holds of it.
+    pieces: dict[str, Pieces] = {}
 
 
 def manifest_path(runtime_dir: Path, rank: int = 0) -> Path:
