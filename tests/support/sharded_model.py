@@ -14,14 +14,14 @@ import msgspec
 import torch
 from apollo_router.memory import share_cpu
 from apollo_router.pieces import derive_pieces
-from apollo_router.views import record_loading
+from apollo_router.views import derive_views, record_loading
 from safetensors.torch import load_file
 from served_model import make_manifest, merged_name
 from torch import nn
 from transformers import AutoConfig
 
 from apollo_ipc.checkpoint.shards import shard_index
-from apollo_ipc.manifest import Manifest
+from apollo_ipc.manifest import Manifest, Pieces, View
 
 Box = tuple[slice, ...]
 ROWS = {
@@ -128,10 +128,15 @@ class ServedRank(nn.Module):
         """Moves its tensors into memory that others may map."""
         recording = record_loading(self, shard_index(model_dir))
         parameters = dict(self.named_parameters())
-        pieces, refused = derive_pieces(recording, parameters)
+        views: dict[str, View] = {}
+        pieces: dict[str, Pieces] = {}
+        if self.num_ranks == 1:
+            views, refused = derive_views(recording, parameters)
+        else:
+            pieces, refused = derive_pieces(recording, parameters)
         memory = self.__dict__["memory"] = share_cpu(self)
         return msgspec.structs.replace(
-            make_manifest(model_dir, parameters, memory, {}, refused),
+            make_manifest(model_dir, parameters, memory, views, refused),
             rank=self.rank, world_size=self.num_ranks, boot_id=boot_id, pieces=pieces,
         )  # fmt: skip
 

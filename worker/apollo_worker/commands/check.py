@@ -178,11 +178,11 @@ def _rounded(live: LiveModel) -> list[str]:
 def _measure(trainer: Trainer, server: VllmServer, prompts: torch.Tensor) -> Agreement:
     """prompts: (B, S) int64."""
     rows = prompts.tolist()
-    return agreement(
-        served=torch.tensor([prompt_logprobs(server.url, server.model_name, row) for row in rows]),
-        own=torch.stack([trainer.logprobs(row) for row in rows]),
-        reference=logprobs_in_fp32(trainer.live.model, trainer.head, prompts),
-    )
+    served = torch.tensor([prompt_logprobs(server.url, server.model_name, row) for row in rows])
+    own = torch.stack([trainer.logprobs(row) for row in rows])
+    with trainer.live.weights_of(trainer.head.layer if trainer.head else None):
+        reference = logprobs_in_fp32(trainer.live.model, trainer.head, prompts)
+    return agreement(served=served, own=own, reference=reference)
 
 
 def main(arguments: list[str] | None = None) -> int:

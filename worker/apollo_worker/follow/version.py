@@ -9,7 +9,6 @@ from pathlib import Path
 import msgspec
 import torch
 import xxhash
-from torch import Tensor
 
 from apollo_ipc.checkpoint import delta as codec
 from apollo_ipc.checkpoint.record import Commit, Version
@@ -19,6 +18,7 @@ from apollo_ipc.errors import ApolloError, CheckpointError
 from apollo_worker.follow.route import Frame, Route, frames_of, route
 from apollo_worker.follow.source import Source
 from apollo_worker.model.host_buffer import DTYPE_NAMES, as_bytes
+from apollo_worker.model.live_tensor import LiveTensor, whole, write
 
 
 class Cannot(ApolloError):
@@ -73,14 +73,14 @@ class Frames:
 
 
 class Follows:
-    """The live tensors (checkpoint name -> view, any strides) and how the source's versions come into them.
+    """The live tensors (by checkpoint name) and how the source's versions come into them.
 
     digests: of each live tensor's bytes as they are; a follower that was killed while it wrote finds
     tensors that no version knows, and fetches them whole.
     """
 
     def __init__(
-        self, source: Source, live: Mapping[str, Tensor], frames: Frames, on_progress: Callable[[], None]
+        self, source: Source, live: Mapping[str, LiveTensor], frames: Frames, on_progress: Callable[[], None]
     ):
         self._source, self._live, self._frames = source, live, frames
         self._on_progress = on_progress
@@ -130,7 +130,7 @@ class Follows:
             if digest_of(tensor) != target:  # of tied tensors the other name was written already
                 data = self._bytes(name, way)
                 self._prove(data, name, target)
-                tensor.copy_(torch.frombuffer(data, dtype=tensor.dtype).view(tensor.shape))
+                write(tensor, torch.frombuffer(data, dtype=tensor.dtype).view(tensor.shape))
             self.digests[name] = target
             self._on_progress()
         used = [step.frame for way in routes.values() for step in way.steps]
@@ -173,10 +173,10 @@ class Follows:
             )
 
 
-def bytes_of(tensor: Tensor) -> bytearray:
+def bytes_of(tensor: LiveTensor) -> bytearray:
     """A copy, in the checkpoint's order."""
-    return bytearray(as_bytes(tensor.detach().cpu().contiguous().flatten()))
+    return bytearray(as_bytes(whole(tensor).cpu().contiguous().flatten()))
 
 
-def digest_of(tensor: Tensor) -> str:
+def digest_of(tensor: LiveTensor) -> str:
     return xxhash.xxh3_128_hexdigest(bytes_of(tensor))

@@ -10,6 +10,7 @@ import torch
 
 from apollo_ipc.checkpoint.shards import ShardTensor, reading, shard_index
 from apollo_worker.model.host_buffer import HostBuffer, as_bytes, as_integers, one_thread, torch_dtype
+from apollo_worker.model.live_tensor import LiveTensor, agrees, whole
 
 
 class CompareResult(msgspec.Struct, frozen=True):
@@ -25,20 +26,22 @@ class CompareResult(msgspec.Struct, frozen=True):
 
 
 def compare(
-    model_dir: Path, tensors: Mapping[str, torch.Tensor], on_progress: Callable[[], None] = lambda: None
+    model_dir: Path, tensors: Mapping[str, LiveTensor], on_progress: Callable[[], None] = lambda: None
 ) -> CompareResult:
     """Live views against the shards on disk, bit for bit, after the cast that loading does.
 
-    A view that is fp32 where the shard is bf16 is equal when it is exactly the shard's values. Raises
+    A view that is fp32 where the shard is bf16 is equal when it is exactly the shard's values; what several
+    ranks hold, where each of them does. Raises
     CheckpointError for a directory or dtype that cannot be read. on_progress: called after each tensor.
     """
     index = shard_index(model_dir)
-    mapped = {name: tensor.detach() for name, tensor in tensors.items() if name in index}
+    mapped = {name: tensor for name, tensor in tensors.items() if name in index}
     host = HostBuffer(pinned=any(tensor.is_cuda for tensor in mapped.values()))
     with one_thread():
         different = []
         for name, live in mapped.items():
-            if not _equals_shard(model_dir, live, index[name], host):
+            tensor = whole(live)
+            if not (_equals_shard(model_dir, tensor, index[name], host) and agrees(live, tensor)):
                 different.append(name)
             on_progress()
     return CompareResult(

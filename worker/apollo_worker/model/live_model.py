@@ -8,11 +8,13 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from torch import nn
 from transformers import PreTrainedModel
 
 from apollo_ipc.checkpoint.shards import shard_index
@@ -27,8 +29,17 @@ from apollo_worker.model.hf_model import (
     parameter_names,
 )
 from apollo_worker.model.host_buffer import DTYPES
+from apollo_worker.model.live_tensor import LiveTensor, Pieced, place
 from apollo_worker.model.mapping import Exporter, Transport, map_views, open_transport
-from apollo_worker.model.merged import Merged, groups_of, merge_in_own_memory, merged_parameters
+from apollo_worker.model.merged import (
+    Merged,
+    groups_of,
+    merge_in_own_memory,
+    merged_parameters,
+    merged_pieces,
+)
+from apollo_worker.model.on_use import GatherOnUse
+from apollo_worker.model.pieces import map_pieces, missing_parts
 
 log = logging.getLogger(__name__)
 _SHARD_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -40,19 +51,21 @@ class LiveModel:
 
     tensors: checkpoint name -> live tensor; names: parameter -> checkpoint name; parts: parameter that
     transformers merges in loading -> the checkpoint tensors in it.
-    exporter and transport are None offline, where the memory is our own. copies: checkpoint tensor that
-    repeats a tied one (a redundant lm_head) -> the one that it repeats.
+    exporter is None, and there are no transports (one a rank), offline, where the memory is our own. copies:
+    checkpoint tensor that repeats a tied one (a redundant lm_head) -> the one that it repeats. gathering:
+    where several ranks hold pieces; None where each parameter is a view.
     """
 
     model: PreTrainedModel
     model_dir: Path
-    tensors: dict[str, torch.Tensor]
+    tensors: dict[str, LiveTensor]
     names: dict[str, str]
     boot_id: str
     exporter: Exporter | None = None
-    transport: Transport | None = None
+    transports: list[Transport] = dataclasses.field(default_factory=list)
     copies: dict[str, str] = dataclasses.field(default_factory=dict)
     parts: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    gathering: GatherOnUse | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -70,7 +83,22 @@ class LiveModel:
         """Whether that process has ended, or does so within `wait_s`."""
         return self.exporter is not None and not self.exporter.is_alive(wait_s)
 
-    def trained_tensors(self) -> dict[str, torch.Tensor]:
+    def weights_of(self, module: nn.Module | None) -> AbstractContextManager[None]:
+        """For the block this module's own parameters may be read without calling it."""
+        if module is None or self.gathering is None:
+            return nullcontext()
+        return self.gathering.weights_of(module)
+
+    def forgetting(self) -> AbstractContextManager[None]:
+        """Around a forward pass that has a backward pass, which then holds no gathered weights."""
+        return nullcontext() if self.gathering is None else self.gathering.forgetting()
+
+    def forget(self, *parameters: torch.Tensor) -> None:
+        """Lets go of what a backward pass has gathered of these, or of all, and no update will use."""
+        if self.gathering is not None:
+            self.gathering.forget(*parameters)
+
+    def trained_tensors(self) -> dict[str, LiveTensor]:
         """Checkpoint name -> live tensor, of the parameters that this model has.
 
         A tied tensor under each of its names: a checkpoint that holds a copy of it would else keep the old
@@ -103,55 +131,68 @@ class LiveModel:
                 hooks.clear()
             del parameter, hooks
         del self.model
+        if self.gathering is not None:
+            self.gathering.close()
+        for tensor in self.tensors.values():
+            if isinstance(tensor, Pieced):
+                tensor.parts.clear()
         self.tensors.clear()
         gc.collect()
-        if self.transport is not None:
-            self.transport.close()
+        for transport in self.transports:
+            transport.close()
         if self.exporter is not None:
             self.exporter.close()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
 
-def attach(manifest: Manifest, *, verify: bool, on_progress: Callable[[], None] = lambda: None) -> LiveModel:
-    """Maps the weights that the manifest describes into a model of transformers, all of them.
+def attach(*manifests: Manifest, verify: bool, on_progress: Callable[[], None] = lambda: None) -> LiveModel:
+    """Maps the weights that the manifests (one a rank of vLLM) describe into a model of transformers, all of
+    them.
 
     verify: compare every view bit for bit with the checkpoint on disk (at the first attach to this vLLM).
     Raises AttachError, with nothing left mapped, that names each parameter in the way.
     """
-    if blocking := [r for r in manifest.refused if r.blocks]:
-        raise AttachError(
-            "this vLLM cannot be trained live: " + "; ".join(f"{r.name}: {r.reason}" for r in blocking[:5]),
-            refused=[f"{r.name}: {r.reason}" for r in blocking],
-        )
-    exporter = Exporter(manifest)
-    transport = None
+    refused = dict.fromkeys((r.name, r.reason) for m in manifests for r in m.refused if r.blocks)
+    if blocking := [f"{name}: {reason}" for name, reason in refused]:
+        raise AttachError("this vLLM cannot be trained live: " + "; ".join(blocking[:5]), refused=blocking)
+    exporter = Exporter(*manifests)
+    transports: list[Transport] = []
     try:
-        transport = open_transport(manifest)
-        live = _build(manifest, transport, exporter)
+        for manifest in manifests:
+            transports.append(open_transport(manifest))
+        live = _build(manifests, transports, exporter)
         if not exporter.is_alive():  # else the pid was the exporter's all the time, and so is what we mapped
             raise AttachError("vLLM ended while the worker was attaching; waiting for the next one")
         if verify:
             check_equal(live, on_progress)
         return live
     except BaseException:
-        if transport is not None:
+        for transport in transports:
             transport.close()
         exporter.close()
         raise
 
 
-def _build(manifest: Manifest, transport: Transport, exporter: Exporter) -> LiveModel:
-    model_dir = Path(manifest.model_path)
+def _build(manifests: Sequence[Manifest], transports: list[Transport], exporter: Exporter) -> LiveModel:
+    first = manifests[0]
+    model_dir = Path(first.model_path)
     if not model_dir.is_dir():
         raise AttachError(f"the manifest's model directory {model_dir} is not visible to the worker")
-    tensors = map_views(manifest, transport)
-    model = build_model(model_dir, getattr(torch, manifest.dtype))
-    names, missing = checkpoint_names(model, set(tensors))
-    merged = merged_parameters(model, tensors, missing)
+    model = build_model(model_dir, getattr(torch, first.dtype))
+    tensors: dict[str, LiveTensor] = {}
+    if first.world_size == 1:
+        tensors |= (views := map_views(first, transports[0]))
+        names, missing = checkpoint_names(model, set(views))
+        merged = merged_parameters(model, views, missing)
+    else:
+        tensors |= (pieces := map_pieces(manifests, transports))
+        names, missing = checkpoint_names(model, set(pieces))
+        merged = merged_pieces(model, pieces, missing)
     if missing := [name for name in missing if name not in merged]:
-        reasons = {r.name: r.reason for r in manifest.refused}
-        of_tensor = {name: reasons[v.tensor] for name, v in manifest.views.items() if v.tensor in reasons}
+        reasons = {r.name: r.reason for manifest in manifests for r in manifest.refused}
+        of_tensor = {name: reasons[v.tensor] for name, v in first.views.items() if v.tensor in reasons}
+        of_tensor |= missing_parts(manifests)
         apart = {own: _why_apart(group.names) for own, group in groups_of(model, set(tensors)).items()}
         reasons = apart | of_tensor | reasons
         refused = [f"{name}: {_why(name, reasons)}" for name in missing]
@@ -161,26 +202,33 @@ def _build(manifest: Manifest, transport: Transport, exporter: Exporter) -> Live
             + "; ".join(refused[:5]),
             refused=refused,
         )
-    _fill(model, tensors, names, merged)
-    fill_buffers(model, model_dir, transport.device)
+    gathering = _fill(model, tensors, names, merged)
+    fill_buffers(model, model_dir, transports[0].device)
     model.eval()
     copies = tied_copies(model, set(shard_index(model_dir)), names)
     for copy, name in copies.items():
-        if copy in tensors and tensors[copy].data_ptr() != tensors[name].data_ptr():
+        if copy in tensors and place(tensors[copy]) != place(tensors[name]):
             raise _untied(copy, name)
     parts = {name: one.sources for name, one in merged.items()}
-    return LiveModel(model, model_dir, tensors, names, manifest.boot_id, exporter, transport, copies, parts)
+    return LiveModel(
+        model, model_dir, tensors, names, first.boot_id, exporter, transports, copies, parts, gathering
+    )
 
 
 def _fill(
     model: PreTrainedModel,
-    tensors: dict[str, torch.Tensor],
+    tensors: Mapping[str, LiveTensor],
     names: dict[str, str],
     merged: dict[str, Merged],
-) -> None:
-    """fill_parameters with the merged ones under names of their own."""
-    own = {f"merged {name}": one.tensor for name, one in merged.items()}
-    fill_parameters(model, tensors | own, names | {name: f"merged {name}" for name in merged})
+) -> GatherOnUse | None:
+    """fill_parameters, with the merged ones under names of their own; what is in pieces is gathered on use."""
+    live = {**tensors, **{f"merged {name}": one.tensor for name, one in merged.items()}}
+    names = names | {name: f"merged {name}" for name in merged}
+    memory = {name: t.placeholder() if isinstance(t, Pieced) else t for name, t in live.items()}
+    fill_parameters(model, memory, names)
+    owners = {model.get_parameter(name): live[names[name]] for name in parameter_names(model)}
+    pieced = {parameter: t for parameter, t in owners.items() if isinstance(t, Pieced)}
+    return GatherOnUse(model, pieced) if pieced else None
 
 
 def tied_copies(model: PreTrainedModel, stored: set[str], names: dict[str, str]) -> dict[str, str]:
@@ -268,4 +316,4 @@ def load_offline(model_dir: Path, device: torch.device | None = None) -> LiveMod
         if not torch.equal(floating.pop(copy), floating[name]):
             raise _untied(copy, name)
     parts = {name: one.sources for name, one in merged.items()}
-    return LiveModel(model, model_dir, floating, names, boot_id="offline", copies=copies, parts=parts)
+    return LiveModel(model, model_dir, {**floating}, names, boot_id="offline", copies=copies, parts=parts)

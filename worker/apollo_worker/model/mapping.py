@@ -15,7 +15,7 @@ import torch
 
 from apollo_ipc import cuda_driver
 from apollo_ipc.errors import AttachError
-from apollo_ipc.manifest import Manifest, Segment, SharedTensor, View, start_ticks
+from apollo_ipc.manifest import Manifest, Segment, View, start_ticks
 
 log = logging.getLogger(__name__)
 
@@ -161,19 +161,16 @@ def map_views(manifest: Manifest, transport: Transport) -> dict[str, torch.Tenso
     segments = [transport.open(segment) for segment in manifest.segments]
     refused = {refusal.name for refusal in manifest.refused}
     return {
-        name: _cut(name, view, _tensor_of(name, view, manifest), segments)
+        name: cut(name, view, manifest, segments)
         for name, view in manifest.views.items()
         if view.tensor in manifest.tensors or view.tensor not in refused
     }
 
 
-def _tensor_of(name: str, view: View, manifest: Manifest) -> SharedTensor:
+def cut(name: str, view: View, manifest: Manifest, segments: list[torch.Tensor]) -> torch.Tensor:
+    """The live elements of `view`. Raises AttachError where it reaches outside of its memory."""
     if (shared := manifest.tensors.get(view.tensor)) is None:
         raise AttachError(f"{name}: the manifest has no tensor {view.tensor!r}", refused=[name])
-    return shared
-
-
-def _cut(name: str, view: View, shared: SharedTensor, segments: list[torch.Tensor]) -> torch.Tensor:
     dtype = getattr(torch, shared.dtype, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise AttachError(f"{name}: dtype {shared.dtype} cannot be trained", refused=[name])
@@ -208,28 +205,29 @@ def _reach(shape: list[int], stride: list[int]) -> int:
 
 
 class Exporter:
-    """The process that owns the weights. Held by a pidfd, which cannot be confused by a reused pid."""
+    """The processes that own the weights, one a rank. Held by pidfds, which no reused pid can confuse."""
 
-    def __init__(self, manifest: Manifest):
-        """Raises AttachError when the manifest is of a process that has ended."""
-        self.pid = manifest.pid
-        try:
-            self._fd = os.pidfd_open(manifest.pid)
-        except OSError as error:
-            raise AttachError(_stale(manifest)) from error
-        if start_ticks(manifest.pid) != manifest.pid_start_ticks or not self.is_alive():
-            os.close(self._fd)
-            raise AttachError(_stale(manifest))
+    def __init__(self, *manifests: Manifest):
+        """Raises AttachError when a manifest is of a process that has ended."""
+        self._fds: list[int] = []
+        for manifest in manifests:
+            try:
+                self._fds.append(os.pidfd_open(manifest.pid))
+            except OSError as error:
+                self.close()
+                raise AttachError(_stale(manifest)) from error
+            if start_ticks(manifest.pid) != manifest.pid_start_ticks or not self.is_alive():
+                self.close()
+                raise AttachError(_stale(manifest))
 
     def is_alive(self, wait_s: float = 0.0) -> bool:
-        """One system call, cheap enough for once a parameter. A killed process is alive until the kernel has
-        torn down its memory; wait_s: how long to wait for that."""
-        return not select.select([self._fd], [], [], wait_s)[0]
+        """Whether all of them are. One system call, cheap enough for once a parameter. A killed process is
+        alive until the kernel has torn down its memory; wait_s: how long to wait for that."""
+        return not select.select(self._fds, [], [], wait_s)[0]
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        while self._fds:
+            os.close(self._fds.pop())
 
 
 def _stale(manifest: Manifest) -> str:

@@ -19,12 +19,13 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, dot_natural_key, revert_weight_conversion
 
 from apollo_worker.model.hf_model import NameRules
+from apollo_worker.model.live_tensor import LiveTensor, Pieced
 
 
 class Merged(NamedTuple):
-    """tensor: a parameter's; sources: the checkpoint tensors that lie in it, or that it is a part of."""
+    """tensor: the parameter's; sources: the checkpoint tensors that lie in it, or that it is a part of."""
 
-    tensor: Tensor
+    tensor: LiveTensor
     sources: list[str]
 
 
@@ -78,17 +79,47 @@ def merge_in_own_memory(model: PreTrainedModel, tensors: dict[str, Tensor], miss
         if own not in missing or any(tensors[name].dtype != first.dtype for name in group.names):
             continue
         whole = torch.empty(model.get_parameter(own).shape, dtype=first.dtype, device=first.device)
-        try:
-            with AsViews():
-                cut = revert_weight_conversion(model, {own: whole})
-        except NotOneView:
-            continue
-        # By order: a checkpoint's names may have a prefix that the way back does not know.
-        places = [cut[name] for name in sorted(cut, key=dot_natural_key)]
-        if [place.shape for place in places] != [tensors[name].shape for name in group.names]:
-            continue
-        for name, place in zip(group.names, places, strict=True):
+        for name, place in _cut_out(model, own, group, whole, tensors).items():
             tensors[name] = place.copy_(tensors[name])
+
+
+def merged_pieces(
+    model: PreTrainedModel, tensors: Mapping[str, Pieced], missing: list[str]
+) -> dict[str, Merged]:
+    """Those of the parameters `missing` of which `tensors` (checkpoint name -> its pieces) are parts: their
+    own pieces. By transformers' way back, like `merge_in_own_memory`, on the meta device."""
+    found: dict[str, Merged] = {}
+    for own, group in groups_of(model, set(tensors)).items():
+        dtype = tensors[group.names[0]].dtype
+        if own not in missing or any(tensors[name].dtype != dtype for name in group.names):
+            continue
+        whole = torch.empty(model.get_parameter(own).shape, dtype=dtype, device="meta")
+        cut = _cut_out(model, own, group, whole, tensors)
+        if cut and all(_is_view_of(whole, place) for place in cut.values()):
+            parts = [part for name, place in cut.items() for part in tensors[name].parts_within(place)]
+            found[own] = Merged(Pieced(whole.shape, parts), group.names)
+    return found
+
+
+def _cut_out(
+    model: PreTrainedModel, own: str, group: Group, whole: Tensor, tensors: Mapping[str, LiveTensor]
+) -> dict[str, Tensor]:
+    """The group's checkpoint tensors as transformers cuts them out of the parameter `own` (its memory:
+    `whole`); empty where it does not."""
+    try:
+        with AsViews():
+            cut = revert_weight_conversion(model, {own: whole})
+    except NotOneView:
+        return {}
+    # By order: a checkpoint's names may have a prefix that the way back does not know.
+    places = [cut[name] for name in sorted(cut, key=dot_natural_key)]
+    if [place.shape for place in places] != [tensors[name].shape for name in group.names]:
+        return {}
+    return dict(zip(group.names, places, strict=True))
+
+
+def _is_view_of(whole: Tensor, place: Tensor) -> bool:
+    return place.untyped_storage()._cdata == whole.untyped_storage()._cdata
 
 
 def _as_views(

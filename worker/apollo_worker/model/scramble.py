@@ -8,11 +8,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from apollo_worker.model.live_tensor import LiveTensor, opened, place
+
 ELEMENTS = 2**24  # made at a time
 
 
 @torch.no_grad()
-def scramble(tensors: Mapping[str, Tensor]) -> None:
+def scramble(tensors: Mapping[str, LiveTensor]) -> None:
     """Matrices become random with a gain of 1, norms 1 up to sign and a quarter, biases random, in place.
 
     No part of a tensor keeps its values, each layer matters about as much as any other, and roundings do not
@@ -20,19 +22,24 @@ def scramble(tensors: Mapping[str, Tensor]) -> None:
     whose own values were shuffled roundings hide everything. The same for the same names and shapes.
     """
     done = set()
-    for name, tensor in tensors.items():
-        if tensor.data_ptr() in done:  # tied, under another name
+    for name, live in tensors.items():
+        if place(live) in done:  # tied, under another name
             continue
-        done.add(tensor.data_ptr())
-        seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")
-        generator = torch.Generator(tensor.device).manual_seed(seed)
-        if tensor.dim() == 1:
-            tensor.copy_(_other_vector(name, tensor, generator))
-            continue
-        rows_at_once = max(1, ELEMENTS * len(tensor) // tensor.numel())
-        for rows in tensor.split(rows_at_once):
-            noise = torch.randn(rows.shape, generator=generator, device=tensor.device)
-            rows.copy_(noise * _gain(tensor) * tensor.shape[-1] ** -0.5)
+        done.add(place(live))
+        with opened(live) as tensor:
+            _scramble(name, tensor)
+
+
+def _scramble(name: str, tensor: Tensor) -> None:
+    seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")
+    generator = torch.Generator(tensor.device).manual_seed(seed)
+    if tensor.dim() == 1:
+        tensor.copy_(_other_vector(name, tensor, generator))
+        return
+    rows_at_once = max(1, ELEMENTS * len(tensor) // tensor.numel())
+    for rows in tensor.split(rows_at_once):
+        noise = torch.randn(rows.shape, generator=generator, device=tensor.device)
+        rows.copy_(noise * _gain(tensor) * tensor.shape[-1] ** -0.5)
 
 
 def _gain(matrix: Tensor) -> float:

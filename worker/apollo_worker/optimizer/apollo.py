@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -43,6 +44,8 @@ class Apollo(torch.optim.Optimizer):
     backend: None for the fastest that runs here; "torch" for the plain one.
     grid_dtypes: name -> dtype in which the checkpoint keeps it, where that is coarser than its storage.
     before_write: called before each parameter is touched; what it raises stops the write.
+    lent: parameter -> its weight, contiguous, for the time of its update, where it has no memory of its own;
+    None: every parameter's own memory is updated.
     `lr` and `weight_decay` (of `param_groups[0]` too) may be set between steps.
 
     Raises UserError with the name of the argument or parameter.
@@ -68,6 +71,7 @@ class Apollo(torch.optim.Optimizer):
         backend: str | None = None,
         before_write: Callable[[], None] | None = None,
         stacks: Collection[str] = (),
+        lent: Callable[[Tensor], AbstractContextManager[Tensor]] | None = None,
     ):
         named = list(named_parameters)
         _check_hyperparameters(
@@ -90,7 +94,7 @@ class Apollo(torch.optim.Optimizer):
         self._bad_updates = torch.zeros((), dtype=torch.int64, device=named[0][1].device)
         self._backends: dict[str, Backend[Any]] = {}  # by kind of device
         self._backend_name, self._before_write = backend, before_write
-        self._stacks = set(stacks)
+        self._stacks, self._lent = set(stacks), lent
         for name, param in named:
             self.state[param] = self._new_state(name, param)
 
@@ -184,9 +188,14 @@ class Apollo(torch.optim.Optimizer):
         if self._before_write is not None:
             self._before_write()
         backend, state = self._backend(param), self.state[param]
-        if draw is None:
-            return backend.adam(param.data, grad, state, hyper)
-        return backend.apollo(param.data, grad, state, backend.sketch(draw), hyper)
+        with nullcontext(param.data) if self._lent is None else self._lent(param) as weight:
+            if draw is None:
+                written = backend.adam(weight, grad, state, hyper)
+            else:
+                written = backend.apollo(weight, grad, state, backend.sketch(draw), hyper)
+        if self._lent is not None:
+            backend.let_go(state)
+        return written
 
     @torch.no_grad()
     def _note(self, written: list[Written]) -> None:

@@ -78,6 +78,11 @@ class NumbaBackend:
     def drop(self) -> None:
         self._held = []
 
+    def let_go(self, state: State) -> None:
+        _, experts = self._experts.get(id(state), (state, []))
+        for one in (state, *experts):
+            self._arrays.pop(id(one), None)
+
     def warm_up(self, dtype: torch.dtype, draw: Draw | None, hyper: Hyper) -> None:
         """By steps on small weights of its own. Some seconds once, then numba has the kernels on disk."""
         compensation = hyper.grid if hyper.rounding == "kahan" else None

@@ -90,6 +90,10 @@ class Backend(Protocol[Drawn]):
         """Forgets what was kept."""
         ...
 
+    def let_go(self, state: State) -> None:
+        """Of the weight that was updated with this state, nothing is held any more: it was lent."""
+        ...
+
     def warm_up(self, dtype: torch.dtype, draw: Draw | None, hyper: Hyper) -> None:
         """Compiles what runs on weights of this dtype, where the first step would wait for that. draw, hyper:
         like those of the steps to come; without a draw Adam's. Nothing of theirs is changed."""
@@ -106,6 +110,9 @@ class AtOnce:
         return []
 
     def drop(self) -> None:
+        pass
+
+    def let_go(self, state: State) -> None:
         pass
 
 

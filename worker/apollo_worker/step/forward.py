@@ -100,7 +100,8 @@ class Forward:
             return loss_of_logits(*self._own_logits(batch), **terms, is_mean=False)
         hidden, targets = gather_targets(self._hidden(batch), batch.labels)
         layer, options = self.head.layer, self.head.options(self._chunk_tokens)
-        return target_loss(hidden, layer.weight, layer.bias, targets, **terms, is_mean=False, **options)
+        with self.live.weights_of(layer):
+            return target_loss(hidden, layer.weight, layer.bias, targets, **terms, is_mean=False, **options)
 
     @torch.no_grad()
     def logprobs(self, batch: Batch) -> Tensor:
@@ -110,7 +111,8 @@ class Forward:
             return logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
         hidden, targets = gather_targets(self._hidden(batch), batch.labels)
         layer, options = self.head.layer, self.head.options(self._chunk_tokens)
-        return token_logprobs(hidden, layer.weight, layer.bias, targets, **options)
+        with self.live.weights_of(layer):
+            return token_logprobs(hidden, layer.weight, layer.bias, targets, **options)
 
     def hidden(self, ids: Tensor) -> Tensor:
         """(B, S, H): the base model's last hidden states."""

@@ -142,6 +142,7 @@ class Trainer:
             self._drop_gradients()
             raise
         finally:
+            self.live.forget()
             for parameter in frozen:
                 parameter.requires_grad_(True)
         # Waits for the device, so that the step's last write is done when this returns.
@@ -153,7 +154,8 @@ class Trainer:
         require_vllm(self.live)
         started, batch = time.perf_counter(), self.forward.batch_of(rows, layout)
         with torch.enable_grad():
-            loss = self.forward.loss(batch)
+            with self.live.forgetting():
+                loss = self.forward.loss(batch)
             value = float(loss.detach())  # waits for the device
             self._forward_s += time.perf_counter() - started
             if math.isfinite(value):
@@ -179,6 +181,7 @@ class Trainer:
     def _take_gradient(self, parameter: Tensor) -> None:
         if not self._is_last:
             self._sum.add(parameter)
+            self.live.forget(parameter)
             return
         self._sum.give_back(parameter)
         self.optimizer.update_parameter(parameter)
@@ -312,4 +315,5 @@ def make_optimizer(live: LiveModel, options: Train, rank: int) -> Apollo:
         grid_dtypes=live.grid_dtypes(),
         before_write=partial(require_vllm, live),
         stacks=expert_stacks(live.model),
+        lent=live.gathering.opened if live.gathering else None,
     )

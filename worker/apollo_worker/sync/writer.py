@@ -35,6 +35,7 @@ from apollo_worker.model.host_buffer import (
     stored_blocks,
     torch_dtype,
 )
+from apollo_worker.model.live_tensor import LiveTensor, place, whole
 from apollo_worker.sync.copy_out import Arenas, CopyOut, budget_for
 from apollo_worker.sync.optimizer_file import OptimizerFile
 from apollo_worker.sync.sync_task import KnownDigests, RunningSync, SyncTask, Todo
@@ -48,7 +49,7 @@ Optimizer = tuple[Mapping[str, torch.Tensor], dict[str, Any]]  # tensors, JSON-a
 class CheckpointWriter:
     """Syncs `tensors` (checkpoint tensor name -> live view) into the shards of `model_dir`.
 
-    A view may lie on any device, have any strides, and have another dtype than its tensor in the shard.
+    A view may lie on any device, have any strides, be in pieces, and have another dtype than in the shard.
     Tensors that are only in the shards (vision tower, MTP) stay as they are. num_kept: how many older
     versions stay restorable; max_abs_limit: a live weight beyond it refuses a sync (0: none does).
 
@@ -59,7 +60,7 @@ class CheckpointWriter:
     def __init__(
         self,
         model_dir: Path,
-        tensors: Mapping[str, torch.Tensor],
+        tensors: Mapping[str, LiveTensor],
         *,
         disk: Disk = DISK,
         lock_wait_s: float = LOCK_WAIT_S,
@@ -72,7 +73,7 @@ class CheckpointWriter:
         self._num_kept = num_kept
         self._max_abs_limit = max_abs_limit
         index = shard_index(model_dir)
-        self._live = {name: tensor.detach() for name, tensor in tensors.items() if name in index}
+        self._live = {name: tensor for name, tensor in tensors.items() if name in index}
         _check_all_kept(model_dir, tensors, self._live)
         _check_fit(model_dir, self._live, index)
         self._host = HostBuffer(pinned=any(tensor.is_cuda for tensor in self._live.values()))
@@ -218,11 +219,11 @@ class CheckpointWriter:
     def _live_digest(self, tensor: ShardTensor, dtype: torch.dtype) -> str:
         # Not looked at for NaN: bytes that are the committed ones were looked at when they were, and
         # what differs is looked at when it is copied. So an unchanged tensor costs one read.
-        return _digest(self._host.blocks(self._live[tensor.name], dtype))
+        return _digest(self._host.blocks(whole(self._live[tensor.name]), dtype))
 
     def _checked_blocks(self, tensor: ShardTensor) -> Iterator[torch.Tensor]:
         """Raises CheckpointError at a weight that no checkpoint may hold."""
-        for block in self._host.blocks(self._live[tensor.name], DTYPES[tensor.dtype]):
+        for block in self._host.blocks(whole(self._live[tensor.name]), DTYPES[tensor.dtype]):
             largest = max_abs(block)
             if not math.isfinite(largest):
                 raise CheckpointError(
@@ -251,21 +252,17 @@ def _digest(blocks: Iterator[torch.Tensor]) -> str:
 
 
 def _check_all_kept(
-    model_dir: Path, tensors: Mapping[str, torch.Tensor], kept: Mapping[str, torch.Tensor]
+    model_dir: Path, tensors: Mapping[str, LiveTensor], kept: Mapping[str, LiveTensor]
 ) -> None:
-    places = {_place(tensor) for tensor in kept.values()}
-    lost = [name for name, tensor in tensors.items() if name not in kept and _place(tensor) not in places]
+    places = {place(tensor) for tensor in kept.values()}
+    lost = [name for name, tensor in tensors.items() if name not in kept and place(tensor) not in places]
     if lost:
         raise CheckpointError(
             f"{model_dir}: no shard has a place for {', '.join(sorted(lost))}: what they learn would be lost"
         )
 
 
-def _place(tensor: torch.Tensor) -> tuple:
-    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
-
-
-def _check_fit(model_dir: Path, live: Mapping[str, torch.Tensor], index: Mapping[str, ShardTensor]) -> None:
+def _check_fit(model_dir: Path, live: Mapping[str, LiveTensor], index: Mapping[str, ShardTensor]) -> None:
     for name, tensor in live.items():
         if name not in index:
             raise CheckpointError(f"{model_dir}: {name!r} is in no shard any more; did the files change?")

@@ -24,6 +24,7 @@ from apollo_ipc.wire.replies import JobInfo
 from apollo_worker.jobs.queue import JobQueue
 from apollo_worker.link.status_board import StatusBoard
 from apollo_worker.model.live_model import LiveModel
+from apollo_worker.model.live_tensor import Pieced, opened, write
 from apollo_worker.trainer.step_marks import LastStep, LiveState, StepMarks, write_state
 from apollo_worker.trainer.tally import note_torn_step
 
@@ -75,6 +76,7 @@ class Recovery:
                 "step %d of job %s was cut off; going on with the weights as they are (on_torn_step)",
                 *(last.begun, last.job_id),
             )
+            make_one(live)
             self.set_version(live, self._board.state.weight_version + 1)
             self._tell_mended(last, job, "accepted")
             self.marks.clear(last.num_steps)
@@ -163,8 +165,16 @@ def copy_shards_into(live: LiveModel, on_progress: Callable[[], None] = lambda: 
     for name, tensor in live.trained_tensors().items():
         if name in index:
             with safe_open(live.model_dir / index[name].shard, "pt") as shard:
-                tensor.copy_(shard.get_tensor(name))
+                write(tensor, shard.get_tensor(name))
             on_progress()
+
+
+def make_one(live: LiveModel) -> None:
+    """What several ranks hold becomes the same in each, where a write into them was cut off in between."""
+    for tensor in live.trained_tensors().values():
+        if isinstance(tensor, Pieced):
+            with opened(tensor):
+                pass
 
 
 def num_steps_of(commit: Commit | None) -> int:
