@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from apollo_ipc.errors import AttachError
+from apollo_ipc.errors import AttachError, NotReady
 from apollo_ipc.sealed import Damaged, seal, unseal
 
 MANIFEST_FORMAT = 1
@@ -171,6 +171,26 @@ def read_manifest(runtime_dir: Path, rank: int = 0) -> Manifest | None:
     if manifest.format != MANIFEST_FORMAT:
         raise AttachError(f"{path}: format {manifest.format}, this worker reads {MANIFEST_FORMAT}")
     return manifest
+
+
+def read_ranks(runtime_dir: Path) -> list[Manifest]:
+    """The manifests of all ranks of one vLLM, in their order; empty where it has not written the first yet.
+
+    Raises AttachError like read_manifest, and NotReady while a rank's is missing or of another boot.
+    """
+    first = read_manifest(runtime_dir)
+    if first is None:
+        return []
+    found = [first]
+    for rank in range(1, first.world_size):
+        manifest = read_manifest(runtime_dir, rank)
+        if manifest is None or manifest.boot_id != first.boot_id:
+            raise NotReady(
+                f"vLLM has {first.world_size} ranks, and rank {rank} has not shared its weights yet; its log "
+                "says why where it stays so"
+            )
+        found.append(manifest)
+    return found
 
 
 def start_ticks(pid: int) -> int | None:

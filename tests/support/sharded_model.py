@@ -6,8 +6,12 @@ bands of a gated delta net) and layers/fused_moe/layer.py (w13, w2; experts whol
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import re
+import signal
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -21,7 +25,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from apollo_ipc.checkpoint.shards import shard_index
-from apollo_ipc.manifest import Manifest, Pieces, View
+from apollo_ipc.manifest import Manifest, Pieces, View, write_manifest
 
 Box = tuple[slice, ...]
 ROWS = {
@@ -151,3 +155,69 @@ class ServedRanks:
         ]
         boot_id = uuid.uuid4().hex
         self.manifests = [model.share(model_dir, boot_id) for model in self.models]
+
+    def close(self) -> None:
+        """Lets go of the memory."""
+        for model in self.models:
+            for parameter in model.parameters():
+                parameter.data = torch.empty(0, dtype=parameter.dtype)
+            model.__dict__["memory"] = None
+
+
+def _serve(connection, model_dir: Path, runtime_dir: Path, rank: int, num_ranks: int, boot_id: str) -> None:
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+    model = ServedRank(model_dir, rank, num_ranks)
+    write_manifest(model.share(model_dir, boot_id), runtime_dir)
+    connection.send("ready")
+    while True:
+        name = connection.recv()
+        held = [(box, place) for box, *place in model._places[name]]
+        connection.send(
+            [
+                (box, model.get_parameter(target.replace(".", "/")).data[at].float().numpy())
+                for box, (target, at) in held
+            ]
+        )
+
+
+class RankProcesses:
+    """Each rank in a process of its own, as vLLM's workers are; killed at the end of the `with`."""
+
+    def __init__(self, model_dir: Path, runtime_dir: Path, num_ranks: int = 2):
+        self.model_dir, self.runtime_dir, self.boot_id = model_dir, runtime_dir, uuid.uuid4().hex
+        context, self._started = multiprocessing.get_context("fork"), []
+        for rank in range(num_ranks):
+            ours, theirs = context.Pipe()
+            arguments = (theirs, model_dir, runtime_dir, rank, num_ranks, self.boot_id)
+            self._started.append((context.Process(target=_serve, args=arguments, daemon=True), ours))
+
+    def __enter__(self) -> RankProcesses:
+        for rank in range(len(self._started)):
+            self.start(rank)
+        return self
+
+    def start(self, rank: int) -> None:
+        process, connection = self._started[rank]
+        process.start()
+        assert connection.poll(120), "the rank did not start"
+        assert connection.recv() == "ready"
+
+    def __exit__(self, *_: object) -> None:
+        for rank in range(len(self._started)):
+            self.kill(rank)
+
+    def kill(self, rank: int) -> None:
+        process, _ = self._started[rank]
+        if process.pid is not None:
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGKILL)
+            process.join(30)
+
+    def assert_serves(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Every rank's process holds these values."""
+        for _, connection in self._started:
+            for name, tensor in tensors.items():
+                connection.send(name)
+                assert connection.poll(60), "a rank does not answer"
+                for box, values in connection.recv():
+                    assert torch.equal(torch.from_numpy(values), tensor[box].float()), name

@@ -11,6 +11,7 @@ from apollo_worker.front.admission import load
 from apollo_worker.jobs.example import request_digest
 from apollo_worker.jobs.job_plan import JobPlan, plan
 from apollo_worker.link.status_board import StatusBoard
+from apollo_worker.model.live_tensor import whole
 from apollo_worker.trainer.attachment import model_facts
 from apollo_worker.trainer.loop import MainLoop
 
@@ -90,7 +91,8 @@ class Trainer:
         self.worker.syncing.wait()
 
     def live(self) -> dict[str, torch.Tensor]:
-        return {name: t.clone() for name, t in self.worker.attachment.live.trained_tensors().items()}
+        live = self.worker.attachment.require_live()
+        return {name: whole(t).clone() for name, t in live.trained_tensors().items()}
 
     def steps(self) -> set[int]:
         """Of every parameter's optimizer state."""

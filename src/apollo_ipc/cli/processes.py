@@ -30,9 +30,11 @@ def _is_installed(distribution: str) -> bool:
     return True
 
 
-def vllm_environment(config: Config, config_file: Path | None) -> dict[str, str]:
+def vllm_environment(config: Config, config_file: Path | None, num_ranks: int = 1) -> dict[str, str]:
     """vLLM's processes and the worker read the same configuration from it, with `load_config`."""
-    environment = serving.vllm_environment(config.runtime_dir.absolute(), config.state_dir.absolute())
+    environment = serving.vllm_environment(
+        config.runtime_dir.absolute(), config.state_dir.absolute(), num_ranks=num_ranks
+    )
     if config_file is not None:
         environment["APOLLO_CONFIG"] = str(config_file.resolve())
     if config.traffic.directory:  # as it may stand on the command line

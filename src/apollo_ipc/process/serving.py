@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -44,8 +44,19 @@ def serves_on_cpu() -> bool:
     return True
 
 
+def num_ranks(flags: Sequence[str]) -> int:
+    """How many processes hold the weights of a vLLM with these flags; 1 where they do not say a number."""
+    found = 1
+    for at, flag in enumerate(flags):
+        name, _, value = flag.replace("_", "-").partition("=")
+        if name in ("-tp", "--tensor-parallel-size", "-pp", "--pipeline-parallel-size"):
+            value = value or (flags[at + 1] if at + 1 < len(flags) else "")
+            found *= int(value) if value.isdecimal() else 1
+    return found
+
+
 def vllm_environment(
-    runtime_dir: Path, state_dir: Path, environ: Mapping[str, str] | None = None
+    runtime_dir: Path, state_dir: Path, environ: Mapping[str, str] | None = None, num_ranks: int = 1
 ) -> dict[str, str]:
     """The environment in which vLLM loads our plugins and finds our directories."""
     env = dict(os.environ if environ is None else environ)
@@ -61,7 +72,10 @@ def vllm_environment(
         # the core to a trainer in SCHED_IDLE until the next tick, 4 ms later (docs/log.md).
         env.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         # vLLM chooses the number of threads for its model process only where that is one of its own.
-        env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) - 1)))
+        num_threads = (len(os.sched_getaffinity(0)) - 1) // num_ranks
+        env.setdefault("OMP_NUM_THREADS", str(max(1, num_threads)))
+        if num_ranks > 1:  # else it wants a memory node for each (vllm/utils/ompmultiprocessing.py)
+            env.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     return env
 
 
@@ -119,8 +133,9 @@ class VllmServer:
         self.log_file = log_file or base_dir / "vllm.log"
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.env = {**vllm_environment(self.runtime_dir, self.state_dir), **(env or {})}
         self._flags = flags or []
+        own = vllm_environment(self.runtime_dir, self.state_dir, num_ranks=num_ranks(self._flags))
+        self.env = {**own, **(env or {})}
         if serves_on_cpu() and "--max-model-len" not in self._flags:
             self._flags = ["--max-model-len", "1024", *self._flags]
         self._process: subprocess.Popen | None = None

@@ -182,3 +182,5 @@ def test_the_ranks_together_hold_every_element_of_a_model(
                 held = rank.get_parameter(piece.tensor).data
                 live = held.as_strided(piece.shape, piece.stride, held.storage_offset() + piece.offset)
                 assert torch.equal(live, checkpoint[name][box(piece)].to(live.dtype)), name
+    del held, live
+    ranks.close()

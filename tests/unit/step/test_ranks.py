@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +37,26 @@ EXAMPLES = [
 
 
 @pytest.fixture
-def served(tmp_path: Path) -> Callable[..., LiveModel]:
+def served(tmp_path: Path) -> Iterator[Callable[..., LiveModel]]:
     """`served(arch, num_ranks)`: the model that is attached to that many; always the same weights."""
     ranks: list[ServedRanks] = []
+    attached: list[LiveModel] = []
 
     def serve(arch: str, num_ranks: int = 2, *, spreads_experts: bool = False, **changes: Any) -> LiveModel:
         model_dir = tmp_path / arch
         if not model_dir.exists():
             models.make_model(model_dir, arch, **{**SMALL, **MODELS[arch], **changes})
         ranks.append(ServedRanks(model_dir, num_ranks, spreads_experts=spreads_experts))
-        return attach(*ranks[-1].manifests, verify=True)
+        attached.append(attach(*ranks[-1].manifests, verify=True))
+        return attached[-1]
 
-    return serve
+    yield serve
+    for live in attached:
+        if hasattr(live, "model"):  # not closed by the test
+            live.close()
+    for held in ranks:
+        held.close()
+    gc.collect()
 
 
 def assert_same_weights(a: LiveModel, b: LiveModel) -> None:

@@ -23,7 +23,7 @@ import torch
 from apollo_ipc.checkpoint.shards import shard_index
 from apollo_ipc.config import Train
 from apollo_ipc.errors import ApolloError, AttachError
-from apollo_ipc.manifest import read_manifest
+from apollo_ipc.manifest import read_ranks
 from apollo_ipc.process.progress import Doing, progress, say_nothing
 from apollo_ipc.process.serving import VllmServer, prompt_logprobs
 from apollo_worker.commands.agreement import MOST, MOST_ROUTED, MOST_SCRAMBLED, Agreement, agreement, judge
@@ -96,13 +96,14 @@ def _vllm_log(log_file: Path | None) -> Iterator[Path]:
 def _check(model_dir: Path, server: VllmServer, doing: Doing) -> CheckResult:
     doing("mapping the weights that vLLM serves")
     result = CheckResult(model=str(model_dir))
-    manifest = read_manifest(server.runtime_dir)
-    if manifest is None:
+    ranks = read_ranks(server.runtime_dir)
+    if not ranks:
         raise AttachError(f"vLLM serves the model, but shares no weights: {_why_no_manifest(server)}")
-    result.dtype = manifest.dtype
-    result.parameters, result.mapped = _count(model_dir, set(manifest.views))
+    result.dtype = ranks[0].dtype
+    shared = {name for manifest in ranks for name in (*manifest.views, *manifest.pieces)}
+    result.parameters, result.mapped = _count(model_dir, shared)
     try:
-        live = attach(manifest, verify=False)
+        live = attach(*ranks, verify=False)
     except AttachError as error:
         result.refused = error.refused or [error.message]
         return result
@@ -121,10 +122,10 @@ def _why_no_manifest(server: VllmServer) -> str:
     return reasons[-1] if reasons else "is apollo-ipc installed in vLLM's environment?"
 
 
-def _count(model_dir: Path, views: set[str]) -> tuple[int, int]:
-    """(parameters of the model, those of them that are a view each)."""
+def _count(model_dir: Path, shared: set[str]) -> tuple[int, int]:
+    """(parameters of the model, those of them that are one of the checkpoint's tensors that are shared)."""
     model = build_model(model_dir, torch.bfloat16)
-    names, _ = checkpoint_names(model, views)
+    names, _ = checkpoint_names(model, shared)
     return len(parameter_names(model)), len(names)
 
 

@@ -13,7 +13,7 @@ from apollo_ipc.checkpoint.owner import hold_model
 from apollo_ipc.checkpoint.record import Commit, Version, read_commit
 from apollo_ipc.errors import ApolloError, AttachError, Conflict
 from apollo_ipc.hold import Hold
-from apollo_ipc.manifest import Manifest, read_manifest
+from apollo_ipc.manifest import Manifest, read_ranks
 from apollo_ipc.wire.replies import Following
 from apollo_worker.follow.source import Source
 from apollo_worker.follow.version import Follows, Frames
@@ -147,15 +147,16 @@ class FollowLoop:
             return True
         if self.live is not None:
             self.detach("vLLM has ended; waiting for the next one")
+        ranks: list[Manifest] = []
         try:
-            manifest = read_manifest(self.config.runtime_dir)
-            if manifest is None:
+            ranks = read_ranks(self.config.runtime_dir)
+            if not ranks:
                 self.board.state.attach_error = "vLLM has not started here yet (no weights manifest)"
-            elif manifest.boot_id != self._refused_boot and self.may_try(manifest.boot_id):
-                self.attach(manifest)
+            elif ranks[0].boot_id != self._refused_boot and self.may_try(ranks[0].boot_id):
+                self.attach(ranks)
         except ApolloError as error:
-            if isinstance(error, AttachError) and error.refused and manifest is not None:
-                self._refused_boot = manifest.boot_id
+            if isinstance(error, AttachError) and error.refused and ranks:
+                self._refused_boot = ranks[0].boot_id
                 self.board.state.refused = error.refused
             if error.message != self.board.state.attach_error:
                 log.warning("not attached: %s", error.message)
@@ -169,7 +170,8 @@ class FollowLoop:
         self._tried = boot_id, now
         return True
 
-    def attach(self, manifest: Manifest) -> None:
+    def attach(self, ranks: list[Manifest]) -> None:
+        manifest = ranks[0]
         show = partial(self.board.show, "attaching")
         show()
         before = read_state(self.config.state_dir)
@@ -179,7 +181,7 @@ class FollowLoop:
         self._hold = hold_model(model_dir, "the follower")
         recover(model_dir, is_folding=False, disk=WatchedDisk(show))
         self.live = attach(
-            manifest, verify=is_new_boot and self.config.worker.verify_checkpoint, on_progress=show
+            *ranks, verify=is_new_boot and self.config.worker.verify_checkpoint, on_progress=show
         )
         tensors = self.live.trained_tensors()
         self._follows = Follows(self.source, tensors, Frames(self.config.state_dir / "follow"), show)

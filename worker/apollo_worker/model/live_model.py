@@ -221,7 +221,7 @@ def _fill(
     names: dict[str, str],
     merged: dict[str, Merged],
 ) -> GatherOnUse | None:
-    """fill_parameters, with the merged ones under names of their own; what is in pieces is gathered on use."""
+    """fill_parameters, the merged ones under names of their own; what is in pieces is gathered on use."""
     live = {**tensors, **{f"merged {name}": one.tensor for name, one in merged.items()}}
     names = names | {name: f"merged {name}" for name in merged}
     memory = {name: t.placeholder() if isinstance(t, Pieced) else t for name, t in live.items()}

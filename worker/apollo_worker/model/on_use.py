@@ -33,8 +33,8 @@ class Saved(NamedTuple):
 class GatherOnUse:
     """Owns the hooks of one model. pieced: parameter -> its pieces. Not thread-safe but for `opened`."""
 
-    def __init__(self, model: nn.Module, pieced: Mapping[Tensor, Pieced]):
-        self._pieced = dict(pieced)
+    def __init__(self, model: nn.Module, pieced: Mapping[nn.Parameter, Pieced]):
+        self._pieced: dict[Tensor, Pieced] = {**pieced}
         self._num_users: dict[Tensor, int] = {}  # of those that are gathered for a forward pass
         self._owners: dict[int, Tensor] = {}  # address of a gathered parameter's memory -> parameter
         self._kept: dict[Tensor, Tensor] = {}  # gathered in the backward pass, until the update
@@ -94,10 +94,9 @@ class GatherOnUse:
     def _unpack(self, saved: Tensor | Saved) -> Tensor:
         if not isinstance(saved, Saved):
             return saved
-        parameter, *place = saved
         with torch.no_grad():
-            self._kept[parameter] = kept = self._gathered(parameter)
-            return kept.as_strided(*place)
+            self._kept[saved.parameter] = kept = self._gathered(saved.parameter)
+            return kept.as_strided(saved.shape, saved.stride, saved.offset)
 
     @contextmanager
     def opened(self, parameter: Tensor) -> Generator[Tensor]:

@@ -14,7 +14,7 @@ from apollo_ipc.checkpoint.owner import hold_model
 from apollo_ipc.config import Config
 from apollo_ipc.errors import ApolloError, AttachError, CheckpointError, UserError
 from apollo_ipc.hold import Hold
-from apollo_ipc.manifest import Manifest, read_manifest
+from apollo_ipc.manifest import Manifest, read_ranks
 from apollo_worker.link.link import ModelFacts
 from apollo_worker.link.status_board import StatusBoard
 from apollo_worker.model.hf_model import vocab_size_of
@@ -57,13 +57,13 @@ class Attachment:
             log.warning("vLLM (boot %s) has ended; its weights are let go", self.live.boot_id[:8])
             self.detach("vLLM has ended; waiting for the next one")
         try:
-            manifest = read_manifest(self._config.runtime_dir)
-            if manifest is None:
+            ranks = read_ranks(self._config.runtime_dir)
+            if not ranks:
                 self._wait_for_vllm(
                     "vLLM has not started here yet (no weights manifest in the runtime directory)"
                 )
-            elif manifest.boot_id != self._refused_boot and self._may_try(manifest.boot_id):
-                self._attach_or_detach(manifest)
+            elif ranks[0].boot_id != self._refused_boot and self._may_try(ranks[0].boot_id):
+                self._attach_or_detach(ranks)
         except ApolloError as error:
             # A checkpoint or optimizer file that cannot be read is waited for like a vLLM that is not there.
             self._wait_for_vllm(error.message, getattr(error, "refused", None))
@@ -106,18 +106,18 @@ class Attachment:
         self._tried = boot_id, now
         return True
 
-    def _attach_or_detach(self, manifest: Manifest) -> None:
+    def _attach_or_detach(self, ranks: list[Manifest]) -> None:
         try:
-            self._attach(manifest)
+            self._attach(ranks)
         except BaseException:
             if self.live is not None:  # mapped, but not brought to one state with the jobs: never trained so
                 self.detach("attaching failed")
             self._let_others_write()
             raise
 
-    def _attach(self, manifest: Manifest) -> None:
+    def _attach(self, ranks: list[Manifest]) -> None:
         """Raises AttachError; one that will not go away without another vLLM is remembered by its boot_id."""
-        config, board = self._config, self._board
+        config, board, manifest = self._config, self._board, ranks[0]
         show = partial(board.show, "attaching")
         show()
         before = read_state(config.state_dir)
@@ -130,7 +130,7 @@ class Attachment:
         try:
             # Weights that were trained since vLLM loaded them differ from the disk, and rightly so.
             live = attach(
-                manifest,
+                *ranks,
                 verify=is_new_boot and config.worker.verify_checkpoint,
                 on_progress=show,
             )
