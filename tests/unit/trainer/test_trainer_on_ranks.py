@@ -170,7 +170,7 @@ def test_the_death_of_one_rank_stops_the_step_and_the_next_vllm_goes_on(ranks, c
         return step_on(*args, **kwargs)
 
     engine.step_on = dies
-    trainer.train()
+    trainer.worker.train(trainer.queue.take())
     assert trainer.worker.board.stopping.is_set()  # a fresh process goes on
     assert trainer.state(job) == "running"
     assert not trainer.worker.attachment.ensure()
@@ -205,9 +205,10 @@ def change(config: Config, rank: int, **changes) -> None:
 def refusal(config: Config) -> str:
     trainer = Trainer(config)
     assert not trainer.worker.attachment.ensure()
+    found = trainer.board.state.attach_error
     trainer.kill()
     assert not mapped_weights()
-    return trainer.board.state.attach_error
+    return found
 
 
 NORM = "model.norm.weight"
