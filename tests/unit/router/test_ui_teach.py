@@ -96,6 +96,26 @@ def test_what_no_rule_understands_is_said_and_can_be_sent_again(world, tmp_path)
         assert_clean(looked, ("/teach", 400))
 
 
+def test_what_is_mistyped_is_said_and_trains_nothing(world, tmp_path):
+    with looking_at(world.server.url, tmp_path) as looked:
+        page = looked.page
+        enter(looked)
+        correct(page)
+        teach = page.get_by_role("button", name="Teach")
+        page.get_by_label("Learning rate").fill("a lot")
+        teach.click()
+        page.get_by_text("Learning rate: a lot is no number above 0").wait_for()
+        page.get_by_label("Ask the served model").fill("Something else?")
+        teach.click()
+        page.get_by_text("The question is another one now").wait_for()
+        assert world.worker.queue.list(1) == []
+        page.get_by_label("Ask the served model").fill(QUESTION)
+        page.get_by_label("Learning rate").fill("0,0001")
+        teach.click()
+        page.get_by_text("The answer has changed").wait_for()
+        assert_clean(looked)
+
+
 @pytest.mark.parametrize("has_teacher", [True, False])
 def test_an_answer_alone_is_trained_where_it_is_chosen_or_nobody_teaches(world, tmp_path, has_teacher):
     with teaching(world) as store:

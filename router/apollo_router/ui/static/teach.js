@@ -73,6 +73,7 @@ async function ask() {
 
 async function teach() {
   const { question, answer } = asked;
+  if ($("question").value.trim() !== question) throw new Error("The question is another one now: ask it first, then correct what the model says.");
   const correction = $("correction").value.trim();
   lesson.clear();
   say("Measuring what the model thinks of both answers …");
@@ -86,7 +87,9 @@ async function teach() {
 }
 
 async function train(question, correction) {
-  const options = { lr: Number($("lr").value), epochs: Number($("epochs").value), schedule: "constant", on_duplicate: "train" };
+  const lr = Number($("lr").value.replace(",", "."));
+  if (!(lr > 0)) throw new Error(`Learning rate: ${$("lr").value || "nothing"} is no number above 0, such as 0.0001`);
+  const options = { lr, epochs: Number($("epochs").value), schedule: "constant", on_duplicate: "train" };
   const messages = [{ role: "user", content: question }, { role: "assistant", content: correction }];
   const job = await api("POST", "train", { examples: [{ messages }], options });
   say(`Training ${job.job_id} …`);

@@ -58,7 +58,7 @@ function pieceOf(version, older, trained) {
 
 function list(jobs) {
   if (!jobs.length) return null;
-  const named = jobs.slice(0, MAX_NAMED).map((job) => el("li", {}, `${job.job_id}: ${job.num_examples} ${job.num_examples === 1 ? "example" : "examples"}, loss ${number(job.loss_first)} → ${number(job.loss_last)}${job.state === "undone" ? ", undone" : ""}`));
+  const named = jobs.slice(0, MAX_NAMED).map((job) => el("li", {}, `${job.job_id}: ${job.num_examples} ${job.num_examples === 1 ? "example" : "examples"}, loss ${job.steps_done < 2 ? "" : `${number(job.loss_first)} → `}${number(job.loss_last)}${job.state === "undone" ? ", undone" : ""}`));
   if (jobs.length > MAX_NAMED) named.push(el("li", {}, `${jobs.length - MAX_NAMED} more jobs`));
   return el("ul", {}, named);
 }
