@@ -8,6 +8,7 @@ from typing import NamedTuple
 import msgspec
 from apollo_worker.follow.loop import FollowLoop
 from served_model import Exporter
+from sharded_model import RankProcesses
 from trainer_by_hand import End, Trainer
 
 from apollo_ipc.config import Config
@@ -17,7 +18,7 @@ class Machines(NamedTuple):
     learner: Trainer
     model_dir: Path  # the learner's
     config: Config  # the follower's
-    served: Exporter  # the follower's
+    served: Exporter | RankProcesses  # the follower's
 
     def follower(self, **follow) -> FollowLoop:
         """A follower's process; `ensure` has attached it."""
