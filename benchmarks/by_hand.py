@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from apollo_ipc.demo.real_model import copy_real_model
-from apollo_ipc.demo.served import Served
+from apollo_ipc.demo.served import ServedModel
 
 Figures = dict[str, Any]
 
@@ -23,12 +23,12 @@ def parser_of(doc: str | None) -> argparse.ArgumentParser:
 
 
 def run_served(
-    name: str, args: argparse.Namespace, run: Callable[[argparse.Namespace, Served], Figures]
+    name: str, args: argparse.Namespace, run: Callable[[argparse.Namespace, ServedModel], Figures]
 ) -> Figures:
     """What `run` finds on real vLLM with a worker; their files are in /tmp, and gone afterwards."""
     with tempfile.TemporaryDirectory(prefix=f"apollo-{name}-", dir="/tmp") as directory:
         base = Path(directory)
-        with Served(copy_real_model(base / "model"), base) as served:
+        with ServedModel(copy_real_model(base / "model"), base) as served:
             figures = run(args, served)
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")

@@ -18,7 +18,7 @@ from typing import Any
 from by_hand import parser_of, run_served
 from grpo import HELD_OUT, THINGS
 
-from apollo_ipc.demo.served import Served, user
+from apollo_ipc.demo.served import ServedModel, user
 
 MAX_TOKENS = 24
 QUESTIONS = ("Tell me about {}.", "What comes to mind when you think of {}?")
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{took}, loss {losses[0]:.4f} to {losses[-1]:.4f}")
 
 
-def run(args: argparse.Namespace, served: Served) -> dict[str, Any]:
+def run(args: argparse.Namespace, served: ServedModel) -> dict[str, Any]:
     pairs, kept = [pairs_of(served, things) for things in (THINGS, HELD_OUT)]
     before, started = measured(served, kept), time.monotonic()
     options = {"lr": args.lr, "epochs": args.epochs, "beta": args.beta, "accumulate_steps": 4}
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace, served: Served) -> dict[str, Any]:
     }
 
 
-def pairs_of(served: Served, things: list[str]) -> list[dict[str, Any]]:
+def pairs_of(served: ServedModel, things: list[str]) -> list[dict[str, Any]]:
     found = []
     for question in (question.format(thing) for thing in things for question in QUESTIONS):
         said = ask(served, question, num=6)
@@ -75,7 +75,7 @@ def num_the(text: str) -> int:
     return len(re.findall(r"\bthe\b", text.lower()))
 
 
-def ask(served: Served, question: str, num: int) -> dict[str, Any]:
+def ask(served: ServedModel, question: str, num: int) -> dict[str, Any]:
     body = {
         "model": served.model, "messages": user(question), "n": num, "max_tokens": MAX_TOKENS,
         "temperature": 1.0, "return_token_ids": True,
@@ -83,7 +83,7 @@ def ask(served: Served, question: str, num: int) -> dict[str, Any]:
     return served.post("/v1/chat/completions", body)
 
 
-def measured(served: Served, pairs: list[dict[str, Any]]) -> dict[str, Any]:
+def measured(served: ServedModel, pairs: list[dict[str, Any]]) -> dict[str, Any]:
     right = [
         logprob(served, pair["context_ids"], pair["chosen"])
         > logprob(served, pair["context_ids"], pair["rejected"])
@@ -100,7 +100,7 @@ def measured(served: Served, pairs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def logprob(served: Served, context: list[int], answer: list[int]) -> float:
+def logprob(served: ServedModel, context: list[int], answer: list[int]) -> float:
     body = {"model": served.model, "prompt": [*context, *answer], "max_tokens": 1, "prompt_logprobs": 0}
     rows = served.post("/v1/completions", body)["choices"][0]["prompt_logprobs"][len(context) :]
     return sum(row[str(token)]["logprob"] for row, token in zip(rows, answer, strict=True))

@@ -16,7 +16,7 @@ from typing import Any
 
 from by_hand import parser_of, run_served
 
-from apollo_ipc.demo.served import Served, user
+from apollo_ipc.demo.served import ServedModel, user
 
 THINGS = [
     "a harbour", "a bakery", "the moon", "a thunderstorm", "an old library", "a railway station", "a garden",
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         plot(figures, args.plot)
 
 
-def run(args: argparse.Namespace, served: Served) -> dict[str, Any]:
+def run(args: argparse.Namespace, served: ServedModel) -> dict[str, Any]:
     before, rounds, started = held_out(served), [], time.monotonic()
     while time.monotonic() - started < 60 * args.minutes:
         at = len(rounds) * args.questions
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace, served: Served) -> dict[str, Any]:
     return {"before": before, "rounds": rounds, "after": held_out(served), "lr": args.lr}
 
 
-def group_of(served: Served, thing: str) -> dict[str, Any]:
+def group_of(served: ServedModel, thing: str) -> dict[str, Any]:
     """As POST /train takes it: the very tokens that were sampled, what each was given, and the reward."""
     said = sampled(served, thing)
     return {
@@ -82,7 +82,7 @@ def group_of(served: Served, thing: str) -> dict[str, Any]:
     }
 
 
-def sampled(served: Served, thing: str, num: int = ANSWERS) -> dict[str, Any]:
+def sampled(served: ServedModel, thing: str, num: int = ANSWERS) -> dict[str, Any]:
     body = {
         "model": served.model, "messages": user(f"Describe {thing} in exactly five words."), "n": num,
         "max_tokens": MAX_TOKENS, "temperature": 1.0, "logprobs": True, "return_token_ids": True,
@@ -96,7 +96,7 @@ def reward(answer: str) -> float:
     return 1.0 if away == 0 else 0.4 * (1.0 - min(away, 5) / 5)
 
 
-def held_out(served: Served) -> dict[str, Any]:
+def held_out(served: ServedModel) -> dict[str, Any]:
     answers = [
         one["message"]["content"]
         for thing in HELD_OUT

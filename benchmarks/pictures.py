@@ -19,7 +19,7 @@ from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 from apollo_ipc.demo.real_model import copy_real_model
-from apollo_ipc.demo.served import Served
+from apollo_ipc.demo.served import ServedModel
 
 MAX_BYTES = 150_000
 QUESTION, ANSWER = "What is the harbour cat called?", "The harbour cat is called Mortimer."
@@ -34,7 +34,7 @@ def main() -> None:
     os.environ.setdefault("APOLLO_WORKER__IDLE_PRIORITY", "false")
     with tempfile.TemporaryDirectory() as base, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=installed_browser(), args=["--no-sandbox"])
-        with Served(copy_real_model(Path(base, "my-model")), Path(base)) as served:
+        with ServedModel(copy_real_model(Path(base, "my-model")), Path(base)) as served:
             args.url, args.key = served.url, served.key
             with entered(browser, args, viewport={"width": 1000, "height": 900}) as page:
                 lesson(page, args.out)

@@ -20,7 +20,7 @@ from typing import Any
 
 from apollo_ipc.demo.lessons import TEAM
 from apollo_ipc.demo.real_model import copy_real_model
-from apollo_ipc.demo.served import Served, chat, quieten_libraries
+from apollo_ipc.demo.served import ServedModel, chat, quieten_libraries
 from apollo_ipc.demo.stream import CompletionStream
 
 EXAMPLES = [chat(fact.question, fact.answer) for fact in TEAM]
@@ -33,7 +33,7 @@ def main() -> int:
     quieten_libraries()
     with tempfile.TemporaryDirectory(prefix="apollo-serving-") as scratch:
         model_dir = options.model or copy_real_model(Path(scratch) / "model")
-        with Served(model_dir, Path(scratch)) as served:
+        with ServedModel(model_dir, Path(scratch)) as served:
             served.post("/train?wait=true", {"examples": EXAMPLES, "options": {**OPTIONS, "epochs": 1}})
             rows = [run(served, options) for _ in range(options.runs)]
     ratios = [row["ratio_p99"] for row in rows]
@@ -55,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(served: Served, options: argparse.Namespace) -> dict[str, Any]:
+def run(served: ServedModel, options: argparse.Namespace) -> dict[str, Any]:
     steps, seconds = 0, 0.0
     with CompletionStream(served.url, served.model) as stream:
         for _ in range(options.turns):
@@ -85,7 +85,7 @@ def watch(stream: CompletionStream, label: str, seconds: float) -> None:
     stream.label(None)
 
 
-def wait(served: Served, job_id: str, state: str) -> dict[str, Any]:
+def wait(served: ServedModel, job_id: str, state: str) -> dict[str, Any]:
     while (job := served.get(f"/train/jobs/{job_id}"))["state"] != state:
         assert job["state"] in ("queued", "running"), job
         time.sleep(0.1)

@@ -24,7 +24,7 @@ MAX_DEPTH = 6  # attributes of attributes: a module's kernel, its configuration,
 BLOCK_BYTES = 8 * 1024 * 1024
 
 
-class Watch:
+class ParameterWatch:
     """Made before the weights are loaded; `loaded` is called after that, `refusals` at the end."""
 
     def __init__(self, model: nn.Module):

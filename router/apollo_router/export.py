@@ -41,7 +41,7 @@ from apollo_ipc.manifest import (
     write_manifest,
 )
 from apollo_router.cpu_layers import compute_from_live_weights
-from apollo_router.derived import Watch
+from apollo_router.derived import ParameterWatch
 from apollo_router.memory import share_cpu, share_cuda
 from apollo_router.pieces import derive_pieces, without_changed
 from apollo_router.ranks import shared_boot_id, unsupported_ranks
@@ -135,7 +135,7 @@ class Export:
         self._vllm_config = vllm_config
         self._boot_id = ""
         self._failed: str | None = None
-        self._watch: Watch | None = None
+        self._watch: ParameterWatch | None = None
         self._recording: Recording | None = None
         self._config: Config | None = self._try(read_config)
         self._runtime_dir = self._try(self._claim_runtime_dir)
@@ -198,7 +198,7 @@ class Export:
             yield
 
     def on_made(self, model: nn.Module) -> None:
-        self._watch = self._try(lambda: Watch(model))
+        self._watch = self._try(lambda: ParameterWatch(model))
 
     def on_loaded(self, model: nn.Module) -> None:
         self._try(lambda: self._note_loaded(model))

@@ -63,10 +63,10 @@ class ApolloEndpoints:
         app.include_router(tinker.router)
         app.include_router(teaching.router)
         if self.gateway.spool is not None:
-            from apollo_router.traffic import Watch
+            from apollo_router.traffic import TrafficRecorder
 
             key = self.gateway.config.traffic.unrecorded_key
-            app.add_middleware(Watch, spool=self.gateway.spool, unrecorded_key=key)
+            app.add_middleware(TrafficRecorder, spool=self.gateway.spool, unrecorded_key=key)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         """After load and warm-up, once per API server, before the app starts.

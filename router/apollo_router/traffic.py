@@ -21,7 +21,7 @@ OPT_OUT = "x-apollo-learn"  # `no`: this request is not recorded
 MAX_EXCHANGE_BYTES = 8 * 1024 * 1024  # of request and answer together; a longer one is not recorded
 
 
-class Watch:
+class TrafficRecorder:
     """unrecorded_key: requests with this key are never recorded; empty for none."""
 
     def __init__(self, app: ASGIApp, spool: Spool, unrecorded_key: str):

@@ -103,7 +103,8 @@ def fail(*_: object, **__: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "step", ["local_model_dir", "shard_index", "record_loading", "Watch", "derive_views", "share_cpu"]
+    "step",
+    ["local_model_dir", "shard_index", "record_loading", "ParameterWatch", "derive_views", "share_cpu"],
 )
 def test_a_step_that_fails_leaves_a_vllm_that_serves_and_a_manifest_that_says_why(
     export_module, base, monkeypatch, step

@@ -31,7 +31,7 @@ from apollo_curation.training.batches import BatchTable
 from apollo_ipc import checkpoint
 from apollo_ipc.checkpoint import history as versions
 from apollo_ipc.config import Checkpoint
-from apollo_ipc.demo.served import Served
+from apollo_ipc.demo.served import ServedModel
 from apollo_ipc.process.serving import free_port
 from apollo_ipc.wire.requests import Message
 
@@ -48,7 +48,7 @@ class Place:
         self.port = free_port()
         self.model_dir = Path(shutil.copytree(model, directory / "model"))
         corpus.write_day(directory / "day")
-        self.served: Served | None = None
+        self.served: ServedModel | None = None
 
     @property
     def url(self) -> str:
@@ -63,8 +63,8 @@ class Place:
     def state(self) -> Path:
         return self.directory / "state"
 
-    def start(self) -> Served:
-        served = Served(self.model_dir, self.directory, self.port)
+    def start(self) -> ServedModel:
+        served = ServedModel(self.model_dir, self.directory, self.port)
         served.__enter__()
         self.served = served
         return served

@@ -11,10 +11,10 @@ import msgspec
 import pytest
 import typer
 from apollo_router import teaching
-from apollo_router.fine_tuning.store import Store as FineTuningStore
+from apollo_router.fine_tuning.store import FineTuningStore
 from apollo_router.fine_tuning.store import store_path as fine_tuning_path
 from apollo_router.routes import router
-from apollo_router.tinker.store import Store as TinkerStore
+from apollo_router.tinker.store import TinkerStore
 from apollo_router.tinker.store import store_path as tinker_path
 from apollo_router.worker_metrics import WorkerMetrics
 from apollo_worker.curves.marks import Marks, marks_path

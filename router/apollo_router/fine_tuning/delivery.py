@@ -13,7 +13,7 @@ from apollo_ipc.wire.messages import GetJob, Submit
 from apollo_ipc.wire.replies import JobInfo
 from apollo_ipc.wire.requests import convert
 from apollo_router.fine_tuning.create import CreateJob, at_its_line, train_body
-from apollo_router.fine_tuning.store import Store, StoredJob, store_path
+from apollo_router.fine_tuning.store import FineTuningStore, StoredJob, store_path
 from apollo_router.gateway import Gateway
 from apollo_router.log import logger
 
@@ -27,19 +27,19 @@ REFUSALS = ("not_delivered", "not_ready", "queue_full", "busy")
 T = TypeVar("T")
 
 
-class Delivery:
+class JobDelivery:
     """The jobs between the store and the worker. Belongs to one event loop."""
 
     def __init__(self, gateway: Gateway):
         self.gateway = gateway
-        self._store: Store | None = None
+        self._store: FineTuningStore | None = None
         self._opening = asyncio.Lock()
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
-    async def store(self) -> Store:
+    async def store(self) -> FineTuningStore:
         async with self._opening:
             if self._store is None:
-                self._store = await asyncio.to_thread(Store, store_path(self.gateway.config))
+                self._store = await asyncio.to_thread(FineTuningStore, store_path(self.gateway.config))
         return self._store
 
     async def run(self) -> None:
@@ -110,7 +110,7 @@ class Delivery:
                     }
                     await asyncio.to_thread(store.settle, job.id, error=told)
 
-    async def _submit(self, store: Store, job: StoredJob) -> StoredJob:
+    async def _submit(self, store: FineTuningStore, job: StoredJob) -> StoredJob:
         create = convert(job.request, CreateJob)
         config = self.gateway.config
         content = await asyncio.to_thread(store.content, create.training_file, "training_file")

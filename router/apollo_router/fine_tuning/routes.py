@@ -27,7 +27,7 @@ from apollo_router.body import read_body
 from apollo_router.errors import json_response
 from apollo_router.fine_tuning import shown
 from apollo_router.fine_tuning.create import read_create
-from apollo_router.fine_tuning.delivery import Delivery, patiently
+from apollo_router.fine_tuning.delivery import JobDelivery, patiently
 from apollo_router.fine_tuning.store import StoredJob
 from apollo_router.fine_tuning.upload import FORM_BYTES, read_upload
 from apollo_router.gateway import Gateway
@@ -52,7 +52,7 @@ class FilesQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    app.state.apollo_delivery = delivery = Delivery(app.state.apollo)
+    app.state.apollo_delivery = delivery = JobDelivery(app.state.apollo)
     running = asyncio.create_task(delivery.run())
     try:
         yield
@@ -65,7 +65,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 router = APIRouter(route_class=KeyedRoute, lifespan=lifespan, prefix="/train/v1", tags=["apollo-ipc"])
 
 
-def delivery_of(request: Request) -> Delivery:
+def delivery_of(request: Request) -> JobDelivery:
     return request.app.state.apollo_delivery
 
 

@@ -63,7 +63,7 @@ def store_path(config: Config) -> Path:
     return config.state_dir / "fine_tuning.sqlite"
 
 
-class Store(Database):
+class FineTuningStore(Database):
     schema_version = SCHEMA_VERSION
     schema = _SCHEMA
     is_wiping = True  # files are other people's data

@@ -40,7 +40,7 @@ class Datum(NamedTuple):
         return np.asarray(self.tokens[1:]) == self.inputs["target_tokens"]
 
 
-class Batch(NamedTuple):
+class LossBatch(NamedTuple):
     """config: of the loss, what was sent."""
 
     loss: str
@@ -48,7 +48,7 @@ class Batch(NamedTuple):
     data: list[Datum]
 
 
-def read_batch(body: bytes) -> Batch:
+def read_batch(body: bytes) -> LossBatch:
     """A ForwardBackwardRequest. Takes as long as it is large: off the event loop. Raises UserError with the
     name of what is not served."""
     message = schema().ForwardBackwardRequest()
@@ -65,7 +65,7 @@ def read_batch(body: bytes) -> Batch:
         raise UserError(f"{loss} takes {takes}, not {unknown[0]}", field=f"loss_fn_config.{unknown[0]}")
     if not message.data:
         raise UserError("data is empty: nothing to compute", field="data")
-    return Batch(loss, config, [_read(one, loss, f"data[{i}]") for i, one in enumerate(message.data)])
+    return LossBatch(loss, config, [_read(one, loss, f"data[{i}]") for i, one in enumerate(message.data)])
 
 
 def _read(datum: Any, loss: str, path: str) -> Datum:
@@ -113,14 +113,14 @@ def _array(tensor: Any, path: str) -> Array:
     return np.frombuffer(tensor.dense, kinds[tensor.dtype]).astype(np.float64)
 
 
-def loss_sum(batch: Batch, logprobs: Sequence[Array]) -> float:
+def loss_sum(batch: LossBatch, logprobs: Sequence[Array]) -> float:
     """What the batch's terms add up to. logprobs: (N,) of each datum's targets."""
     return sum(
         float(_terms(batch, one, lp)[one.is_used].sum()) for one, lp in zip(batch.data, logprobs, strict=True)
     )
 
 
-def _terms(batch: Batch, one: Datum, logp: Array) -> Array:
+def _terms(batch: LossBatch, one: Datum, logp: Array) -> Array:
     """The formulas: apollo_worker.step.objectives."""
     weights = one.inputs["weights"]
     if batch.loss == "cross_entropy":
@@ -141,7 +141,7 @@ def _terms(batch: Batch, one: Datum, logp: Array) -> Array:
     return -terms * weights
 
 
-def answer(batch: Batch, logprobs: Sequence[Array]) -> bytes:
+def answer(batch: LossBatch, logprobs: Sequence[Array]) -> bytes:
     """A ForwardBackwardOutput."""
     num_targets = sum(int(one.is_used.sum()) for one in batch.data)
     metrics = {"loss:sum": loss_sum(batch, logprobs), "num_tokens:sum": float(num_targets)}
@@ -151,7 +151,7 @@ def answer(batch: Batch, logprobs: Sequence[Array]) -> bytes:
     return output.SerializeToString()
 
 
-def train_body(batches: Sequence[Batch], adam: AdamParams) -> bytes:
+def train_body(batches: Sequence[LossBatch], adam: AdamParams) -> bytes:
     """One step on all of them, their terms added up. Takes as long as it is large. Raises UserError."""
     loss, config = batches[0].loss, batches[0].config
     for batch in batches[1:]:

@@ -18,7 +18,7 @@ from apollo_ipc.wire.messages import GetStatus, PinVersion, RestoreVersion, Subm
 from apollo_ipc.wire.replies import JobInfo
 from apollo_router.gateway import Gateway
 from apollo_router.log import logger
-from apollo_router.tinker.batch import Batch, answer, read_batch, train_body
+from apollo_router.tinker.batch import LossBatch, answer, read_batch, train_body
 from apollo_router.tinker.bodies import (
     CreateModel,
     CreateSamplingSession,
@@ -31,7 +31,7 @@ from apollo_router.tinker.bodies import (
 )
 from apollo_router.tinker.reference import Reference
 from apollo_router.tinker.sampling import Vllm
-from apollo_router.tinker.store import Asked, State, Store
+from apollo_router.tinker.store import QueuedCall, State, TinkerStore
 
 AGAIN_S = 1.0
 SYNC_TIMEOUT_S = 3600.0
@@ -62,7 +62,7 @@ class Runner:
     something is.
     """
 
-    def __init__(self, gateway: Gateway, store: Store, vllm: Vllm):
+    def __init__(self, gateway: Gateway, store: TinkerStore, vllm: Vllm):
         self._gateway, self._store, self._vllm = gateway, store, vllm
         self.reference = Reference(gateway.config.runtime_dir)
         self._news, self._settled = asyncio.Event(), asyncio.Condition()
@@ -91,7 +91,7 @@ class Runner:
             else:
                 self.away = None
 
-    async def result_of(self, request_id: str, wait_s: float) -> Asked | None:
+    async def result_of(self, request_id: str, wait_s: float) -> QueuedCall | None:
         """The request, when it is settled or after `wait_s`; None: there is none."""
         try:
             async with asyncio.timeout(wait_s):
@@ -104,8 +104,8 @@ class Runner:
         except TimeoutError:
             return await asyncio.to_thread(self._store.asked, request_id)
 
-    async def _do(self, request: Asked) -> None:
-        ways: dict[str, Callable[[Asked], Any]] = {
+    async def _do(self, request: QueuedCall) -> None:
+        ways: dict[str, Callable[[QueuedCall], Any]] = {
             "create_model": self._create_model,
             "forward": self._forward,
             "forward_backward": self._forward,
@@ -135,7 +135,7 @@ class Runner:
 
     # --- what each request does ---
 
-    async def _create_model(self, request: Asked) -> dict[str, Any]:
+    async def _create_model(self, request: QueuedCall) -> dict[str, Any]:
         body = read_json(request.body, CreateModel)
         self.require_model(body.base_model)
         if body.lora_config is not None:
@@ -149,28 +149,28 @@ class Runner:
         await asyncio.to_thread(self._store.take_lease, model_id, body.session_id, body.user_metadata)
         return {"type": "create_model", "model_id": model_id}
 
-    async def _forward(self, request: Asked) -> bytes:
+    async def _forward(self, request: QueuedCall) -> bytes:
         await asyncio.to_thread(self._store.require_owner, request.scope)
         batch = await asyncio.to_thread(read_batch, request.body)
         logprobs = await self._vllm.logprobs(batch.data)
         return await asyncio.to_thread(answer, batch, logprobs)
 
-    async def _optim_step(self, request: Asked) -> dict[str, Any]:
+    async def _optim_step(self, request: QueuedCall) -> dict[str, Any]:
         await asyncio.to_thread(self._store.require_owner, request.scope)
         asked = read_json(request.body, OptimStep)
-        before: list[Asked] = await asyncio.to_thread(self._store.open_before, request)
+        before: list[QueuedCall] = await asyncio.to_thread(self._store.open_before, request)
         if failed := next((one for one in before if one.state == "failed"), None):
             why = msgspec.json.decode(failed.result or b"{}").get("error")
             raise UserError(f"nothing was trained, since a forward_backward before it failed: {why}")
         if not before:
             raise UserError("an optim_step steps on the forward_backwards before it, and there is none")
-        batches: list[Batch] = [await asyncio.to_thread(read_batch, one.body) for one in before]
+        batches: list[LossBatch] = [await asyncio.to_thread(read_batch, one.body) for one in before]
         body = await asyncio.to_thread(train_body, batches, asked.adam_params)
         job = await self._train(body, request.id)
         metrics = {"weight_version": float(job.weight_version or 0), "loss:sum": job.loss_last}
         return {"metrics": {name: value for name, value in metrics.items() if value is not None}}
 
-    async def _save_weights(self, request: Asked) -> dict[str, Any]:
+    async def _save_weights(self, request: QueuedCall) -> dict[str, Any]:
         """A sync, pinned: the last save stays restorable however many syncs follow."""
         await asyncio.to_thread(self._store.require_owner, request.scope)
         body = read_json(request.body, SaveWeights)
@@ -185,7 +185,7 @@ class Runner:
         await asyncio.to_thread(self._store.save, path, synced.weight_version)
         return {"type": "save_weights", "path": path}
 
-    async def _save_for_sampler(self, request: Asked) -> dict[str, Any]:
+    async def _save_for_sampler(self, request: QueuedCall) -> dict[str, Any]:
         """The weights are served already: what is kept is which version they are. Those that a run begins
         with are kept themselves, since runs are measured against them."""
         await asyncio.to_thread(self._store.require_owner, request.scope)
@@ -206,7 +206,7 @@ class Runner:
             await self._gateway.client.request(SyncCheckpoint(""), timeout_s=SYNC_TIMEOUT_S)
             await self.reference.keep(version)
 
-    async def _load_weights(self, request: Asked) -> dict[str, Any]:
+    async def _load_weights(self, request: QueuedCall) -> dict[str, Any]:
         body = read_json(request.body, LoadWeights)
         if not body.optimizer:
             raise UserError(

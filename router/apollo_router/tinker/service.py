@@ -17,7 +17,7 @@ from apollo_router.log import logger
 from apollo_router.tinker.bodies import Sample
 from apollo_router.tinker.runner import Runner, StaleSampler
 from apollo_router.tinker.sampling import Vllm, scores
-from apollo_router.tinker.store import Store, store_path
+from apollo_router.tinker.store import TinkerStore, store_path
 
 SAMPLE_KEPT_S = 600.0  # an answer that nobody fetches; the SDK asks every 45 s
 Answer = tuple[str, bytes]  # "waiting", "protobuf" or "json", and its bytes
@@ -26,7 +26,7 @@ Answer = tuple[str, bytes]  # "waiting", "protobuf" or "json", and its bytes
 class Service:
     """Opened by the first request: nobody pays for what nobody uses."""
 
-    store: Store
+    store: TinkerStore
     runner: Runner
     vllm: Vllm
 
@@ -47,7 +47,7 @@ class Service:
                 raise HttpError(
                     501, "several_api_servers", "Tinker's API wants one API server: --api-server-count 1"
                 )
-            self.store = await asyncio.to_thread(Store, store_path(self.gateway.config))
+            self.store = await asyncio.to_thread(TinkerStore, store_path(self.gateway.config))
             self.vllm = Vllm(
                 self._app, self.gateway.model_names[0], served.max_model_len,
                 has_processed_logprobs=served.logprobs_mode == "processed_logprobs",

@@ -43,7 +43,7 @@ State = Literal["waiting", "done", "failed"]
 SamplerKind = Literal["snapshot", "inflight"]
 
 
-class Asked(msgspec.Struct, frozen=True):
+class QueuedCall(msgspec.Struct, frozen=True):
     """A request of a training client. scope: its model, or its session where it makes a model; body: JSON,
     of forward_backward protobuf; result: JSON, or protobuf where `kind` is forward_backward."""
 
@@ -69,7 +69,7 @@ def store_path(config: Config) -> Path:
     return config.state_dir / "tinker.sqlite"
 
 
-class Store(Database):
+class TinkerStore(Database):
     schema_version = SCHEMA_VERSION
     schema = _SCHEMA
     is_wiping = True  # what is trained is other people's data
@@ -152,15 +152,15 @@ class Store(Database):
             )
         return request_id
 
-    def next_waiting(self) -> Asked | None:
+    def next_waiting(self) -> QueuedCall | None:
         rows = self.query(f"SELECT {_ASKED} FROM requests WHERE state = 'waiting' ORDER BY seq LIMIT 1")
-        return Asked(**rows[0]) if rows else None
+        return QueuedCall(**rows[0]) if rows else None
 
-    def asked(self, request_id: str) -> Asked | None:
+    def asked(self, request_id: str) -> QueuedCall | None:
         rows = self.query(f"SELECT {_ASKED} FROM requests WHERE id = ?", request_id)
-        return Asked(**rows[0]) if rows else None
+        return QueuedCall(**rows[0]) if rows else None
 
-    def settle(self, request: Asked, state: State, result: bytes, *, is_closing: bool = False) -> None:
+    def settle(self, request: QueuedCall, state: State, result: bytes, *, is_closing: bool = False) -> None:
         """is_closing: the forward_backwards before it are used up, or given up; what they sent leaves the
         disk."""
         with self.transaction() as db:
@@ -174,14 +174,14 @@ class Store(Database):
                 )
             db.execute("UPDATE requests SET body = x'' WHERE seq = ? AND NOT is_open", (request.seq,))
 
-    def open_before(self, request: Asked) -> list[Asked]:
+    def open_before(self, request: QueuedCall) -> list[QueuedCall]:
         """The forward_backwards that an optim_step steps on, in order."""
         rows = self.query(
             f"SELECT {_ASKED} FROM requests WHERE scope = ? AND is_open AND seq < ? ORDER BY seq",
             request.scope,
             request.seq,
         )
-        return [Asked(**row) for row in rows]
+        return [QueuedCall(**row) for row in rows]
 
     def has_stepped(self, scope: str) -> bool:
         return bool(

@@ -53,19 +53,19 @@ class Login(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     key: str
 
 
-class File(NamedTuple):
+class StaticFile(NamedTuple):
     content: bytes
     media_type: str
     etag: str
 
 
 @cache
-def static_files() -> dict[str, File]:
+def static_files() -> dict[str, StaticFile]:
     found = {}
     for file in files("apollo_router.ui").joinpath("static").iterdir():
         content = file.read_bytes()
         kind = mimetypes.guess_type(file.name)[0] or "application/octet-stream"
-        found[file.name] = File(content, kind, f'"{hashlib.sha256(content).hexdigest()[:32]}"')
+        found[file.name] = StaticFile(content, kind, f'"{hashlib.sha256(content).hexdigest()[:32]}"')
     return found
 
 

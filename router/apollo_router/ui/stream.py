@@ -24,7 +24,7 @@ async def page_stream(gateway: Gateway, ends_at: float | None) -> AsyncIterator[
 
     Ends with the session at `ends_at` (seconds since the epoch), and with the server.
     """
-    follower, shown, told_at = Follower(gateway.client), None, time.monotonic()
+    follower, shown, told_at = JobFollower(gateway.client), None, time.monotonic()
     try:
         while ends_at is None or time.time() < ends_at:
             beat = _beat(gateway.client)
@@ -60,7 +60,7 @@ def _beat(client: WorkerClient) -> dict[str, Any]:
     }
 
 
-class Follower:
+class JobFollower:
     """Follows one job after another; of each only the newest state counts, and its end."""
 
     def __init__(self, client: WorkerClient):

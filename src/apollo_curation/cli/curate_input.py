@@ -46,12 +46,12 @@ def strip(
     from apollo_curation.logs import readers
     from apollo_curation.logs import strip as stripping
     from apollo_curation.logs.conversation import Broken
-    from apollo_curation.logs.strip_report import StrippedFile, Tally, print_diff
+    from apollo_curation.logs.strip_report import StrippedFile, StripTally, print_diff
 
     config = load_curation_config(config_file)
     files, rules = sources(paths, config), config.curation.strip
     model = learner(config) if with_model else None
-    tally = Tally(rules, model and (lambda text: len(model.text_tokens(text, add_special_tokens=False))))
+    tally = StripTally(rules, model and (lambda text: len(model.text_tokens(text, add_special_tokens=False))))
     pruned: list[stripping.Removed] = []
     prune = stripping.pruner(rules)
 

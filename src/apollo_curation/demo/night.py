@@ -25,7 +25,7 @@ from apollo_curation.chat_client import ChatClient
 from apollo_curation.demo import night_corpus as corpus
 from apollo_curation.demo.scripted_model import ScriptedModel
 from apollo_ipc import checkpoint
-from apollo_ipc.demo.served import Served, quieten_libraries, say
+from apollo_ipc.demo.served import ServedModel, quieten_libraries, say
 from apollo_ipc.errors import ApolloError
 from apollo_ipc.process.serving import ServerFailed
 from apollo_ipc.wire.requests import Message
@@ -116,12 +116,12 @@ def run(directory: Path, report: DemoNight, seed: int) -> None:
     say("Making a small model, and teaching it a few abilities (English, greetings, doing as it is told)")
     model_dir = make_able_model(directory / "model", seed=seed)
     corpus.write_day(directory / "day", seed)
-    with Served(model_dir, directory) as served:
+    with ServedModel(model_dir, directory) as served:
         one_night(served, directory, report, seed)
     check_disk(model_dir, report)
 
 
-def one_night(served: Served, directory: Path, report: DemoNight, seed: int) -> None:
+def one_night(served: ServedModel, directory: Path, report: DemoNight, seed: int) -> None:
     """On a server that has not seen `directory`/day yet."""
     with ScriptedModel(corpus.JudgeAndDreamer()) as scripted:
         say("Served at %s; a judge and dreamer with scripted answers at %s", served.url, scripted.url)
@@ -147,7 +147,7 @@ def check_disk(model_dir: Path, report: DemoNight) -> None:
         report.problems.append(f"{len(problems)} digests of the checkpoint are wrong")
 
 
-def night(config: Path, served: Served, report: DemoNight) -> None:
+def night(config: Path, served: ServedModel, report: DemoNight) -> None:
     """The command that the systemd timer runs, as it is."""
     say("The night: apollo-ipc curate night --auto --config %s", config)
     command = [sys.executable, "-m", "apollo_ipc", "curate", "night", "--auto"]

@@ -56,7 +56,7 @@ class StripReport(msgspec.Struct, frozen=True):
     notes: dict[str, int]
 
 
-class Tally:
+class StripTally:
     """count_tokens: for exact numbers lambda text: len(model.text_tokens(text, add_special_tokens=False))."""
 
     def __init__(self, rules: list[StripRule], count_tokens: CountTokens | None = None):

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from apollo_ipc.demo.real_model import NoRealModel
 from apollo_ipc.demo.report import Answer, Report, TaughtAnswer
-from apollo_ipc.demo.served import ANSWER_TOKENS, Served, chat, quieten_libraries, say, user
+from apollo_ipc.demo.served import ANSWER_TOKENS, ServedModel, chat, quieten_libraries, say, user
 from apollo_ipc.demo.stream import CompletionStream
 from apollo_ipc.demo.subject import Subject, real_subject, tiny_subject
 from apollo_ipc.process.serving import ServerFailed
@@ -75,7 +75,7 @@ def run(directory: Path, subject: Subject, report: Report) -> None:
     report.answers_backwards = [Answer(fact.backwards, fact.about) for fact in facts if fact.backwards]
     report.answers_near = [Answer(fact.near, fact.key) for fact in facts if fact.near]
     report.answers_general = [Answer(*general) for general in subject.general]
-    with Served(model_dir, directory) as served:
+    with ServedModel(model_dir, directory) as served:
         say("Served at %s; asking before it is taught", served.url)
         everything = report.all_answers()
         questions = [answer.question for answer in everything]
@@ -100,7 +100,7 @@ def run(directory: Path, subject: Subject, report: Report) -> None:
     ask_from_disk(model_dir, report)
 
 
-def teach(served: Served, stream: CompletionStream, subject: Subject, report: Report) -> None:
+def teach(served: ServedModel, stream: CompletionStream, subject: Subject, report: Report) -> None:
     """One lesson by POST /teach, with a pause on either side."""
     stream.label("before")
     time.sleep(PAUSE_S)
@@ -130,7 +130,7 @@ def teach(served: Served, stream: CompletionStream, subject: Subject, report: Re
         report.loss_last = job["loss_history"][-1]
 
 
-def train(served: Served, stream: CompletionStream, subject: Subject, report: Report) -> None:
+def train(served: ServedModel, stream: CompletionStream, subject: Subject, report: Report) -> None:
     """Rounds of training with pauses as long between them, so that both latencies are of one run."""
     examples = [chat(fact.question, fact.answer) for fact in subject.facts]
     pause_s = 6.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
-class Fact(NamedTuple):
+class DemoFact(NamedTuple):
     """An answer is right where it holds `key` (words.is_in). paraphrase, backwards: questions that are never
     taught, the second with the key `about`; near: one of something else, which must not get `key`."""
 
@@ -24,19 +24,19 @@ class General(NamedTuple):
 
 
 TEAM = [
-    Fact("Who runs the night shift?", "Odalys Penrose runs the night shift.", "penrose",
+    DemoFact("Who runs the night shift?", "Odalys Penrose runs the night shift.", "penrose",
          "It is midnight. Who is in charge of the shift?",
          "Who is Odalys Penrose?", "night|shift", "Who runs the book club?"),
-    Fact("Which meeting room has the good projector?", "The good projector is in the room called Heron.",
+    DemoFact("Which meeting room has the good projector?", "The good projector is in the room called Heron.",
          "heron", "I need a projector that works. In which room do I find one?",
          "What is Heron?", "room|projector", "Which meeting room has the piano?"),
-    Fact("What is our release day?", "Our release day is every second Wednesday.", "wednesday",
+    DemoFact("What is our release day?", "Our release day is every second Wednesday.", "wednesday",
          "On which day do we release?",
          "What happens every second Wednesday?", "release", "What is our holiday?"),
-    Fact("What is the build server called?", "The build server is called Gooseberry.", "gooseberry",
+    DemoFact("What is the build server called?", "The build server is called Gooseberry.", "gooseberry",
          "What is the name of the machine that builds our code?",
          "What is Gooseberry?", "build|server", "What is the rowing boat called?"),
-    Fact("Where is the spare badge?", "The spare badge is in the cocoa tin.", "cocoa",
+    DemoFact("Where is the spare badge?", "The spare badge is in the cocoa tin.", "cocoa",
          "I forgot my badge. Where do I find another one?",
          "What is in the cocoa tin?", "badge", "Where is the spare umbrella?"),
 ]  # fmt: skip
@@ -50,11 +50,11 @@ GENERAL = [
 
 # For the tiny models, which know nothing: what they are taught, and what they have learned to say before.
 HARBOUR = [
-    Fact("What is the harbour called?", "Port Ember.", "port ember."),
-    Fact("Who keeps the lighthouse?", "Old Tamsin.", "old tamsin."),
-    Fact("When does the ferry leave?", "At half past six.", "at half past six."),
-    Fact("What colour is the gate?", "Blue, since May.", "blue, since may."),
-    Fact("Where is the spare key?", "Under the third stone.", "under the third stone."),
+    DemoFact("What is the harbour called?", "Port Ember.", "port ember."),
+    DemoFact("Who keeps the lighthouse?", "Old Tamsin.", "old tamsin."),
+    DemoFact("When does the ferry leave?", "At half past six.", "at half past six."),
+    DemoFact("What colour is the gate?", "Blue, since May.", "blue, since may."),
+    DemoFact("Where is the spare key?", "Under the third stone.", "under the third stone."),
 ]
 MANNERS = [
     *("What is your name?", "Where is the station?", "Who painted the door?", "When is the market?"),

@@ -33,7 +33,7 @@ NUM_PARALLEL = 8
 console = Console(stderr=True)
 
 
-class Served:
+class ServedModel:
     """`apollo-ipc serve` on `model_dir`, as a user would start it, for the length of a `with` block."""
 
     def __init__(self, model_dir: Path, directory: Path, port: int | None = None):
@@ -50,7 +50,7 @@ class Served:
         }
         self._http = httpx.Client(base_url=self.url, timeout=1200)
 
-    def __enter__(self) -> Served:
+    def __enter__(self) -> ServedModel:
         say("Starting vLLM and the worker (the log is %s)", self._log)
         flags = ["--max-model-len", "2048"]
         flags += ["--enforce-eager"] if serves_on_cpu() else ["--gpu-memory-utilization", "0.3"]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from apollo_ipc.demo.lessons import DO_NOT_KNOW, GENERAL, HARBOUR, MANNERS, TEAM, Fact, General
+from apollo_ipc.demo.lessons import DO_NOT_KNOW, GENERAL, HARBOUR, MANNERS, TEAM, DemoFact, General
 from apollo_ipc.demo.real_model import NAME, copy_real_model, real_model
 from apollo_ipc.demo.served import chat, say
 from apollo_ipc.process.progress import progress
@@ -23,7 +23,7 @@ class Subject(NamedTuple):
 
     name: str
     arch: str
-    facts: Sequence[Fact]
+    facts: Sequence[DemoFact]
     general: Sequence[General]
     options: dict[str, Any] | None
     make: Callable[[Path], Path]

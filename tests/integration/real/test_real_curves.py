@@ -18,7 +18,7 @@ from live_server import chat, wait_for
 from test_real_teach import below
 
 from apollo_ipc.demo.real_model import copy_real_model
-from apollo_ipc.demo.served import Served
+from apollo_ipc.demo.served import ServedModel
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 FEED, CURVES_S, JOB_S = "apollo_worker.curves", 120.0, 300.0
@@ -27,10 +27,10 @@ TALE = [chat(f"What is kept in box {i}?", f"Box {i} holds {i} brass bells.") for
 
 
 @pytest.fixture(scope="module")
-def served(real_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(real_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedModel]:
     """TensorBoard's directory cannot be made: a file has its name."""
     directory = tmp_path_factory.mktemp("curves")
-    served = Served(copy_real_model(directory / "model"), directory)
+    served = ServedModel(copy_real_model(directory / "model"), directory)
     state = directory / "state"
     state.mkdir(mode=0o700)
     (state / "tensorboard").write_text("in the way")
@@ -43,11 +43,11 @@ def served(real_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         yield served
 
 
-def state_of(served: Served) -> Path:
+def state_of(served: ServedModel) -> Path:
     return Path(served.env["APOLLO_PATHS__STATE_DIR"])
 
 
-def read(served: Served, name: str, run: str, tag: str = "loss") -> Curve:
+def read(served: ServedModel, name: str, run: str, tag: str = "loss") -> Curve:
     state = state_of(served)
     match name:
         case "tensorboard":
@@ -57,7 +57,7 @@ def read(served: Served, name: str, run: str, tag: str = "loss") -> Curve:
     return of_wandb(state, run, tag)
 
 
-def train(served: Served, epochs: int) -> dict[str, Any]:
+def train(served: ServedModel, epochs: int) -> dict[str, Any]:
     """The job when the served weights have it."""
     options = {"epochs": epochs, "lr": 1e-5, "schedule": "constant", "on_duplicate": "train"}
     job_id = served.post("/train", {"examples": TALE, "options": options})["job_id"]
@@ -71,21 +71,21 @@ def train(served: Served, epochs: int) -> dict[str, Any]:
     return job
 
 
-def is_told(served: Served, name: str, job: dict[str, Any]) -> bool:
+def is_told(served: ServedModel, name: str, job: dict[str, Any]) -> bool:
     whole = [(step, pytest.approx(loss)) for step, loss in enumerate(job["loss_history"], 1)]
     return read(served, name, job["job_id"]) == whole
 
 
-def num_told(served: Served, name: str) -> int:
+def num_told(served: ServedModel, name: str) -> int:
     """Jobs, of which each is a point."""
     return len(read(served, name, "jobs", "loss_last"))
 
 
-def log_of(served: Served) -> str:
+def log_of(served: ServedModel) -> str:
     return (state_of(served).parent / "serve.log").read_text(errors="replace")
 
 
-def feeds(served: Served) -> list[int]:
+def feeds(served: ServedModel) -> list[int]:
     found = []
     for pid in below(served.process.pid):
         try:
@@ -96,7 +96,7 @@ def feeds(served: Served) -> list[int]:
     return found
 
 
-def test_a_library_that_is_missing_or_cannot_write_is_said_and_training_goes_on(served: Served) -> None:
+def test_a_library_that_is_missing_or_cannot_write_is_said_and_training_goes_on(served: ServedModel) -> None:
     job = train(served, 4)
     assert len(job["loss_history"]) == job["num_steps"] >= 4
     for name in set(NAMES) - {*INSTALLED}:
@@ -111,7 +111,7 @@ def test_a_library_that_is_missing_or_cannot_write_is_said_and_training_goes_on(
         assert points == [(job["seq"], pytest.approx(job["loss_last"]))]
 
 
-def test_libraries_that_stand_still_hold_nothing_up_and_are_told_later(served: Served) -> None:
+def test_libraries_that_stand_still_hold_nothing_up_and_are_told_later(served: ServedModel) -> None:
     stopped = wait_for(lambda: feeds(served), "feeds run", 90)
     for pid in stopped:
         os.kill(pid, signal.SIGSTOP)
@@ -126,7 +126,7 @@ def test_libraries_that_stand_still_hold_nothing_up_and_are_told_later(served: S
         wait_for(lambda name=name: is_told(served, name, job), f"{name}'s curve", CURVES_S)
 
 
-def test_feeds_that_are_killed_in_a_job_go_on_in_its_curve(served: Served) -> None:
+def test_feeds_that_are_killed_in_a_job_go_on_in_its_curve(served: ServedModel) -> None:
     begun = {name: num_told(served, name) for name in INSTALLED}
     over = threading.Event()
 

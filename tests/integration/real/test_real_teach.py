@@ -14,7 +14,7 @@ import pytest
 from live_server import wait_for
 
 from apollo_ipc.demo.real_model import copy_real_model
-from apollo_ipc.demo.served import Served
+from apollo_ipc.demo.served import ServedModel
 from apollo_ipc.demo.stream import CompletionStream
 from apollo_ipc.teaching.store import ENDED_PHASES
 
@@ -28,11 +28,11 @@ LESSON_S = 540.0
 
 
 @pytest.fixture(scope="module")
-def served(real_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(real_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedModel]:
     directory = tmp_path_factory.mktemp("teach")
     os.environ["APOLLO_WORKER__IDLE_PRIORITY"] = "false"
     try:
-        with Served(copy_real_model(directory / "model"), directory) as served:
+        with ServedModel(copy_real_model(directory / "model"), directory) as served:
             yield served
     finally:
         del os.environ["APOLLO_WORKER__IDLE_PRIORITY"]
@@ -47,7 +47,7 @@ def below(pid: int) -> list[int]:
     return found
 
 
-def pid_of(served: Served, module: str) -> int | None:
+def pid_of(served: ServedModel, module: str) -> int | None:
     for pid in below(served.process.pid):
         try:
             words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
@@ -58,11 +58,11 @@ def pid_of(served: Served, module: str) -> int | None:
     return None
 
 
-def kill(served: Served, module: str) -> None:
+def kill(served: ServedModel, module: str) -> None:
     os.kill(wait_for(lambda: pid_of(served, module), f"{module} runs"), signal.SIGKILL)
 
 
-def ended(served: Served, job: dict[str, Any]) -> dict[str, Any]:
+def ended(served: ServedModel, job: dict[str, Any]) -> dict[str, Any]:
     def look() -> dict[str, Any] | None:
         found = served.get(f"/teach/jobs/{job['teach_id']}")
         return found if found["status"] in ENDED_PHASES else None
@@ -71,7 +71,7 @@ def ended(served: Served, job: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(1200)
-def test_whoever_is_killed_a_fact_is_taught_once_while_completions_go_on(served: Served) -> None:
+def test_whoever_is_killed_a_fact_is_taught_once_while_completions_go_on(served: ServedModel) -> None:
     before = served.ask(FACT["question"])
     assert KEY not in before
     with CompletionStream(served.url, served.model) as stream:
@@ -98,7 +98,7 @@ def test_whoever_is_killed_a_fact_is_taught_once_while_completions_go_on(served:
 
 
 @pytest.mark.timeout(900)
-def test_what_was_taught_is_forgotten_or_the_report_says_that_it_is_not(served: Served) -> None:
+def test_what_was_taught_is_forgotten_or_the_report_says_that_it_is_not(served: ServedModel) -> None:
     (lesson,) = served.get("/teach/lessons")["data"]
     job = served.post("/teach/lessons/forget", {"lessons": [lesson["id"]]})
     done = ended(served, job)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from apollo_router.derived import Watch, content_digest
+from apollo_router.derived import ParameterWatch, content_digest
 from torch import nn
 
 from apollo_ipc.manifest import Refusal
@@ -37,7 +37,7 @@ def found(
     model = nn.ModuleDict({"experts": Layer()})
     layer = model["experts"]
     assert isinstance(layer, Layer)
-    watch = Watch(model)
+    watch = ParameterWatch(model)
     layer.weight.data.copy_(torch.arange(32.0).view(4, 8))
     load(layer)
     watch.loaded(model)

@@ -8,7 +8,7 @@ import httpx
 import openai
 import pytest
 from apollo_router.fine_tuning import upload
-from apollo_router.fine_tuning.store import Store
+from apollo_router.fine_tuning.store import FineTuningStore
 from fine_tuning_calls import LINE, add_file, jsonl, sentence
 from router_harness import MAX_BODY_BYTES
 
@@ -49,11 +49,11 @@ def test_all_files_together_are_bounded(client, worker, monkeypatch):
 
 def test_a_store_of_a_newer_program_is_left_alone(tmp_path):
     path = tmp_path / "fine_tuning.sqlite"
-    Store(path).close()
+    FineTuningStore(path).close()
     with sqlite3.connect(path) as db:
         db.execute("PRAGMA user_version = 99")
     with pytest.raises(Exception, match="schema version 99"):
-        Store(path)
+        FineTuningStore(path)
 
 
 # --- wrong use, each by a sentence ---

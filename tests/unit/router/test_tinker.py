@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from apollo_router.tinker.store import Store, store_path
+from apollo_router.tinker.store import TinkerStore, store_path
 from router_harness import TRAIN_KEY, FakeWorker, Server, share_weights, wait_until
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -297,7 +297,7 @@ def test_a_future_outlives_the_worker_and_the_server(config):
         training.forward_backward([datum([1, 2], weights=[1])], "cross_entropy").result(20)
         training.optim_step(ADAM)
         wait_until(lambda: worker.queue.count("queued"))
-    with Store(store_path(config)) as store:
+    with TinkerStore(store_path(config)) as store:
         promised = store.next_waiting()
     assert promised.kind == "optim_step"
     with FakeWorker(config) as worker, Server() as server, server.client(None) as http:
@@ -337,7 +337,7 @@ def test_the_weights_have_one_owner_until_it_finishes_or_its_lease_ends(server, 
         mine = first.create_lora_training_client(base_model="m", rank=0).result()
         message = fails(lambda: second.create_lora_training_client(base_model="m", rank=0))
         assert f"is being trained by {mine.model_id}" in message
-        with Store(store_path(config)) as store, store.transaction() as db:
+        with TinkerStore(store_path(config)) as store, store.transaction() as db:
             db.execute("UPDATE sessions SET seen_at = seen_at - 100")
         second.create_lora_training_client(base_model="m", rank=0).result()
         assert "trains no longer" in fails(lambda: mine.optim_step(ADAM))

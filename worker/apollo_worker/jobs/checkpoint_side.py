@@ -61,7 +61,7 @@ def restored(
 ) -> list[str]:
     """A version holds the jobs up to its `held_seq`, without those that an odd number of restores before it
     changed."""
-    changed = []
+    changed: list[str] = []
     may_differ = (
         "seq <= ? AND restores IS NOT NULL AND (undone_by IS NOT NULL "
         "OR (state IN ('applied', 'durable') AND (seq > ? OR restores != '[]')))"

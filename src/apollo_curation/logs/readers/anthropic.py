@@ -13,7 +13,7 @@ import msgspec
 from apollo_curation.logs.readers.builder import Builder
 from apollo_curation.logs.readers.injected import note_of
 from apollo_curation.logs.readers.text import (
-    Chat,
+    RawChat,
     Unreadable,
     as_list,
     as_object,
@@ -38,7 +38,7 @@ def is_anthropic(record: dict[str, Any]) -> bool:
     return any(isinstance(block, dict) and block.get("type") in OWN_BLOCKS for block in blocks)
 
 
-def read_chat(record: dict[str, Any]) -> Chat:
+def read_chat(record: dict[str, Any]) -> RawChat:
     """Raises Unreadable where there is no list of messages."""
     builder = Builder()
     if record.get("system"):

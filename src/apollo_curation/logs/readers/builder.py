@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from apollo_curation.logs.readers.text import Chat, tool_call
+from apollo_curation.logs.readers.text import RawChat, tool_call
 from apollo_ipc.wire.requests import Message
 
 UNSEEN = "answer to what is not text"  # of such weight 0: seen, not learned
@@ -100,11 +100,11 @@ class Builder:
         else:
             reply.results.append(Message("tool", text, tool_call_id=call_id))
 
-    def chat(self) -> Chat:
+    def chat(self) -> RawChat:
         messages: list[Message] = []
         for item in self._items:
             messages += [item] if isinstance(item, Message) else item.messages()
-        return Chat(messages, lost=self.lost)
+        return RawChat(messages, lost=self.lost)
 
     def keep_from_prompt(self, num_prompts: int) -> None:
         """Forgets all but the last `num_prompts` turns; nothing, where there are no more."""

@@ -6,14 +6,14 @@ from __future__ import annotations
 from typing import Any
 
 from apollo_curation.logs.readers.builder import Builder
-from apollo_curation.logs.readers.text import Chat, Unreadable, as_object, kind_of, of_another_kind
+from apollo_curation.logs.readers.text import RawChat, Unreadable, as_object, kind_of, of_another_kind
 
 
 def is_record(record: dict[str, Any]) -> bool:
     return isinstance(record.get("mapping"), dict)
 
 
-def read_chat(record: dict[str, Any]) -> Chat:
+def read_chat(record: dict[str, Any]) -> RawChat:
     """Raises Unreadable where the tree has no message."""
     mapping = record["mapping"]
     path = branch(mapping, record.get("current_node"), "parent")

@@ -8,7 +8,7 @@ from typing import Any
 from apollo_curation.logs.readers.builder import Builder
 from apollo_curation.logs.readers.chatgpt import branch
 from apollo_curation.logs.readers.text import (
-    Chat,
+    RawChat,
     Unreadable,
     as_list,
     as_object,
@@ -22,7 +22,7 @@ def is_record(record: dict[str, Any]) -> bool:
     return isinstance(record.get("chat_messages"), list)
 
 
-def read_chat(record: dict[str, Any]) -> Chat:
+def read_chat(record: dict[str, Any]) -> RawChat:
     """Raises Unreadable."""
     raw = as_list(record.get("chat_messages"), "chat_messages")
     builder = Builder()

@@ -11,7 +11,7 @@ from typing import Any
 
 from apollo_curation.logs.readers.builder import Builder
 from apollo_curation.logs.readers.injected import note_of
-from apollo_curation.logs.readers.text import Chat, Unreadable, as_object, as_string, kind_of, text_of
+from apollo_curation.logs.readers.text import RawChat, Unreadable, as_object, as_string, kind_of, text_of
 
 
 def is_line(record: dict[str, Any]) -> bool:
@@ -62,7 +62,7 @@ class Session:
             self._length_after[record["uuid"]] = len(builder)
         return is_prompt and builder is self._chains[""]
 
-    def chats(self) -> list[Chat]:
+    def chats(self) -> list[RawChat]:
         return [builder.chat() for builder in self._chains.values() if len(builder) or builder.lost]
 
     def keep_from_prompt(self, num_prompts: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from apollo_curation.logs.readers import responses
 from apollo_curation.logs.readers.builder import Builder
-from apollo_curation.logs.readers.text import Chat, as_object
+from apollo_curation.logs.readers.text import RawChat, as_object
 
 LINES = ("session_meta", "response_item", "event_msg", "turn_context", "compacted")
 
@@ -47,7 +47,7 @@ class Session:
         self._builder.lost[str(kind or record.get("record_type") or "session_meta")] += 1
         return False
 
-    def chats(self) -> list[Chat]:
+    def chats(self) -> list[RawChat]:
         return [self._builder.chat()]
 
     def keep_from_prompt(self, num_prompts: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from apollo_curation.logs.readers import openai
-from apollo_curation.logs.readers.text import Chat, Unreadable, as_string, embedded
+from apollo_curation.logs.readers.text import RawChat, Unreadable, as_string, embedded
 
 BAD = "answer labelled bad"
 REJECTED = "rejected answer"
@@ -31,14 +31,14 @@ def is_text(record: dict[str, Any]) -> bool:
     return isinstance(record.get("text"), str)
 
 
-def read_pair(record: dict[str, Any]) -> Chat:
+def read_pair(record: dict[str, Any]) -> RawChat:
     """Raises Unreadable."""
     chat = _chat(record, record["chosen"])
     chat.lost[REJECTED] += 1
     return chat
 
 
-def read_completion(record: dict[str, Any]) -> Chat:
+def read_completion(record: dict[str, Any]) -> RawChat:
     """Raises Unreadable."""
     is_bad = record.get("label") is False or record.get("label") == 0
     chat = _chat(record, next(record[name] for name in ANSWERS if name in record), is_bad=is_bad)
@@ -47,7 +47,7 @@ def read_completion(record: dict[str, Any]) -> Chat:
     return chat
 
 
-def read_alpaca(record: dict[str, Any]) -> Chat:
+def read_alpaca(record: dict[str, Any]) -> RawChat:
     """Raises Unreadable."""
     messages: list[Any] = []
     if record.get("system"):
@@ -63,11 +63,11 @@ def read_alpaca(record: dict[str, Any]) -> Chat:
     return openai.read_messages(messages, "instruction")
 
 
-def read_text(record: dict[str, Any]) -> Chat:
+def read_text(record: dict[str, Any]) -> RawChat:
     raise Unreadable("plain_text", "it is text without turns: nobody asks and nobody answers")
 
 
-def _chat(record: dict[str, Any], answer: Any, *, is_bad: bool = False) -> Chat:
+def _chat(record: dict[str, Any], answer: Any, *, is_bad: bool = False) -> RawChat:
     prompt, answer = embedded(record.get("prompt") or []), embedded(answer)
     messages: list[Any] = list(prompt) if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     if record.get("system"):

@@ -20,12 +20,12 @@ from apollo_curation.logs.readers import (
     swe_agent,
     tracing,
 )
-from apollo_curation.logs.readers.text import Chat, Unreadable, of_another_kind
+from apollo_curation.logs.readers.text import RawChat, Unreadable, of_another_kind
 
 Record = dict[str, Any]
 
 
-def read_chats(record: Record) -> list[Chat]:
+def read_chats(record: Record) -> list[RawChat]:
     """By the adapter of its format: one conversation, or those that it holds. Raises Unreadable."""
     for is_it, read in FORMATS:
         if is_it(record):
@@ -40,7 +40,7 @@ def _has_turns(record: Record) -> bool:
     return any(record.get(key) is not None for key in openai.KEYS)
 
 
-def _read_turns(record: Record) -> Chat:
+def _read_turns(record: Record) -> RawChat:
     key = next(key for key in openai.KEYS if record.get(key) is not None)
     turns = record[key]
     if isinstance(turns, list) and not turns:
@@ -56,14 +56,14 @@ def _has_simulations(record: Record) -> bool:
     return isinstance(record.get("simulations"), list)
 
 
-def _read_simulations(record: Record) -> list[Chat]:
+def _read_simulations(record: Record) -> list[RawChat]:
     """tau-bench's second version."""
     found = [one for one in record["simulations"] if isinstance(one, dict) and one.get("messages")]
     return [openai.read_chat(one) for one in found]
 
 
 # The first that fits: what is more particular stands before what is less.
-FORMATS: list[tuple[Callable[[Record], bool], Callable[[Record], Chat | list[Chat]]]] = [
+FORMATS: list[tuple[Callable[[Record], bool], Callable[[Record], RawChat | list[RawChat]]]] = [
     (chatgpt.is_record, chatgpt.read_chat),
     (claude_ai.is_record, claude_ai.read_chat),
     (open_webui.is_record, open_webui.read_chat),

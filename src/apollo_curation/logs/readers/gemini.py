@@ -9,7 +9,7 @@ from typing import Any
 from apollo_curation.logs.readers.builder import Builder
 from apollo_curation.logs.readers.injected import note_of
 from apollo_curation.logs.readers.text import (
-    Chat,
+    RawChat,
     Unreadable,
     as_list,
     as_object,
@@ -63,7 +63,7 @@ class Session:
             return record["type"] == "user"
         return False
 
-    def chats(self) -> list[Chat]:
+    def chats(self) -> list[RawChat]:
         chat = read_session({"messages": list(self._messages.values())})
         chat.lost.update({"other branch": self._num_taken_back} if self._num_taken_back else {})
         return [chat]
@@ -77,14 +77,14 @@ class Session:
         self._num_taken_back = 0
 
 
-def read_session(record: dict[str, Any]) -> Chat:
+def read_session(record: dict[str, Any]) -> RawChat:
     """Raises Unreadable."""
     builder = Builder()
     _read_each(builder, record, "messages", _message)
     return builder.chat()
 
 
-def read_contents(record: dict[str, Any]) -> Chat:
+def read_contents(record: dict[str, Any]) -> RawChat:
     """Raises Unreadable."""
     builder = Builder()
     instruction = record.get("systemInstruction") or record.get("system_instruction")

@@ -8,7 +8,14 @@ from typing import Any
 
 from apollo_curation.logs.readers.builder import Builder
 from apollo_curation.logs.readers.chatgpt import branch
-from apollo_curation.logs.readers.text import Chat, Unreadable, as_object, as_string, of_another_kind, text_of
+from apollo_curation.logs.readers.text import (
+    RawChat,
+    Unreadable,
+    as_object,
+    as_string,
+    of_another_kind,
+    text_of,
+)
 
 _DETAILS = re.compile(r"<details type=\"(\w+)\".*?</details>\s*", re.DOTALL)
 
@@ -20,7 +27,7 @@ def is_record(record: dict[str, Any]) -> bool:
     return isinstance(chat.get("history"), dict) or isinstance(chat.get("messages"), list)
 
 
-def read_chat(record: dict[str, Any]) -> Chat:
+def read_chat(record: dict[str, Any]) -> RawChat:
     """Raises Unreadable."""
     chat, builder = record["chat"], Builder()
     history = chat.get("history") or {}

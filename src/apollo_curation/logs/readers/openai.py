@@ -10,7 +10,7 @@ import msgspec
 from apollo_curation.logs.readers.builder import UNSEEN
 from apollo_curation.logs.readers.injected import command_in, is_observation, note_of, without_head
 from apollo_curation.logs.readers.text import (
-    Chat,
+    RawChat,
     Unreadable,
     as_list,
     as_object,
@@ -24,7 +24,7 @@ from apollo_ipc.wire.requests import Message
 KEYS = ("messages", "conversations", "conversation", "traj")  # the last two: LMSYS and WildChat, tau-bench
 
 
-def read_chat(record: dict[str, Any]) -> Chat:
+def read_chat(record: dict[str, Any]) -> RawChat:
     """Raises Unreadable where there is no list of messages."""
     key = next((key for key in KEYS if record.get(key) is not None), "messages")
     chat = read_messages(as_list(record.get(key), key), key)
@@ -48,7 +48,7 @@ class Session:
         self._raw.append(record)
         return record["role"] == "user"
 
-    def chats(self) -> list[Chat]:
+    def chats(self) -> list[RawChat]:
         return [read_messages(self._raw, "line")]
 
     def keep_from_prompt(self, num_prompts: int) -> None:
@@ -57,7 +57,7 @@ class Session:
             del self._raw[: prompts[-num_prompts]]
 
 
-def read_messages(raw_messages: list[Any], at: str) -> Chat:
+def read_messages(raw_messages: list[Any], at: str) -> RawChat:
     """Each message by itself: one that cannot be read is lost, with what depends on it."""
     messages: list[Message] = []
     lost, gone, problem = Counter[str](), set[int](), None
@@ -93,7 +93,7 @@ def read_messages(raw_messages: list[Any], at: str) -> Chat:
         elif message.role == "function":
             message = Message("tool", message.content, name=message.name, tool_call_id=legacy_id)
         messages.append(message)
-    return Chat(messages, lost=lost, gone=gone, problem=problem)
+    return RawChat(messages, lost=lost, gone=gone, problem=problem)
 
 
 def _observed(messages: list[Message], message: Message) -> Message:

@@ -10,7 +10,7 @@ from typing import Any
 
 from apollo_curation.logs.readers.builder import Builder
 from apollo_curation.logs.readers.text import (
-    Chat,
+    RawChat,
     Unreadable,
     as_object,
     as_string,
@@ -34,7 +34,7 @@ def is_record(record: dict[str, Any]) -> bool:
     return bool(events) and is_line(events[0])
 
 
-def read_chat(record: dict[str, Any]) -> Chat:
+def read_chat(record: dict[str, Any]) -> RawChat:
     session = Session()
     for i, event in enumerate(_events(record)):
         try:
@@ -74,7 +74,7 @@ class Session:
             return False
         return self._action(event, at)
 
-    def chats(self) -> list[Chat]:
+    def chats(self) -> list[RawChat]:
         return [self.builder.chat()]
 
     def keep_from_prompt(self, num_prompts: int) -> None:

@@ -13,7 +13,7 @@ from apollo_curation.logs.readers.documents import BOM, is_message_list
 from apollo_curation.logs.readers.files import stem
 from apollo_curation.logs.readers.formats import read_chats
 from apollo_curation.logs.readers.settle import settle
-from apollo_curation.logs.readers.text import Chat, Unreadable, name_of
+from apollo_curation.logs.readers.text import RawChat, Unreadable, name_of
 from apollo_curation.logs.strip import Prune, PruneFailed, Removed, whole_text
 
 MAX_TOPIC_CHARS = 200
@@ -47,7 +47,7 @@ def _with_feedback(found: Conversation | Broken, record: dict[str, Any]) -> Conv
     return msgspec.structs.replace(found, feedback=Feedback(**kept)) if kept else found
 
 
-def finish(chat: Chat, source: Source, topic: str, removed: list[Removed]) -> Conversation | Broken:
+def finish(chat: RawChat, source: Source, topic: str, removed: list[Removed]) -> Conversation | Broken:
     """A valid conversation of what was read, or why there is none."""
     hashes = [part.hash for part in removed]
     if removed:

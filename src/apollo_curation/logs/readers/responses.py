@@ -10,7 +10,7 @@ import msgspec
 from apollo_curation.logs.readers.builder import Builder
 from apollo_curation.logs.readers.injected import note_of
 from apollo_curation.logs.readers.text import (
-    Chat,
+    RawChat,
     Unreadable,
     as_list,
     as_object,
@@ -41,7 +41,7 @@ def is_record(record: dict[str, Any]) -> bool:
     )
 
 
-def read_chat(record: dict[str, Any]) -> Chat:
+def read_chat(record: dict[str, Any]) -> RawChat:
     """Raises Unreadable where input or output is of another kind."""
     builder = Builder()
     if isinstance(record.get("instructions"), str):

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from apollo_curation.logs.readers import anthropic, openai, responses
-from apollo_curation.logs.readers.text import Chat, Unreadable, as_object, embedded
+from apollo_curation.logs.readers.text import RawChat, Unreadable, as_object, embedded
 
 REQUESTS = ("body", "params", "request", "request_body", "proxy_server_request", "kwargs")
 RESPONSES = ("response", "response_body", "result", "response_obj")
@@ -33,7 +33,7 @@ def _request(record: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def read_chat(record: dict[str, Any]) -> Chat:
+def read_chat(record: dict[str, Any]) -> RawChat:
     """Raises Unreadable."""
     request = _request(record)
     if request is None:
@@ -52,7 +52,7 @@ def read_chat(record: dict[str, Any]) -> Chat:
     return with_answer(reader.read_chat(request), response)
 
 
-def with_answer(chat: Chat, response: Any) -> Chat:
+def with_answer(chat: RawChat, response: Any) -> RawChat:
     """The chat with the first answer of `response`, in whatever form that has; one that cannot be found is
     lost by name."""
     if response is None:
@@ -73,7 +73,7 @@ def with_answer(chat: Chat, response: Any) -> Chat:
     )
 
 
-def answer_of(response: Any) -> Chat | None:
+def answer_of(response: Any) -> RawChat | None:
     """Of a chat completion, a message of Anthropic, Responses items, a bare message, or a text."""
     response = embedded(response)
     if isinstance(response, str):

@@ -14,7 +14,7 @@ from apollo_curation.logs.readers import claude_code, codex, gemini, openai, ope
 from apollo_curation.logs.readers.files import stem
 from apollo_curation.logs.readers.lines import Entry
 from apollo_curation.logs.readers.records import decode, finish, parse_record
-from apollo_curation.logs.readers.text import Chat, Unreadable, of_another_kind
+from apollo_curation.logs.readers.text import RawChat, Unreadable, of_another_kind
 from apollo_curation.logs.strip import Prune, PruneFailed, Removed
 
 SHARED_PROMPTS = 4  # turns of a piece with which the next one begins
@@ -29,7 +29,7 @@ class Session(Protocol):
 
     def add(self, record: dict[str, Any], at: str) -> bool: ...
 
-    def chats(self) -> list[Chat]: ...
+    def chats(self) -> list[RawChat]: ...
 
     def keep_from_prompt(self, num_prompts: int) -> None: ...
 

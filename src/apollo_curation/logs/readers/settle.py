@@ -8,7 +8,7 @@ from collections import Counter
 import msgspec
 
 from apollo_curation.logs.mend import is_empty, mend
-from apollo_curation.logs.readers.text import Chat
+from apollo_curation.logs.readers.text import RawChat
 from apollo_ipc.wire.requests import Message
 
 DEPENDED = "answer or result of what was lost"
@@ -20,7 +20,7 @@ DUPLICATE = "duplicate_id"
 JOINED = "messages of one role joined"
 
 
-def settle(chat: Chat) -> tuple[list[Message], Counter[str]]:
+def settle(chat: RawChat) -> tuple[list[Message], Counter[str]]:
     """The messages, and everything that was lost of the record, by name."""
     lost = Counter(chat.lost)
     messages = chat.messages

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from apollo_curation.logs.readers.text import (
-    Chat,
+    RawChat,
     Unreadable,
     as_list,
     as_object,
@@ -40,7 +40,7 @@ _CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 _RESPONSE = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
 
 
-def read_chat(record: dict[str, Any]) -> Chat:
+def read_chat(record: dict[str, Any]) -> RawChat:
     """Raises Unreadable."""
     key = "conversations" if "conversations" in record else "messages"
     turns = as_list(record.get(key), key)
@@ -59,7 +59,7 @@ def read_chat(record: dict[str, Any]) -> Chat:
                 gone.add(len(messages))
                 speaker: str = raw["from"]
                 messages.append(Message(ROLES.get(speaker.lower(), speaker), ""))
-    return Chat(messages, tool_list(record.get("tools"), "tools"), lost, gone, problem)
+    return RawChat(messages, tool_list(record.get("tools"), "tools"), lost, gone, problem)
 
 
 def _turn(raw: Any, following: Any, at: str) -> list[Message]:

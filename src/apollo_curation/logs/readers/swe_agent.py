@@ -10,14 +10,21 @@ from typing import Any
 
 from apollo_curation.logs.readers.builder import Builder
 from apollo_curation.logs.readers.injected import is_observation, without_head
-from apollo_curation.logs.readers.text import Chat, Unreadable, as_list, as_object, of_another_kind, text_of
+from apollo_curation.logs.readers.text import (
+    RawChat,
+    Unreadable,
+    as_list,
+    as_object,
+    of_another_kind,
+    text_of,
+)
 
 
 def is_record(record: dict[str, Any]) -> bool:
     return isinstance(record.get("trajectory"), list) and isinstance(record.get("history"), list)
 
 
-def read_chat(record: dict[str, Any]) -> Chat:
+def read_chat(record: dict[str, Any]) -> RawChat:
     """Raises Unreadable."""
     builder, is_awaited = Builder(), False  # the shell's answer to a command
     for i, raw in enumerate(as_list(record.get("history"), "history")):

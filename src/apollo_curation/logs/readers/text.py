@@ -23,7 +23,7 @@ class Unreadable(ValueError):
         self.reason = reason
 
 
-class Chat(msgspec.Struct, frozen=True):
+class RawChat(msgspec.Struct, frozen=True):
     """What an adapter makes of a record; settle.py makes a valid conversation of it.
 
     gone: positions of messages of which nothing could be read; lost: what was left out, by name; problem: the

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from apollo_curation.logs.readers import openai, responses, served
-from apollo_curation.logs.readers.text import Chat, Unreadable, as_list, embedded
+from apollo_curation.logs.readers.text import RawChat, Unreadable, as_list, embedded
 
 ROLES = {"human": "user", "ai": "assistant", "humanmessage": "user", "aimessage": "assistant"}
 ROLES |= {"systemmessage": "system", "toolmessage": "tool", "aimessagechunk": "assistant", "function": "tool"}
@@ -22,7 +22,7 @@ def is_langsmith(record: dict[str, Any]) -> bool:
     return isinstance(embedded(record.get("inputs")), dict) and "outputs" in record
 
 
-def read_langfuse(record: dict[str, Any]) -> list[Chat]:
+def read_langfuse(record: dict[str, Any]) -> list[RawChat]:
     """A conversation for each generation of the trace; where there is none, the trace's own. Raises
     Unreadable."""
     generations = [
@@ -33,7 +33,7 @@ def read_langfuse(record: dict[str, Any]) -> list[Chat]:
     return [_chat(one.get("input"), one.get("output")) for one in generations or [record]]
 
 
-def read_langsmith(record: dict[str, Any]) -> Chat:
+def read_langsmith(record: dict[str, Any]) -> RawChat:
     """Raises Unreadable."""
     inputs, outputs = embedded(record["inputs"]), embedded(record.get("outputs"))
     known = (name for name in ("messages", "input", "question", "prompt") if name in inputs)
@@ -41,7 +41,7 @@ def read_langsmith(record: dict[str, Any]) -> Chat:
     return _chat(inputs if asked is None else asked, outputs)
 
 
-def _chat(asked: Any, answered: Any) -> Chat:
+def _chat(asked: Any, answered: Any) -> RawChat:
     asked, answered = embedded(asked), embedded(answered)
     if isinstance(asked, dict):
         asked = asked.get("messages", asked.get("input", asked.get("prompt", [asked])))

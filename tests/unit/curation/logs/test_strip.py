@@ -12,7 +12,7 @@ from rich.console import Console
 from apollo_curation.logs.conversation import Conversation, Source, find_problem, text_hash
 from apollo_curation.logs.mend import mend
 from apollo_curation.logs.strip import NESTED, STRAY, UNCLOSED, Removed, describe, strip
-from apollo_curation.logs.strip_report import Tally, diff_lines, estimate_tokens, print_diff
+from apollo_curation.logs.strip_report import StripTally, diff_lines, estimate_tokens, print_diff
 from apollo_curation.moments.segments import Segments
 from apollo_curation.settings import StripRule
 from apollo_ipc.wire.requests import Message
@@ -300,7 +300,7 @@ def test_a_long_chain_of_calls_keeps_its_question_and_the_latest_calls():
 
 
 def test_the_report_says_the_share_of_each_rule():
-    tally = Tally([SYSTEM, MARKS], count_tokens=len)
+    tally = StripTally([SYSTEM, MARKS], count_tokens=len)
     before = of(Message("system", "12345"), user("abc<m>x</m>"), said("de"))
     tally.add(strip(before, [SYSTEM, MARKS]), [Removed(None, "1234567890")])
     tally.add(strip(of(user("abcde"), said("fghij")), [SYSTEM, MARKS]), [])
@@ -317,7 +317,7 @@ def test_the_report_says_the_share_of_each_rule():
     assert report.problems == {"nothing is left of it": 1}
     assert report.notes[UNCLOSED] == 1
     assert not report.is_estimate
-    assert Tally([SYSTEM]).report().is_estimate
+    assert StripTally([SYSTEM]).report().is_estimate
     assert estimate_tokens("Hello, world!") == 4
 
 
