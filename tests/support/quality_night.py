@@ -116,7 +116,7 @@ class Server:
         self.losses = dict(losses)
         self.weight_version += 1
         self.saved[self.weight_version] = self.saved[weight_version]
-        return RestoreResult(weight_version, self.weight_version, 1, 1, True, 0.1)
+        return RestoreResult(weight_version, self.weight_version, 1, 1, 0, True, 0.1)
 
     # what its tests plant
     def poison(self):

@@ -20,6 +20,7 @@ from apollo_ipc.errors import NotFound, UserError
 
 LEASE_S = 60.0  # the SDK says every 10 s that it is there
 KEPT_S = 24 * 3600.0  # how long an answer can be had
+CLIENT_KEPT_S = 30 * 86400.0  # and what a session was, after it was last seen
 SCHEMA_VERSION = 1
 
 # is_open: a forward_backward whose optim_step has not been.
@@ -79,7 +80,7 @@ class TinkerStore(Database):
     def add_session(self) -> str:
         now, session_id = time.time(), f"session-{secrets.token_hex(8)}"
         with self.transaction() as db:
-            db.execute("DELETE FROM requests WHERE state != 'waiting' AND created_at < ?", (now - KEPT_S,))
+            _prune(db, now)
             db.execute("INSERT INTO sessions VALUES (?, ?, ?, 0)", (session_id, now, now))
         return session_id
 
@@ -168,6 +169,7 @@ class TinkerStore(Database):
                 "UPDATE requests SET state = ?, result = ? WHERE seq = ?", (state, result, request.seq)
             )
             if is_closing:
+                _prune(db, time.time())
                 db.execute(
                     "UPDATE requests SET is_open = 0, body = x'' WHERE scope = ? AND is_open AND seq < ?",
                     (request.scope, request.seq),
@@ -215,3 +217,19 @@ class TinkerStore(Database):
         if not rows:
             raise NotFound(f"nothing was saved as {path!r}", field="path")
         return rows[0]["weight_version"]
+
+
+def _prune(db: sqlite3.Connection, now: float) -> None:
+    """Answers that can be had no longer, and clients of long ago. An optim_step stays with its model
+    and tells that it has stepped."""
+    db.execute(
+        "DELETE FROM requests WHERE state != 'waiting' AND NOT is_open AND created_at < ? "
+        "AND (kind != 'optim_step' OR scope NOT IN (SELECT id FROM models))",
+        (now - KEPT_S,),
+    )
+    gone = "SELECT id FROM sessions WHERE seen_at < ?"
+    db.execute(f"DELETE FROM models WHERE NOT is_owner AND session_id IN ({gone})", (now - CLIENT_KEPT_S,))
+    db.execute(
+        "DELETE FROM sessions WHERE seen_at < ? AND id NOT IN (SELECT session_id FROM models)",
+        (now - CLIENT_KEPT_S,),
+    )

@@ -102,7 +102,7 @@ def answer(worker, result) -> None:
 
 
 def test_a_restore_goes_to_the_trainer_and_answers_what_it_did(server, worker):
-    done = RestoreResult(3, 9, 56, 2, True, 1.2)
+    done = RestoreResult(3, 9, 56, 2, 0, True, 1.2)
     thread = worker.in_background(answer, worker, done)
     response = server.http.post("/checkpoint/restore", json={"version": 3})
     thread.join(5)

@@ -75,7 +75,7 @@ def told(worker):
                 told.append(asked.request)
                 is_sync = isinstance(asked.request, SyncCheckpoint)
                 synced = SyncResult(3, 1.0, 10, 2, 1, 1000, 200, 0.5)
-                asked.done.set_result(synced if is_sync else RestoreResult(3, 6, 1, 0, True, 0.1))
+                asked.done.set_result(synced if is_sync else RestoreResult(3, 6, 1, 0, 0, True, 0.1))
 
     thread = worker.in_background(answer)
     yield told
