@@ -211,7 +211,7 @@ def heard(browser: Browser, args: argparse.Namespace) -> Iterator[None]:
 
     def listen() -> None:
         with (
-            httpx.Client(base_url=args.url, headers=keyed, timeout=10) as http,
+            httpx.Client(base_url=args.url, headers=keyed, timeout=60) as http,
             http.stream("GET", "/train/ui/events") as events,
         ):
             for _ in events.iter_raw():
