@@ -27,10 +27,15 @@ def unsupported_ranks(parallel: Any) -> list[Refusal]:
     if is_data_parallel(parallel):
         reason = "each engine has a copy of the weights of its own; live training reaches one"
         found.append(Refusal("--data-parallel-size", reason))
-    if parallel.world_size > 1:
-        name = f"--tensor-parallel-size/--pipeline-parallel-size (world size {parallel.world_size})"
-        reason = "each process holds a part of every weight; live training needs one process with all of them"
-        found.append(Refusal(name, reason))
+    if getattr(parallel, "pipeline_parallel_size", 1) > 1:
+        reason = "live training was not tried with it; split the weights by --tensor-parallel-size"
+        found.append(Refusal("--pipeline-parallel-size", reason))
+    if getattr(parallel, "nnodes", 1) > 1:
+        reason = "the worker reaches the memory of processes on its own machine only"
+        found.append(Refusal("--nnodes", reason))
+    if getattr(parallel, "enable_eplb", False):
+        reason = "vLLM moves experts between its processes while it serves"
+        found.append(Refusal("--enable-eplb", reason))
     return found
 
 

@@ -139,16 +139,20 @@ def chat(question: str, answer: str) -> dict:
 
 
 def read_live_weights(runtime_dir: Path) -> dict[str, torch.Tensor]:
-    """What a fresh process that knows only the manifest reads."""
+    """What a fresh process that knows only the manifests reads; of several ranks that the replicas agree."""
     code = (
         "import sys, torch\n"
         "from pathlib import Path\n"
-        "from apollo_ipc.manifest import read_manifest\n"
+        "from apollo_ipc.manifest import read_ranks\n"
+        "from apollo_worker.model.live_tensor import agrees, whole\n"
         "from apollo_worker.model.mapping import map_views, open_transport\n"
+        "from apollo_worker.model.pieces import map_pieces\n"
         "from safetensors.torch import save_file\n"
-        "manifest = read_manifest(Path(sys.argv[1]))\n"
-        "views = map_views(manifest, open_transport(manifest))\n"
-        "save_file({name: view.contiguous().clone() for name, view in views.items()}, sys.argv[2])\n"
+        "ranks = read_ranks(Path(sys.argv[1]))\n"
+        "memory = [open_transport(one) for one in ranks]\n"
+        "live = map_views(ranks[0], memory[0]) if len(ranks) == 1 else map_pieces(ranks, memory)\n"
+        "assert all(agrees(tensor, whole(tensor)) for tensor in live.values())\n"
+        "save_file({n: whole(t).contiguous().clone() for n, t in live.items()}, sys.argv[2])\n"
     )
     out = runtime_dir / "live.safetensors"
     subprocess.run([sys.executable, "-c", code, str(runtime_dir), str(out)], check=True)

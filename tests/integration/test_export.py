@@ -240,3 +240,41 @@ def test_a_vllm_that_lives_keeps_its_manifest_and_one_that_has_ended_does_not(
     other.wait()
     assert manifest is not None
     assert manifest.pid == os.getpid()
+
+
+# --- several ranks ---
+
+
+def test_a_rank_of_several_says_what_it_holds(export_module, base, monkeypatch):
+    boot = []
+    monkeypatch.setattr(export_module, "shared_boot_id", lambda parallel: boot.append(parallel) or "b" * 32)
+    load(export_module, base, rank=1, world_size=2)
+    manifest = read_manifest(base / "run", 1)
+    assert manifest is not None
+    assert (manifest.boot_id, manifest.views, manifest.refused) == ("b" * 32, {}, [])
+    assert manifest.pieces["weight"].pieces[0].shape == [8, 8]
+    assert len(boot) == 1
+
+
+def test_a_rank_whose_export_fails_still_meets_the_others(export_module, base, monkeypatch):
+    met = []
+    monkeypatch.setattr(export_module, "shared_boot_id", lambda _: met.append(1) or "b" * 32)
+    monkeypatch.setattr(export_module, "local_model_dir", fail)
+    load(export_module, base, rank=1, world_size=2)
+    assert met
+    manifest = read_manifest(base / "run", 1)
+    assert manifest is not None
+    assert (manifest.boot_id, manifest.refused[0].name) == ("b" * 32, "the export in vLLM")
+
+
+@pytest.mark.parametrize(
+    ("parallel", "name"),
+    [
+        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
+        ({"nnodes": 2}, "--nnodes"),
+        ({"enable_eplb": True}, "--enable-eplb"),
+    ],
+)
+def test_what_one_trainer_cannot_reach_is_refused_by_name(export_module, base, parallel, name):
+    config = vllm_config(base, world_size=2, **parallel)
+    assert [(r.name, r.blocks) for r in export_module.unsupported_settings(config)] == [(name, True)]

@@ -57,7 +57,10 @@ FOREIGN_FLAGS = {
     "--chat-template",
     "--cpu-offload-gb",
     "--default-chat-template-kwargs",
+    "--data-parallel-size",
     "--enable-cumem-allocator",
+    "--enable-eplb",
+    "--enable-expert-parallel",
     "--enable-sleep-mode",
     "--enforce-eager",
     "--gpu-memory-utilization",
@@ -69,8 +72,11 @@ FOREIGN_FLAGS = {
     "--max-model-len",
     "--moe-backend",
     "--no-enable-prefix-caching",
+    "--nnodes",
     "--now",
+    "--pipeline-parallel-size",
     "--served-model-name",
+    "--tensor-parallel-size",
 }
 # Of the programs behind our commands, which argparse reads.
 ARGPARSE_FILES = [

@@ -82,11 +82,16 @@ def demo(
         Literal["qwen3.5", "qwen3", "qwen3_moe"] | None,
         typer.Option(help="A tiny random model, hybrid, dense or of experts, instead of the real one."),
     ] = None,
+    tensor_parallel_size: Annotated[
+        int, typer.Option(min=1, help="Serve with that many processes, each with a part of every weight.")
+    ] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the table there as JSON.")] = None,
     keep: Annotated[Path | None, typer.Option(help="Keep the model and the logs in this directory.")] = None,
 ) -> None:
     """Serve a real language model, teach it facts while it answers others, and show what it learned."""
-    options = {"--arch": arch, "--json": json_file, "--keep": keep}
+    options = {
+        "--arch": arch, "--tensor-parallel-size": tensor_parallel_size, "--json": json_file, "--keep": keep,
+    }  # fmt: skip
     run_module(
         "apollo_ipc.demo", [text for flag, value in options.items() if value for text in (flag, str(value))]
     )

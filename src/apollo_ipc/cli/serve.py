@@ -33,15 +33,15 @@ CANNOT_WORK = {
     "--enable-cumem-allocator": "memory of this allocator cannot be exported to another process",
     "--quantization": "quantised weights are a derived copy, which training does not reach",
     "--cpu-offload-gb": "offloaded weights move between two memories",
-    "--tensor-parallel-size": "weights split over several devices are not supported",
-    "--pipeline-parallel-size": "weights split over several devices are not supported",
+    "--pipeline-parallel-size": "it was not tried; split the weights by --tensor-parallel-size",
+    "--nnodes": "the worker reaches the memory of its own machine only",
+    "--enable-eplb": "vLLM moves experts between its processes while it serves",
     "--data-parallel-size": "several copies of the weights are not supported",
 }
 # Flags that only `vllm serve` reads; we start the server behind it (vllm.entrypoints.openai.api_server).
 IS_IGNORED = {"--api-server-count": "one API server is started"}
 _SHORT = {
     "-q": "--quantization",
-    "-tp": "--tensor-parallel-size",
     "-pp": "--pipeline-parallel-size",
     "-dp": "--data-parallel-size",
     "-asc": "--api-server-count",

@@ -34,6 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="apollo-ipc demo", description=(__doc__ or "").split("\n")[0])
     tiny = "a tiny random model, hybrid, dense or of experts, instead of the real one"
     parser.add_argument("--arch", choices=("qwen3.5", "qwen3", "qwen3_moe"), help=tiny)
+    ranks = "serve with that many processes, each with a part of every weight"
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help=ranks)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table to FILE as JSON")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the model and the logs there")
     options = parser.parse_args(arguments)
@@ -45,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         report = Report(arch=subject.arch, model=subject.name)
         started = time.monotonic()
         try:
-            run(directory, subject, report)
+            run(directory, subject, report, num_ranks=options.tensor_parallel_size)
         except (ServerFailed, httpx.HTTPError) as error:
             report.problems.append(f"{type(error).__name__}: {error}")
         report.duration_s = time.monotonic() - started
@@ -66,7 +68,7 @@ def choose(arch: str | None) -> Subject:
         return tiny_subject("qwen3.5")
 
 
-def run(directory: Path, subject: Subject, report: Report) -> None:
+def run(directory: Path, subject: Subject, report: Report, num_ranks: int = 1) -> None:
     say("Making ready: %s", subject.name)
     model_dir = subject.make(directory / "model")
     facts = subject.facts
@@ -75,7 +77,8 @@ def run(directory: Path, subject: Subject, report: Report) -> None:
     report.answers_backwards = [Answer(fact.backwards, fact.about) for fact in facts if fact.backwards]
     report.answers_near = [Answer(fact.near, fact.key) for fact in facts if fact.near]
     report.answers_general = [Answer(*general) for general in subject.general]
-    with ServedModel(model_dir, directory) as served:
+    flags = ["--tensor-parallel-size", str(num_ranks)] if num_ranks > 1 else []
+    with ServedModel(model_dir, directory, flags=flags) as served:
         say("Served at %s; asking before it is taught", served.url)
         everything = report.all_answers()
         questions = [answer.question for answer in everything]

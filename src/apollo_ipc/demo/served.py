@@ -36,8 +36,8 @@ console = Console(stderr=True)
 class ServedModel:
     """`apollo-ipc serve` on `model_dir`, as a user would start it, for the length of a `with` block."""
 
-    def __init__(self, model_dir: Path, directory: Path, port: int | None = None):
-        self.model = str(model_dir)
+    def __init__(self, model_dir: Path, directory: Path, port: int | None = None, flags: Sequence[str] = ()):
+        self.model, self._flags = str(model_dir), flags
         self._log = directory / "serve.log"
         self._port = port or free_port()
         self.url = f"http://127.0.0.1:{self._port}"
@@ -52,7 +52,7 @@ class ServedModel:
 
     def __enter__(self) -> ServedModel:
         say("Starting vLLM and the worker (the log is %s)", self._log)
-        flags = ["--max-model-len", "2048"]
+        flags = [*self._flags, "--max-model-len", "2048"]
         flags += ["--enforce-eager"] if serves_on_cpu() else ["--gpu-memory-utilization", "0.3"]
         command = [sys.executable, "-m", "apollo_ipc", "serve", self.model, "--port", str(self._port), *flags]
         with self._log.open("wb") as log:

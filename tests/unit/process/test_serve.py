@@ -22,8 +22,8 @@ from apollo_ipc.cli.processes import vllm_environment, worker_command, worker_en
 from apollo_ipc.cli.serve import local_url
 from apollo_ipc.config import Config, Paths, Traffic, load_config
 from apollo_ipc.errors import ConfigError
-from apollo_ipc.process import supervise
-from apollo_ipc.process.serving import vllm_command
+from apollo_ipc.process import serving, supervise
+from apollo_ipc.process.serving import num_ranks, vllm_command
 
 # Notes its pid, its own child's pid and its end. argv: directory, name, exit status or "-" for "goes on".
 CHILD = """
@@ -260,9 +260,11 @@ def test_vllms_own_flags_go_to_it_unchanged():
     [
         (["--enable-sleep-mode"], "--enable-sleep-mode"),
         (["-q", "fp8"], "--quantization"),
-        (["-tp", "2"], "--tensor-parallel-size"),
-        (["--tensor_parallel_size=2"], "--tensor-parallel-size"),
-        (["--tensor-parallel-size", "1"], None),
+        (["-pp", "2"], "--pipeline-parallel-size"),
+        (["--pipeline_parallel_size=2"], "--pipeline-parallel-size"),
+        (["--pipeline-parallel-size", "1"], None),
+        (["--tensor-parallel-size", "2"], None),
+        (["--enable-eplb"], "--enable-eplb"),
         (["--dtype", "bfloat16"], None),
     ],
 )
@@ -324,3 +326,25 @@ def test_the_directory_of_traffic_reaches_vllm(config, tmp_path):
     traffic = Traffic(directory=str(tmp_path / "spool"))
     environment = vllm_environment(msgspec.structs.replace(config, traffic=traffic), None)
     assert load_config(environ=environment).traffic == traffic
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], 1),
+        (["-tp", "2"], 2),
+        (["--tensor_parallel_size=4"], 4),
+        (["-pp", "2", "-tp", "3"], 6),
+        (["-tp"], 1),
+    ],
+)
+def test_how_many_processes_hold_the_weights_is_read_from_the_flags(flags, expected):
+    assert num_ranks(flags) == expected
+
+
+def test_ranks_share_the_cores_of_a_cpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(serving, "serves_on_cpu", lambda: True)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(9)))
+    one, four = (serving.vllm_environment(tmp_path, tmp_path, {}, num_ranks=num) for num in (1, 4))
+    assert (one["OMP_NUM_THREADS"], one.get("VLLM_CPU_OMP_THREADS_BIND")) == ("8", None)
+    assert (four["OMP_NUM_THREADS"], four["VLLM_CPU_OMP_THREADS_BIND"]) == ("2", "nobind")

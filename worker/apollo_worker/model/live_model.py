@@ -159,8 +159,8 @@ def attach(*manifests: Manifest, verify: bool, on_progress: Callable[[], None] =
     exporter = Exporter(*manifests)
     transports: list[Transport] = []
     try:
-        for manifest in manifests:
-            transports.append(open_transport(manifest))
+        for manifest in reversed(manifests):  # the first one's device stays the current one
+            transports.insert(0, open_transport(manifest))
         live = _build(manifests, transports, exporter)
         if not exporter.is_alive():  # else the pid was the exporter's all the time, and so is what we mapped
             raise AttachError("vLLM ended while the worker was attaching; waiting for the next one")

@@ -88,7 +88,8 @@ class CudaIpcTransport(Transport):
         if not segment.handle:
             raise AttachError("the manifest's cuda_ipc segment has no handle")
         try:
-            pointer = cuda_driver.open_ipc(bytes.fromhex(segment.handle))
+            with torch.cuda.device(self._device):
+                pointer = cuda_driver.open_ipc(bytes.fromhex(segment.handle))
         except (ValueError, cuda_driver.CudaDriverError) as error:
             raise AttachError(
                 f"{error}; vLLM and the worker must share the GPU, the user and the IPC namespace of the "
@@ -108,7 +109,8 @@ class CudaIpcTransport(Transport):
         torch.cuda.synchronize(self._device)
         while self._opened:
             try:
-                cuda_driver.close_ipc(self._opened.pop())
+                with torch.cuda.device(self._device):
+                    cuda_driver.close_ipc(self._opened.pop())
             except cuda_driver.CudaDriverError as error:
                 log.warning("a mapping of vLLM's weights was not closed: %s", error)
 
