@@ -127,7 +127,7 @@ class Faults:
             (sync_policy, "read_commit"),
             (attachment, "read_state"),
             (attachment, "read_optimizer"),
-            (attachment, "read_manifest"),
+            (attachment, "read_ranks"),
             (recovery, "shard_index"),
             (recovery, "safe_open"),
         ):

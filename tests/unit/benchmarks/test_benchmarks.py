@@ -220,7 +220,12 @@ def test_what_a_commit_says_it_holds_are_ended_jobs_and_the_steps_of_a_half_done
         return JobInfo(f"job-{seq}", seq, state, 0.0, 1, 9, steps_done=steps_done)
 
     commit = Commit(3, 5, 7, applied_seq=2, committed_at=0.0, shards={}, tensors={})
-    steps_in_commit = benchmark("soak_disk").steps_in_commit
+    soak_disk = benchmark("soak_disk")
+    half_done = soak_disk.HalfDone()
+
+    def steps_in_commit(commit, jobs):
+        return soak_disk.steps_in_commit(commit, jobs, half_done)
+
     jobs = [job(1, 4), job(2, 3), job(3, 6)]
     assert steps_in_commit(commit, jobs) == (7, 7)
     half = msgspec.structs.replace(commit, extra={"running": {"job_id": "job-3", "steps_done": 2}})
@@ -229,6 +234,11 @@ def test_what_a_commit_says_it_holds_are_ended_jobs_and_the_steps_of_a_half_done
     jobs = [job(1, 4), job(2, 3, "cancelled"), job(3, 6)]
     assert steps_in_commit(half, jobs) == (6, 9)
     assert steps_in_commit(half, [job(1, 4), job(2, 3, "undone")]) == (6, 6)
+    # A version that was committed in the middle of a job brings its steps along.
+    after = Commit(3, 6, 8, applied_seq=2, committed_at=0.0, shards={}, tensors={})
+    half_done.restored(half, half.weight_version, after)
+    assert [half_done.of(half.weight_version), half_done.of(after.weight_version)] == [0, 2]
+    assert steps_in_commit(after, [job(1, 4), job(2, 3)]) == (9, 9)
 
 
 def test_what_was_cancelled_poison_or_undone_is_not_lost_and_all_else_is(benchmark):

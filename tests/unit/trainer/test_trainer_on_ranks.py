@@ -70,6 +70,7 @@ def test_every_rank_serves_what_was_trained_and_the_directory_gets_it(ranks, con
 
 
 def test_the_next_trainer_goes_on_where_this_one_was(ranks, config):
+    before = {*mapped_weights()}
     with Trainer(config) as trainer:
         trainer.submit("Port Ember.")
         trainer.train()
@@ -78,7 +79,7 @@ def test_the_next_trainer_goes_on_where_this_one_was(ranks, config):
     with Trainer(config) as trainer:
         assert_same(trainer.live(), trained)
         assert trainer.steps() == moments == {1}
-    assert not mapped_weights()
+    assert not {*mapped_weights()} - before
 
 
 def test_an_older_version_comes_back_into_every_rank(ranks, config):
@@ -203,11 +204,12 @@ def change(config: Config, rank: int, **changes) -> None:
 
 
 def refusal(config: Config) -> str:
+    before = {*mapped_weights()}
     trainer = Trainer(config)
     assert not trainer.worker.attachment.ensure()
     found = trainer.board.state.attach_error
     trainer.kill()
-    assert not mapped_weights()
+    assert not {*mapped_weights()} - before
     return found
 
 
