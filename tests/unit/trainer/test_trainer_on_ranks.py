@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -109,16 +110,20 @@ def killed_in_a_scatter(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     monkeypatch.setattr(Pieced, "scatter", half)
 
 
-@pytest.mark.parametrize("policy", ["restore", "accept"])
-def test_a_half_scattered_tensor_is_a_torn_step(ranks, config, monkeypatch, policy):
-    config = with_train(config, on_torn_step=policy)
+def synced_with_a_job_behind(config: Config, **options: Any) -> tuple[Trainer, dict[str, torch.Tensor], str]:
+    """(attached, the weights that are on disk and served, a job that was not trained yet)."""
     trainer = Trainer(config)
     assert trainer.worker.attachment.ensure()
     trainer.submit("Port Ember.")
     trainer.train()
     trainer.sync()
-    durable = trainer.live()
-    job = trainer.submit("Gooseberry.")
+    return trainer, trainer.live(), trainer.submit("Gooseberry.", **options)
+
+
+@pytest.mark.parametrize("policy", ["restore", "accept"])
+def test_a_half_scattered_tensor_is_a_torn_step(ranks, config, monkeypatch, policy):
+    config = with_train(config, on_torn_step=policy)
+    trainer, durable, job = synced_with_a_job_behind(config)
     with monkeypatch.context() as patch:
         killed_in_a_scatter(patch, at=9)
         with pytest.raises(Killed):
@@ -157,14 +162,9 @@ def test_a_restore_that_is_killed_in_a_scatter_is_done_again(ranks, config, monk
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_death_of_one_rank_stops_the_step_and_the_next_vllm_goes_on(ranks, config, model_dir, rank):
-    trainer = Trainer(config)
-    assert trainer.worker.attachment.ensure()
-    trainer.submit("Port Ember.")
-    trainer.train()
-    trainer.sync()
-    durable = trainer.live()
-    job = trainer.submit("Gooseberry.", epochs=2)
-    step_on, engine = trainer.worker.attachment.trainer.step_on, trainer.worker.attachment.trainer
+    trainer, durable, job = synced_with_a_job_behind(config, epochs=2)
+    engine = trainer.worker.attachment.trainer
+    step_on = engine.step_on
 
     def dies(*args, **kwargs):
         ranks.kill(rank)
