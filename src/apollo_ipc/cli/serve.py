@@ -21,7 +21,7 @@ from apollo_ipc.manifest import is_running, read_manifest
 from apollo_ipc.model_dir import check_model_dir
 from apollo_ipc.process.notify import notify
 from apollo_ipc.process.say import say
-from apollo_ipc.process.serving import num_ranks, vllm_command
+from apollo_ipc.process.serving import count_ranks, vllm_command
 from apollo_ipc.process.supervise import Child, Supervisor
 
 PROBE_INTERVAL_S = 0.5
@@ -92,7 +92,7 @@ def serve(
     train_key(config)  # made now, so that whoever sees "ready" finds it
 
     command = vllm_command(model_dir, host, port, flags)
-    environment = vllm_environment(config, config_file, num_ranks(flags))
+    environment = vllm_environment(config, config_file, count_ranks(flags))
     vllm = Child("vLLM", command, without_notify(environment))
     url = local_url(host, port, flags)
     environment = without_notify(vllm_environment(config, config_file)) | {"APOLLO_CURATION__URL": url}

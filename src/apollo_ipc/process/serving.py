@@ -44,7 +44,7 @@ def serves_on_cpu() -> bool:
     return True
 
 
-def num_ranks(flags: Sequence[str]) -> int:
+def count_ranks(flags: Sequence[str]) -> int:
     """How many processes hold the weights of a vLLM with these flags; 1 where they do not say a number."""
     found = 1
     for at, flag in enumerate(flags):
@@ -134,7 +134,7 @@ class VllmServer:
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._flags = flags or []
-        own = vllm_environment(self.runtime_dir, self.state_dir, num_ranks=num_ranks(self._flags))
+        own = vllm_environment(self.runtime_dir, self.state_dir, num_ranks=count_ranks(self._flags))
         self.env = {**own, **(env or {})}
         if serves_on_cpu() and "--max-model-len" not in self._flags:
             self._flags = ["--max-model-len", "1024", *self._flags]

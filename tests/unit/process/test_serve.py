@@ -23,7 +23,7 @@ from apollo_ipc.cli.serve import local_url
 from apollo_ipc.config import Config, Paths, Traffic, load_config
 from apollo_ipc.errors import ConfigError
 from apollo_ipc.process import serving, supervise
-from apollo_ipc.process.serving import num_ranks, vllm_command
+from apollo_ipc.process.serving import count_ranks, vllm_command
 
 # Notes its pid, its own child's pid and its end. argv: directory, name, exit status or "-" for "goes on".
 CHILD = """
@@ -339,7 +339,7 @@ def test_the_directory_of_traffic_reaches_vllm(config, tmp_path):
     ],
 )
 def test_how_many_processes_hold_the_weights_is_read_from_the_flags(flags, expected):
-    assert num_ranks(flags) == expected
+    assert count_ranks(flags) == expected
 
 
 def test_ranks_share_the_cores_of_a_cpu(monkeypatch, tmp_path):

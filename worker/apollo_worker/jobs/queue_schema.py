@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import sqlite3
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 5  # the last of _SINCE
 
 # `plans` apart from `jobs`: SQLite writes a changed row whole, and a plan may have 32 MB.
 # `requests`: bodies of schema 1, until the front has made plans of them.
@@ -68,6 +68,7 @@ _VERSION_5 = """
 ALTER TABLE jobs ADD COLUMN restores TEXT DEFAULT '[]';
 UPDATE jobs SET restores = NULL WHERE state = 'undone';
 """
+_SINCE = {2: _VERSION_2, 3: _VERSION_3, 4: _VERSION_4, 5: _VERSION_5}
 _FROM_1 = """
 UPDATE jobs SET state = 'queued', steps_done = 0 WHERE state = 'running'
     AND EXISTS (SELECT 1 FROM jobs AS earlier WHERE earlier.seq < jobs.seq
@@ -84,14 +85,10 @@ UPDATE jobs SET attempts = 0 WHERE state != 'running';
 
 def migrate(db: sqlite3.Connection, version: int) -> None:
     """From `version` (0: an empty file) to this one, inside the open transaction."""
+    first = {0: _JOBS + _EXAMPLES, 1: _FROM_1 + _EXAMPLES + _EXAMPLES_FROM_1}.get(version, "")
+    _run(db, first + "".join(script for newer, script in _SINCE.items() if newer > version))
     if version == 0:
-        _run(db, _JOBS + _EXAMPLES + _VERSION_2 + _VERSION_3 + _VERSION_4 + _VERSION_5)
         db.execute(f"PRAGMA application_id = {1 + secrets.randbelow(2**31 - 1)}")
-    elif version == 1:
-        _run(db, _FROM_1 + _EXAMPLES + _EXAMPLES_FROM_1 + _VERSION_2 + _VERSION_3 + _VERSION_4 + _VERSION_5)
-    elif version < SCHEMA_VERSION:
-        newer = {2: _VERSION_3 + _VERSION_4 + _VERSION_5, 3: _VERSION_4 + _VERSION_5, 4: _VERSION_5}
-        _run(db, newer[version])
 
 
 def _run(db: sqlite3.Connection, script: str) -> None:

@@ -31,8 +31,8 @@ def compare(
     """Live views against the shards on disk, bit for bit, after the cast that loading does.
 
     A view that is fp32 where the shard is bf16 is equal when it is exactly the shard's values; what several
-    ranks hold, where each of them does. Raises
-    CheckpointError for a directory or dtype that cannot be read. on_progress: called after each tensor.
+    ranks hold, where each of them does. Raises CheckpointError for a directory or dtype that cannot be read.
+    on_progress: called after each tensor.
     """
     index = shard_index(model_dir)
     mapped = {name: tensor for name, tensor in tensors.items() if name in index}
