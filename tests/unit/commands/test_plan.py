@@ -17,6 +17,7 @@ import torch
 from apollo_worker.commands import memory_plan
 from apollo_worker.commands.memory_plan import Request, has_compiled_update, plan
 from apollo_worker.jobs.example import TokenisedExample
+from apollo_worker.model import cpu_products
 from apollo_worker.model.cpu_products import has_bf16_units
 from apollo_worker.model.live_model import load_offline
 from apollo_worker.step.step import Trainer
@@ -135,12 +136,12 @@ def test_activations_and_the_peak_of_a_step_are_forecast_within_a_tenth(model_di
         with torch.enable_grad():
             return trainer.forward.hidden(torch.tensor([IDS]))
 
+    trainer.step(EXAMPLE, 1e-5)  # compiles the update, makes the room of products
     kept, _ = allocated(forward)
     activations = of(made.step, "activations")
     assert activations == pytest.approx(kept, rel=0.1)
     if not checkpointing:  # the inputs of checkpointed layers are kept by their frames, which no hook sees
         assert activations == pytest.approx(saved_for_backward(trainer), rel=0.1)
-    trainer.step(TokenisedExample(IDS[:8], [True] * 8), 1e-5)  # compiles the update
     _, peak = allocated(lambda: trainer.step(EXAMPLE, 1e-5))
     assert of(made.trainer, "one step") == pytest.approx(peak, rel=0.1)
 
@@ -191,7 +192,7 @@ def test_the_projections_that_are_kept_are_forecast_to_the_byte(model_dirs, proj
 def test_gradients_that_wait_are_forecast_on_a_cpu_and_not_on_a_gpu(model_dirs, monkeypatch):
     """The head is the peak, unless more may wait than a model of this size has."""
     request = Request(str(model_dirs["qwen3"]), Train(max_tokens=8), 0.5)
-    monkeypatch.setattr(memory_plan, "extra_bytes", lambda *_: 0)  # of some CPUs' head that is more
+    monkeypatch.setattr(cpu_products, "extra_bytes", lambda *_: 0)  # of some CPUs' head that is more
     monkeypatch.setattr(memory_plan, "CPU_HELD_ELEMENTS", 0)
     none = of(plan(request).trainer, "one step")
     monkeypatch.setattr(memory_plan, "CPU_HELD_ELEMENTS", 2**40)

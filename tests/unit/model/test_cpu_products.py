@@ -1,4 +1,4 @@
-"""model/cpu_products.py: products of bf16 where torch has no kernels for them."""
+"""model/cpu_products.py: products of bf16 where the CPU has no instructions for them."""
 
 import os
 import subprocess
@@ -29,6 +29,7 @@ def assert_rounded(found: torch.Tensor, exact: torch.Tensor) -> None:
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(cpu_products, "BLOCK_ELEMENTS", 256)
+    monkeypatch.setattr(cpu_products, "NARROW", 1)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -61,25 +62,36 @@ def test_fp32_is_torchs_own_to_the_bit():
 
 
 def test_a_linear_layer_and_its_gradients_go_through_it_where_it_is_needed_and_nowhere_else():
-    """In a process of its own: what is replaced stays so."""
-    code = """
+    """In processes of their own: what is replaced stays so."""
+    assert count_converted(has_units=True, has_products=True) == ["0", "0", "0"]
+    # Attention's product is oneDNN's, and what is narrow.
+    assert count_converted(has_units=False, has_products=True) == ["0", "3", "3"]
+    assert count_converted(has_units=False, has_products=False) == ["3", "6", "7"]
+
+
+def count_converted(has_units: bool, has_products: bool) -> list[str]:
+    """After a narrow layer and its gradients, after a wide one, after a batch of products."""
+    code = f"""
 import torch
 from apollo_worker.model import cpu_products
 calls = []
-product = cpu_products._product
+product, bmm = cpu_products._product, cpu_products.bmm
 cpu_products._product = lambda *given: calls.append(1) or product(*given)
-x = torch.randn(2, 3, 8).bfloat16().requires_grad_()
-layer = torch.nn.Linear(8, 6, bias=False).bfloat16()
-for is_supported in (True, False):
-    cpu_products.has_bf16_products = lambda: is_supported
-    for _ in range(2):
-        cpu_products.convert_where_needed()
+cpu_products.bmm = lambda *given: calls.append(1) or bmm(*given)
+cpu_products.has_bf16_units = lambda: {has_units}
+cpu_products.has_bf16_products = lambda: {has_products}
+for _ in range(2):
+    cpu_products.convert_where_needed()
+for width in (8, 64):
+    x = torch.randn(2, width, width).bfloat16().requires_grad_()
+    layer = torch.nn.Linear(width, width, bias=False).bfloat16()
     layer(x).float().square().sum().backward()
     layer.float()(x.float()).square().sum()
-    layer.bfloat16()
     print(len(calls))
+torch.bmm(x.detach(), x.detach())
+print(len(calls))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["0", "3"]
     assert done.stderr == ""
+    return done.stdout.split()

@@ -23,7 +23,7 @@ from apollo_ipc.config import Train
 from apollo_ipc.errors import ApolloError, AttachError, UserError
 from apollo_ipc.memory_plan import Item, MemoryPlan
 from apollo_worker.commands.step_memory import StepSimulator
-from apollo_worker.model.cpu_products import extra_bytes
+from apollo_worker.model import cpu_products
 from apollo_worker.model.experts import expert_stacks
 from apollo_worker.model.hf_model import read_model_config, vocab_size_of
 from apollo_worker.optimizer.apollo import Apollo
@@ -65,7 +65,7 @@ def plan(request: Request) -> MemoryPlan:
         dtype, assumptions = served_dtype(config)
         positions = getattr(config.get_text_config(), "max_position_embeddings", None) or options.max_tokens
         num_tokens = min(options.max_tokens, positions)
-        of_product = None if device.is_gpu else extra_bytes
+        of_product = None if device.is_gpu else cpu_products.extra_bytes
         step = StepSimulator(model_dir, dtype, num_tokens, options.logit_chunk_tokens, of_product)
     except AttachError as error:
         raise UserError(
@@ -106,6 +106,8 @@ def plan(request: Request) -> MemoryPlan:
         num_bytes = kept_bytes(projected, options.projection, options.rank)
         trainer.append(Item("projections", num_bytes, f"{options.projection}, kept by the compiled update"))
     if not device.is_gpu:
+        if dtype == torch.bfloat16:
+            trainer.append(Item("room of products", cpu_products.kept_bytes(), "bf16 as fp32, in blocks"))
         num_bytes = int(MALLOC_SHARE * needs[chosen].peak_bytes)
         trainer.append(Item("gaps that malloc leaves", num_bytes, f"{MALLOC_SHARE:.0%} of a step, measured"))
     gradient_note = "the head's, and its fp32 sum for many targets" if head else "the largest single one"

@@ -1,21 +1,26 @@
-"""Products of bf16 matrices on a CPU for which torch has no kernels of them.
+"""Products of bf16 matrices on a CPU that has no instructions for them.
 
-oneDNN's need AVX512. Below it torch takes plain loops: 4 to 30 times as long as fp32's product, conversions
-included (docs/log.md, 2026-11-27). So operands become fp32, a block at a time that fits a core's cache; sums
-are fp32 and the result is rounded once, as by a CPU that has the instructions.
+Without AVX512 torch takes plain loops: 4 to 30 times as long as fp32's product, conversions included
+(docs/log.md, 2026-11-27). With AVX512 and without its bf16 instructions oneDNN takes 2 to 4 times as long
+where no matrix is narrow (docs/log.md, 2026-11-28). So operands become fp32, a block at a time that fits a
+core's cache; sums are fp32 and the result is rounded once, as by a CPU that has the instructions.
 
 Legend: m, k, n: (m, k) times (k, n).
 """
 
 from __future__ import annotations
 
+import math
+import threading
 import warnings
 
 import torch
 from torch import Tensor
 
-BLOCK_ELEMENTS = 2**18  # of an operand, as fp32 at one time: 1 MB
+BLOCK_ELEMENTS = 2**20  # of an operand, as fp32 at one time: 4 MB
+NARROW = 16  # rows or columns: below it conversions cost as much as they save
 _installed: list[torch.library.Library] = []
+_thread = threading.local()
 
 
 def has_bf16_products() -> bool:
@@ -32,12 +37,13 @@ def has_bf16_units() -> bool:
 def convert_where_needed() -> None:
     """From here on, all of this process's products of bf16 on its CPU, backward passes too. Where torch has
     kernels, nothing is changed."""
-    if _installed or has_bf16_products():
+    if _installed or has_bf16_units():
         return
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"(?s).*Overriding a previously registered kernel", UserWarning)
-        for name, kernel in (("mm", mm), ("addmm", addmm), ("bmm", bmm)):
+        # oneDNN's batches of small products, attention's, are as fast as converted ones.
+        for name, kernel in [("mm", mm), ("addmm", addmm), *([] if has_bf16_products() else [("bmm", bmm)])]:
             library.impl(name, kernel, "CPU", allow_override=True)
     _installed.append(library)  # it ends with its object
 
@@ -48,12 +54,12 @@ def convert_where_needed() -> None:
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """(m, n), of a's dtype."""
     out = a.new_empty(a.shape[0], b.shape[1])
-    return torch.mm(a, b, out=out) if a.dtype != torch.bfloat16 else _product(a, b, out)
+    return _product(a, b, out) if _is_converted(a, b) else torch.mm(a, b, out=out)
 
 
 def addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """beta * bias + alpha * a b, rounded once; bias: broadcast to (m, n)."""
-    if a.dtype != torch.bfloat16:
+    if not _is_converted(a, b):
         return torch.addmm(bias, a, b, beta=beta, alpha=alpha, out=a.new_empty(a.shape[0], b.shape[1]))
     product = _product(a, b, torch.empty(a.shape[0], b.shape[1])).mul_(alpha)
     if beta != 0:  # else what is in it does not count, not even NaN
@@ -75,17 +81,25 @@ def bmm(a: Tensor, b: Tensor) -> Tensor:
 
 def extra_bytes(m: int, k: int, n: int) -> int:
     """What a product of bf16 holds at one time beside its operands and its result, on this CPU."""
-    if not has_bf16_products():
-        return converted_bytes(m, k, n)
-    # Without the instructions oneDNN sums in fp32 all of the result before it rounds it.
-    return 0 if has_bf16_units() else 4 * m * n
+    if has_bf16_units():
+        return 0
+    if not _pays(m, k, n):
+        return 4 * m * n  # oneDNN sums all of the result in fp32 before it rounds it
+    short, middle, _ = sorted((m, k, n))
+    return 4 * short * middle if short * middle > BLOCK_ELEMENTS else 0
 
 
-def converted_bytes(*dimensions: int) -> int:
-    """The same of our own products of these m, k and n."""
-    short, middle, long = sorted(dimensions)
-    step = min(long, max(1, BLOCK_ELEMENTS // max(1, middle)))
-    return 4 * (short * middle + step * (short + middle))
+def kept_bytes() -> int:
+    """What a thread keeps of it between products, beside."""
+    return 0 if has_bf16_units() else 3 * 4 * BLOCK_ELEMENTS
+
+
+def _is_converted(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == torch.bfloat16 and _pays(*a.shape, b.shape[1])
+
+
+def _pays(m: int, k: int, n: int) -> bool:
+    return not has_bf16_products() or min(m, k, n) >= NARROW
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
@@ -93,19 +107,34 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     m, k, n = *a.shape, b.shape[1]
     step = max(1, BLOCK_ELEMENTS // max(1, sorted((m, k, n))[1]))
     if k >= max(m, n):
-        total = torch.zeros(m, n)
+        total = _room(0, m, n).zero_()
         for at in range(0, k, step):
             some = slice(at, at + step)
-            torch.addmm(total, a[:, some].float(), b[some].float(), out=total)
+            total.addmm_(_fp32(1, a[:, some]), _fp32(2, b[some]))
         return out.copy_(total)
     if m >= n:
-        b = b.float()
+        b = _fp32(0, b)
         for at in range(0, m, step):
             some = slice(at, at + step)
-            out[some] = torch.mm(a[some].float(), b, out=torch.empty(out[some].shape))
+            out[some] = torch.mm(_fp32(1, a[some]), b, out=_room(2, *out[some].shape))
         return out
-    a = a.float()
+    a = _fp32(0, a)
     for at in range(0, n, step):
         some = slice(at, at + step)
-        out[:, some] = torch.mm(a, b[:, some].float(), out=torch.empty(out[:, some].shape))
+        out[:, some] = torch.mm(a, _fp32(1, b[:, some]), out=_room(2, *out[:, some].shape))
     return out
+
+
+def _fp32(slot: int, x: Tensor) -> Tensor:
+    return _room(slot, *x.shape).copy_(x)
+
+
+def _room(slot: int, *shape: int) -> Tensor:
+    """Memory of this thread's, fp32: new one for each block would leave gaps in malloc's heap."""
+    size = math.prod(shape)
+    if size > BLOCK_ELEMENTS:
+        return torch.empty(shape)
+    rooms = _thread.__dict__
+    if slot not in rooms or len(rooms[slot]) < size:
+        rooms[slot] = torch.empty(BLOCK_ELEMENTS)
+    return rooms[slot][:size].view(shape)
