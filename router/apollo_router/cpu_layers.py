@@ -12,19 +12,21 @@ from torch import nn
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
+from apollo_ipc import cpu_products
+
 
 class LiveLinearMethod(UnquantizedLinearMethod):
     """vLLM's linear layer, computing from the live weight: no packed copy that training would not reach."""
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        layer.cpu_linear = nn.functional.linear  # pyright: ignore[reportArgumentType]
+        layer.cpu_linear = cpu_products.linear  # pyright: ignore[reportArgumentType]
 
 
 class LiveEmbeddingMethod(UnquantizedEmbeddingMethod):
     """The same for embeddings and lm_head, which vLLM's CPU backend packs as well."""
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        layer.cpu_linear = nn.functional.linear  # pyright: ignore[reportArgumentType]
+        layer.cpu_linear = cpu_products.linear  # pyright: ignore[reportArgumentType]
 
 
 def compute_from_live_weights(model: nn.Module) -> None:

@@ -17,15 +17,15 @@ import torch
 from apollo_worker.commands import memory_plan
 from apollo_worker.commands.memory_plan import Request, has_compiled_update, plan
 from apollo_worker.jobs.example import TokenisedExample
-from apollo_worker.model import cpu_products
-from apollo_worker.model.cpu_products import has_bf16_units
 from apollo_worker.model.live_model import load_offline
 from apollo_worker.step.step import Trainer
 from places import ROOT
 from torch.profiler import ProfilerActivity, profile
 
+from apollo_ipc import cpu_products
 from apollo_ipc.cli.plan import parse_bytes
 from apollo_ipc.config import Train
+from apollo_ipc.cpu_products import has_bf16_units
 from apollo_ipc.demo.models import make_model
 from apollo_ipc.errors import UserError
 from apollo_ipc.memory_plan import Item, MemoryPlan

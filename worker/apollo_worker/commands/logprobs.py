@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from apollo_ipc.config import load_config
+from apollo_ipc.cpu_products import convert_where_needed
 from apollo_worker.jobs.example import Turn, sequence_of
-from apollo_worker.model.cpu_products import convert_where_needed
 from apollo_worker.model.live_model import load_offline
 from apollo_worker.process import use_idle_priority
 from apollo_worker.step.forward import Forward

@@ -19,11 +19,11 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from apollo_ipc import cpu_products
 from apollo_ipc.config import Train
 from apollo_ipc.errors import ApolloError, AttachError, UserError
 from apollo_ipc.memory_plan import Item, MemoryPlan
 from apollo_worker.commands.step_memory import StepSimulator
-from apollo_worker.model import cpu_products
 from apollo_worker.model.experts import expert_stacks
 from apollo_worker.model.hf_model import read_model_config, vocab_size_of
 from apollo_worker.optimizer.apollo import Apollo

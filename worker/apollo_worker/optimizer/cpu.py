@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apollo_worker.model.cpu_products import has_bf16_units
+from apollo_ipc.cpu_products import has_bf16_units
 from apollo_worker.optimizer import cpu_kernels as sketching
 from apollo_worker.optimizer import cpu_write as kernels
 from apollo_worker.optimizer.cpu_kernels import F32, U32

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from apollo_ipc.config import Train
+from apollo_ipc.cpu_products import convert_where_needed
 from apollo_ipc.errors import NotReady, UserError
 from apollo_worker.jobs.example import TokenisedExample, Turn, sequence_of
 from apollo_worker.jobs.job_plan import AdamRule, JobPlan
 from apollo_worker.jobs.objective import Objective
-from apollo_worker.model.cpu_products import convert_where_needed
 from apollo_worker.model.experts import expert_stacks, set_routers, trained_parameters
 from apollo_worker.model.hf_model import vocab_size_of
 from apollo_worker.model.live_model import LiveModel

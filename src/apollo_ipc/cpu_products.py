@@ -20,7 +20,16 @@ from torch import Tensor
 BLOCK_ELEMENTS = 2**20  # of an operand, as fp32 at one time: 4 MB
 NARROW = 16  # rows or columns: below it conversions cost as much as they save
 _installed: list[torch.library.Library] = []
-_thread = threading.local()
+
+
+class _Rooms(threading.local):
+    """A thread's memory for conversions, by what it holds."""
+
+    def __init__(self) -> None:
+        self.of: dict[int, Tensor] = {}
+
+
+_rooms = _Rooms()
 
 
 def has_bf16_products() -> bool:
@@ -46,6 +55,20 @@ def convert_where_needed() -> None:
         for name, kernel in [("mm", mm), ("addmm", addmm), *([] if has_bf16_products() else [("bmm", bmm)])]:
             library.impl(name, kernel, "CPU", allow_override=True)
     _installed.append(library)  # it ends with its object
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """nn.functional.linear without gradients. x: (..., in), weight: (out, in), bias: (out,).
+
+    A few rows, as while tokens are generated, go to torch: there a conversion of the weight does not pay.
+    """
+    rows = x.numel() // max(1, x.shape[-1])
+    is_torchs = has_bf16_units() or rows < NARROW or torch.compiler.is_compiling()
+    if is_torchs or not x.dtype == weight.dtype == torch.bfloat16:
+        return torch.nn.functional.linear(x, weight, bias)
+    x_rows, weight = x.reshape(rows, -1), weight.T
+    out = mm(x_rows, weight) if bias is None else addmm(bias, x_rows, weight)
+    return out.view(*x.shape[:-1], -1)
 
 
 # Overloads with `out` are operators of their own, which are torch's still.
@@ -95,7 +118,7 @@ def kept_bytes() -> int:
 
 
 def _is_converted(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == torch.bfloat16 and _pays(*a.shape, b.shape[1])
+    return a.dtype == torch.bfloat16 and _pays(a.shape[0], a.shape[1], b.shape[1])
 
 
 def _pays(m: int, k: int, n: int) -> bool:
@@ -130,11 +153,11 @@ def _fp32(slot: int, x: Tensor) -> Tensor:
 
 
 def _room(slot: int, *shape: int) -> Tensor:
-    """Memory of this thread's, fp32: new one for each block would leave gaps in malloc's heap."""
+    """Memory of this thread, fp32: new one for each block would leave gaps in malloc's heap."""
     size = math.prod(shape)
     if size > BLOCK_ELEMENTS:
         return torch.empty(shape)
-    rooms = _thread.__dict__
-    if slot not in rooms or len(rooms[slot]) < size:
-        rooms[slot] = torch.empty(BLOCK_ELEMENTS)
-    return rooms[slot][:size].view(shape)
+    room = _rooms.of.get(slot)
+    if room is None or len(room) < size:
+        room = _rooms.of[slot] = torch.empty(BLOCK_ELEMENTS)
+    return room[:size].view(shape)

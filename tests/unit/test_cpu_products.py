@@ -1,4 +1,4 @@
-"""model/cpu_products.py: products of bf16 where the CPU has no instructions for them."""
+"""cpu_products.py: products of bf16 where the CPU has no instructions for them."""
 
 import os
 import subprocess
@@ -6,8 +6,9 @@ import sys
 
 import pytest
 import torch
-from apollo_worker.model import cpu_products
-from apollo_worker.model.cpu_products import addmm, bmm, mm
+
+from apollo_ipc import cpu_products
+from apollo_ipc.cpu_products import addmm, bmm, linear, mm
 
 BF16 = torch.bfloat16
 # The longest dimension first, in the middle, last; one block, several, a last one that is shorter; none.
@@ -49,6 +50,21 @@ def test_a_batch_of_products_is_each_of_them(size):
     assert_rounded(bmm(a, b), a.double() @ b.double())
 
 
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_layers_product_is_the_exact_one_rounded_once_and_a_few_rows_are_torchs(monkeypatch, has_bias):
+    monkeypatch.setattr(cpu_products, "has_bf16_units", lambda: False)
+    monkeypatch.setattr(cpu_products, "NARROW", 6)
+    x, weight, bias = made(2, 3, 11), made(5, 11, seed=1), made(5, seed=2) if has_bias else None
+    exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    assert_rounded(linear(x, weight, bias), exact)
+    few = x[0]
+    assert torch.equal(linear(few, weight, bias), torch.nn.functional.linear(few, weight, bias))
+    assert linear(x[:, :0], weight, bias).shape == (2, 0, 5)
+    assert torch.equal(
+        linear(x.float(), weight.float()), torch.nn.functional.linear(x.float(), weight.float())
+    )
+
+
 def test_what_a_factor_of_0_leaves_out_does_not_count():
     nothing = torch.full((4,), torch.nan, dtype=BF16)
     assert addmm(nothing, made(3, 2), made(2, 4), beta=0).isfinite().all()
@@ -73,7 +89,7 @@ def count_converted(has_units: bool, has_products: bool) -> list[str]:
     """After a narrow layer and its gradients, after a wide one, after a batch of products."""
     code = f"""
 import torch
-from apollo_worker.model import cpu_products
+from apollo_ipc import cpu_products
 calls = []
 product, bmm = cpu_products._product, cpu_products.bmm
 cpu_products._product = lambda *given: calls.append(1) or product(*given)
