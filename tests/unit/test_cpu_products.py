@@ -65,9 +65,8 @@ def test_a_layers_product_is_the_exact_one_rounded_once_and_a_few_rows_are_torch
     )
 
 
-def test_the_compiler_takes_a_layers_product_whole(monkeypatch):
+def test_the_compiler_takes_a_layers_product_whole():
     """vLLM compiles the forward pass unless it is told --enforce-eager, and refuses one that is in parts."""
-    monkeypatch.setattr(cpu_products, "has_bf16_units", lambda: False)
     x, weight = made(20, 11), made(5, 11, seed=1)
     compiled = torch.compile(linear, fullgraph=True, backend="eager", dynamic=True)
     assert torch.equal(compiled(x, weight), torch.nn.functional.linear(x, weight))
