@@ -44,8 +44,8 @@ def has_bf16_units() -> bool:
 
 
 def convert_where_needed() -> None:
-    """From here on, all of this process's products of bf16 on its CPU, backward passes too. Where torch has
-    kernels, nothing is changed."""
+    """From here on, all of this process's products of bf16 on its CPU, backward passes too. Where the CPU
+    has the instructions, nothing is changed."""
     if _installed or has_bf16_units():
         return
     library = torch.library.Library("aten", "IMPL")
@@ -161,5 +161,6 @@ def _room(slot: int, *shape: int) -> Tensor:
         return torch.empty(shape)
     room = _rooms.of.get(slot)
     if room is None or len(room) < size:
-        room = _rooms.of[slot] = torch.empty(BLOCK_ELEMENTS)
+        with torch.inference_mode(False):  # what is made in it cannot be written outside of it
+            room = _rooms.of[slot] = torch.empty(BLOCK_ELEMENTS)
     return room[:size].view(shape)
