@@ -22,14 +22,14 @@ NARROW = 16  # rows or columns: below it conversions cost as much as they save
 _installed: list[torch.library.Library] = []
 
 
-class _Rooms(threading.local):
-    """A thread's memory for conversions, by what it holds."""
+class _Scratch(threading.local):
+    """A thread's buffers for conversions, fp32, BLOCK_ELEMENTS each, by slot."""
 
     def __init__(self) -> None:
-        self.of: dict[int, Tensor] = {}
+        self.buffers: dict[int, Tensor] = {}
 
 
-_rooms = _Rooms()
+_scratch = _Scratch()
 
 
 def has_bf16_products() -> bool:
@@ -51,7 +51,7 @@ def convert_where_needed() -> None:
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"(?s).*Overriding a previously registered kernel", UserWarning)
-        # oneDNN's batches of small products, attention's, are as fast as converted ones.
+        # Of batches oneDNN's are faster up to some 50 rows; attention, which has more, has its own kernels.
         for name, kernel in [("mm", mm), ("addmm", addmm), *([] if has_bf16_products() else [("bmm", bmm)])]:
             library.impl(name, kernel, "CPU", allow_override=True)
     _installed.append(library)  # it ends with its object
@@ -132,7 +132,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     m, k, n = *a.shape, b.shape[1]
     step = max(1, BLOCK_ELEMENTS // max(1, sorted((m, k, n))[1]))
     if k >= max(m, n):
-        total = _room(0, m, n).zero_()
+        total = _buffer(0, m, n).zero_()
         for at in range(0, k, step):
             some = slice(at, at + step)
             total.addmm_(_fp32(1, a[:, some]), _fp32(2, b[some]))
@@ -141,26 +141,26 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
         b = _fp32(0, b)
         for at in range(0, m, step):
             some = slice(at, at + step)
-            out[some] = torch.mm(_fp32(1, a[some]), b, out=_room(2, *out[some].shape))
+            out[some] = torch.mm(_fp32(1, a[some]), b, out=_buffer(2, *out[some].shape))
         return out
     a = _fp32(0, a)
     for at in range(0, n, step):
         some = slice(at, at + step)
-        out[:, some] = torch.mm(a, _fp32(1, b[:, some]), out=_room(2, *out[:, some].shape))
+        out[:, some] = torch.mm(a, _fp32(1, b[:, some]), out=_buffer(2, *out[:, some].shape))
     return out
 
 
 def _fp32(slot: int, x: Tensor) -> Tensor:
-    return _room(slot, *x.shape).copy_(x)
+    return _buffer(slot, *x.shape).copy_(x)
 
 
-def _room(slot: int, *shape: int) -> Tensor:
-    """Memory of this thread, fp32: new one for each block would leave gaps in malloc's heap."""
+def _buffer(slot: int, *shape: int) -> Tensor:
+    """fp32, until the slot's next use: new memory for each block would leave gaps in malloc's heap."""
     size = math.prod(shape)
     if size > BLOCK_ELEMENTS:
         return torch.empty(shape)
-    room = _rooms.of.get(slot)
-    if room is None or len(room) < size:
+    buffer = _scratch.buffers.get(slot)
+    if buffer is None or len(buffer) < size:
         with torch.inference_mode(False):  # what is made in it cannot be written outside of it
-            room = _rooms.of[slot] = torch.empty(BLOCK_ELEMENTS)
-    return room[:size].view(shape)
+            buffer = _scratch.buffers[slot] = torch.empty(BLOCK_ELEMENTS)
+    return buffer[:size].view(shape)

@@ -66,7 +66,7 @@ def test_a_layers_product_is_the_exact_one_rounded_once_and_a_few_rows_are_torch
 
 
 def test_memory_that_is_kept_serves_inference_mode_and_what_comes_after(monkeypatch):
-    monkeypatch.setattr(cpu_products, "_rooms", cpu_products._Rooms())
+    monkeypatch.setattr(cpu_products, "_scratch", cpu_products._Scratch())
     a, b = made(20, 30), made(30, 25, seed=1)
     with torch.inference_mode():
         first = mm(a, b)

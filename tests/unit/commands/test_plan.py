@@ -136,7 +136,7 @@ def test_activations_and_the_peak_of_a_step_are_forecast_within_a_tenth(model_di
         with torch.enable_grad():
             return trainer.forward.hidden(torch.tensor([IDS]))
 
-    trainer.step(EXAMPLE, 1e-5)  # compiles the update, makes the room of products
+    trainer.step(EXAMPLE, 1e-5)  # compiles the update, makes the buffers for products
     kept, _ = allocated(forward)
     activations = of(made.step, "activations")
     assert activations == pytest.approx(kept, rel=0.1)

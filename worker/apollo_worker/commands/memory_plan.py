@@ -106,8 +106,8 @@ def plan(request: Request) -> MemoryPlan:
         num_bytes = kept_bytes(projected, options.projection, options.rank)
         trainer.append(Item("projections", num_bytes, f"{options.projection}, kept by the compiled update"))
     if not device.is_gpu:
-        if dtype == torch.bfloat16:
-            trainer.append(Item("room of products", cpu_products.kept_bytes(), "bf16 as fp32, in blocks"))
+        if dtype == torch.bfloat16 and (num_bytes := cpu_products.kept_bytes()):
+            trainer.append(Item("buffers for products", num_bytes, "blocks of bf16 as fp32"))
         num_bytes = int(MALLOC_SHARE * needs[chosen].peak_bytes)
         trainer.append(Item("gaps that malloc leaves", num_bytes, f"{MALLOC_SHARE:.0%} of a step, measured"))
     gradient_note = "the head's, and its fp32 sum for many targets" if head else "the largest single one"
