@@ -122,9 +122,9 @@ class Faults:
         for name in ("mkdir", "rmdir"):
             wrap(Disk, name, f"disk {name}", disk_error)
         wrap(Disk, "lock", "disk lock", disk_error, both=False)
+        for owner in (recovery, sync_policy):
+            wrap(owner, "read_commit", "file read_commit", disk_error, both=False)
         for owner, name in (
-            (recovery, "read_commit"),
-            (sync_policy, "read_commit"),
             (attachment, "read_state"),
             (attachment, "read_optimizer"),
             (attachment, "read_ranks"),
