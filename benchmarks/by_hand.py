@@ -5,14 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from apollo_ipc.demo.real_model import copy_real_model
 from apollo_ipc.demo.served import ServedModel
 
 Figures = dict[str, Any]
+T = TypeVar("T")
+AT_ONCE = 8  # requests, which vLLM batches
+
+
+def all_at_once(ask: Callable[[str], T], things: Iterable[str]) -> list[T]:
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(ask, things))
 
 
 def parser_of(doc: str | None) -> argparse.ArgumentParser:

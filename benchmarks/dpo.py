@@ -13,9 +13,10 @@ import argparse
 import re
 import statistics
 import time
+from functools import partial
 from typing import Any
 
-from by_hand import parser_of, run_served
+from by_hand import all_at_once, parser_of, run_served
 from grpo import HELD_OUT, THINGS
 
 from apollo_ipc.demo.served import ServedModel, user
@@ -57,8 +58,8 @@ def run(args: argparse.Namespace, served: ServedModel) -> dict[str, Any]:
 
 def pairs_of(served: ServedModel, things: list[str]) -> list[dict[str, Any]]:
     found = []
-    for question in (question.format(thing) for thing in things for question in QUESTIONS):
-        said = ask(served, question, num=6)
+    questions = [question.format(thing) for thing in things for question in QUESTIONS]
+    for said in all_at_once(partial(ask, served, num=6), questions):
         cut = [one for one in said["choices"] if len(one["token_ids"]) == MAX_TOKENS]
         answers = sorted(cut, key=num_the_of)
         if answers and num_the_of(answers[0]) < num_the_of(answers[-1]):
@@ -75,7 +76,7 @@ def num_the(text: str) -> int:
     return len(re.findall(r"\bthe\b", text.lower()))
 
 
-def ask(served: ServedModel, question: str, num: int) -> dict[str, Any]:
+def ask(served: ServedModel, question: str, *, num: int) -> dict[str, Any]:
     body = {
         "model": served.model, "messages": user(question), "n": num, "max_tokens": MAX_TOKENS,
         "temperature": 1.0, "return_token_ids": True,
@@ -89,7 +90,7 @@ def measured(served: ServedModel, pairs: list[dict[str, Any]]) -> dict[str, Any]
         > logprob(served, pair["context_ids"], pair["rejected"])
         for pair in pairs
     ]
-    asked = [ask(served, QUESTIONS[0].format(thing), num=4) for thing in HELD_OUT]
+    asked = all_at_once(partial(ask, served, num=4), [QUESTIONS[0].format(thing) for thing in HELD_OUT])
     answers = [one["message"]["content"] for said in asked for one in said["choices"]]
     return {
         "accuracy": statistics.fmean(right),

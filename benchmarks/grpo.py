@@ -11,10 +11,11 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from by_hand import parser_of, run_served
+from by_hand import all_at_once, parser_of, run_served
 
 from apollo_ipc.demo.served import ServedModel, user
 
@@ -25,7 +26,7 @@ THINGS = [
     "an island", "a festival",
 ]  # fmt: skip
 HELD_OUT = ["a river", "a castle", "autumn", "a dog", "a museum", "the sun", "a bridge", "a small town"]
-ANSWERS, MAX_TOKENS = 8, 32
+ANSWERS, MAX_TOKENS = 8, 16
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace, served: ServedModel) -> dict[str, Any]:
     while time.monotonic() - started < 60 * args.minutes:
         at = len(rounds) * args.questions
         things = [THINGS[(at + i) % len(THINGS)] for i in range(args.questions)]
-        groups = [group_of(served, thing) for thing in things]
+        groups = all_at_once(partial(group_of, served), things)
         rewards = [one["reward"] for group in groups for one in group["completions"]]
         options = {"lr": args.lr, "accumulate_steps": args.questions, "schedule": "constant"}
         job = served.post("/train?wait=true", {"examples": groups, "options": options})
@@ -82,9 +83,9 @@ def group_of(served: ServedModel, thing: str) -> dict[str, Any]:
     }
 
 
-def sampled(served: ServedModel, thing: str, num: int = ANSWERS) -> dict[str, Any]:
+def sampled(served: ServedModel, thing: str) -> dict[str, Any]:
     body = {
-        "model": served.model, "messages": user(f"Describe {thing} in exactly five words."), "n": num,
+        "model": served.model, "messages": user(f"Describe {thing} in exactly five words."), "n": ANSWERS,
         "max_tokens": MAX_TOKENS, "temperature": 1.0, "logprobs": True, "return_token_ids": True,
     }  # fmt: skip
     return served.post("/v1/chat/completions", body)
@@ -97,11 +98,8 @@ def reward(answer: str) -> float:
 
 
 def held_out(served: ServedModel) -> dict[str, Any]:
-    answers = [
-        one["message"]["content"]
-        for thing in HELD_OUT
-        for one in sampled(served, thing, num=8)["choices"]
-    ]  # fmt: skip
+    asked = all_at_once(partial(sampled, served), HELD_OUT)
+    answers = [one["message"]["content"] for said in asked for one in said["choices"]]
     rewards = [reward(answer) for answer in answers]
     return {
         "reward": statistics.fmean(rewards),
