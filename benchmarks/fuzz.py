@@ -46,9 +46,9 @@ def main() -> int:
 
 
 def fuzz(options: argparse.Namespace) -> dict[str, Any]:
-    from fuzz_system import Tally
+    from fuzz_system import Findings
 
-    tally = Tally()
+    tally = Findings()
     with tempfile.TemporaryDirectory(prefix="apollo-fuzz-", dir="/tmp") as base:
         doors = [options.only] if options.only else [*DOORS]
         Path(base, "live").mkdir()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fuzz_grammar import Grammar, changed_bytes, encode
-from fuzz_system import Tally
+from fuzz_system import Findings
 
 MAX_TURNS = 400  # of one process: each leaves some memory
 TARGETS = {
@@ -36,7 +36,7 @@ STEPS = {"one": 1, "two": 1, "three": 1, "four": 3}
 class Files:
     """The process, started again where it ended."""
 
-    def __init__(self, base: Path, seed: int, tally: Tally):
+    def __init__(self, base: Path, seed: int, tally: Findings):
         self.base, self.seed, self.tally = base / "files", seed, tally
         self.child: subprocess.Popen[str] | None = None
         self.num_turns = self.num_children = 0
@@ -232,12 +232,12 @@ class World:
         """(outcome, problem) of a worker's whole life on the files as they are."""
         import torch
         import trainer_by_hand as by_hand
-        from apollo_router.served import ServedModel
+        from apollo_router.served import ServedBoot
 
         from apollo_ipc.checkpoint import verify
         from apollo_ipc.errors import ApolloError
 
-        ServedModel(self.config.runtime_dir).refresh()  # the router's look at the manifest
+        ServedBoot(self.config.runtime_dir).refresh()  # the router's look at the manifest
         trainer = None
         try:
             trainer = by_hand.Trainer(self.config)

@@ -10,7 +10,7 @@ import traceback
 from typing import Any
 
 from fuzz_grammar import NAMES, Grammar, changed_bytes, encode
-from fuzz_system import BOUND_S, TRAIN_KEY, WAIT_S, Tally
+from fuzz_system import BOUND_S, TRAIN_KEY, WAIT_S, Findings
 
 from apollo_ipc.wire.replies import ENDED_STATES
 
@@ -114,7 +114,7 @@ METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "TRACE", 
 
 
 class Routes:
-    def __init__(self, app: Any, draw: random.Random, tally: Tally):
+    def __init__(self, app: Any, draw: random.Random, tally: Findings):
         self.app, self.draw, self.tally = app, draw, tally
         self.grammar = Grammar(draw)
         self.jobs: list[str] = []

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 from fuzz_grammar import NAMES, ODD, Grammar, changed_bytes, encode
-from fuzz_system import BOUND_S, Tally
+from fuzz_system import BOUND_S, Findings
 
 from apollo_ipc.wire import messages as m
 
@@ -21,7 +21,7 @@ READY = b"\x04\x26\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER\x08Identity\x00
 
 
 class Frames:
-    def __init__(self, socket_path: Path, draw: random.Random, tally: Tally):
+    def __init__(self, socket_path: Path, draw: random.Random, tally: Findings):
         self.path, self.draw, self.tally = socket_path, draw, tally
         self.grammar = Grammar(draw)
         self.num_asked = 0

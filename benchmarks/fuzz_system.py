@@ -35,7 +35,7 @@ SETTINGS = {
 MAX_PROBLEMS = 50
 
 
-class Tally:
+class Findings:
     """outcomes: kind of input -> how it ended -> how often; problems: what must not be, each once."""
 
     def __init__(self) -> None:

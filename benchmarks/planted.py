@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
-from apollo_curation.logs.conversation import Conversation, Source
+from apollo_curation.logs.conversation import Conversation, Origin
 from apollo_curation.moments.moments import Kind, Moment
 from apollo_ipc.wire.requests import Message
 
@@ -213,7 +213,7 @@ def _record(parts: list[_Story], number: int) -> Planted:
         if story.decision is not None:
             labels.append(_label(story, messages[start:], start))
     last = parts[-1].name
-    source = Source("planted.jsonl", number, 0)
+    source = Origin("planted.jsonl", number, 0)
     topic = last or "plain"
     return Planted(Conversation(messages, source, topic), labels, "" if labels else last)
 

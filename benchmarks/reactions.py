@@ -81,12 +81,12 @@ def of_tests() -> list[tuple[str, str, Any]]:
 
 
 def conversation(sample: Any, number: int) -> Any:
-    from apollo_curation.logs.conversation import Conversation, Source
+    from apollo_curation.logs.conversation import Conversation, Origin
     from apollo_ipc.wire.requests import Message
 
     said = Message("user", sample.said_next)
     messages = [*sample.context, sample.answer, said, *sample.reply]
-    return Conversation(messages, Source("reactions.jsonl", number, 0), sample.language)
+    return Conversation(messages, Origin("reactions.jsonl", number, 0), sample.language)
 
 
 def by_rules(cases: list[tuple[str, str, Any]]) -> list[set[str]]:

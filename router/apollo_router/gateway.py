@@ -19,7 +19,7 @@ from apollo_ipc.wire.messages import GetStatus
 from apollo_router import metrics
 from apollo_router.cache import CacheDropper
 from apollo_router.log import logger
-from apollo_router.served import ServedModel
+from apollo_router.served import ServedBoot
 from apollo_router.spool import Spool
 from apollo_router.worker_metrics import WorkerMetrics
 
@@ -47,7 +47,7 @@ class Gateway:
         self.config = config
         self.train_key = train_key(config)
         self.cache = CacheDropper()
-        self.served = ServedModel(config.runtime_dir)
+        self.served = ServedBoot(config.runtime_dir)
         self.worker_metrics = WorkerMetrics(config.runtime_dir)
         traffic = config.traffic
         self.spool = Spool(Path(traffic.directory), traffic.max_bytes) if traffic.directory else None

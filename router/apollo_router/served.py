@@ -15,7 +15,7 @@ from apollo_ipc.manifest import manifest_path, read_manifest, start_ticks
 MAX_DEPTH = 64  # of the process tree
 
 
-class ServedModel:
+class ServedBoot:
     """`refresh` looks (file system, /proc); `boot_id` and `reason` say what it saw last.
 
     boot_id: of this vLLM, or None, and then `reason` says why in words for a user.

@@ -37,7 +37,7 @@ from apollo_curation.quality.watch import describe_breaches
 from apollo_curation.settings import CurationConfig
 from apollo_curation.store import Store
 from apollo_curation.train_client import TrainClient
-from apollo_curation.training.batches import Batch, Batches, Each, ignore
+from apollo_curation.training.batches import Batches, Each, TrainingBatch, ignore
 from apollo_curation.training.schedule import TIERS, Learning
 from apollo_ipc.errors import AlreadyRunning, ApolloError, NotReady
 from apollo_ipc.process.progress import Doing, say_nothing
@@ -290,7 +290,7 @@ class _Night:
                     break
                 self._count(stage, [self._batches.train(tier, choice.chosen, self._guard)])
 
-    def _count(self, stage: Stage, batches: list[Batch]) -> None:
+    def _count(self, stage: Stage, batches: list[TrainingBatch]) -> None:
         """Raises _Ended where the quality monitor stopped one."""
         for batch in batches:
             stage.num_done += batch.num_trained

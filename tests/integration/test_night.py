@@ -185,14 +185,14 @@ def test_a_second_night_reads_and_trains_nothing_again(place):
 
 def test_the_tiny_model_as_its_own_judge_answers_json_or_is_dropped_and_counted(place, tmp_path):
     """What a capable judge adds cannot be shown with it; that guided decoding works can."""
-    from apollo_curation.logs.conversation import Source
+    from apollo_curation.logs.conversation import Origin
 
     with Store(tmp_path / "curation.sqlite") as store:
         moments = Moments(store)
         for i in range(3):
             context = [Message("user", f"Question {i}?")]
             answer = Message("assistant", "Yes.")
-            source = Source("log", i, 0)
+            source = Origin("log", i, 0)
             moments.add(
                 [Moment("praise", "direct", context, answer, source, "t", "the user was pleased", 0.5)]
             )

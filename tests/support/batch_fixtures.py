@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from apollo_curation.logs.conversation import Source
+from apollo_curation.logs.conversation import Origin
 from apollo_curation.moments.moments import Moment, Moments
 from apollo_curation.settings import Curation, CurationConfig
 from apollo_curation.store import Store, store_path
@@ -43,7 +43,7 @@ def moment(answer: str | None, **changes: Any) -> Moment:
         "tier": "direct",
         "context": [Message("user", f"Question before {answer}?")],
         "answer": None if answer is None else Message("assistant", answer),
-        "source": Source("log.jsonl", 1, 0),
+        "source": Origin("log.jsonl", 1, 0),
         "topic": "colours",
         "reason": "the user corrected it",
         "confidence": 0.9,

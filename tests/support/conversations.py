@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from apollo_curation.logs.conversation import Conversation, Source, find_problem
+from apollo_curation.logs.conversation import Conversation, Origin, find_problem
 from apollo_ipc.wire.requests import Message
 
 
@@ -30,4 +30,4 @@ def conversation(*turns):
             messages.append(Message(speaker, turn))
             speaker = "user" if speaker == "assistant" else "assistant"
     assert find_problem(messages) is None
-    return Conversation(messages, Source("log.jsonl", 1, 0), "log")
+    return Conversation(messages, Origin("log.jsonl", 1, 0), "log")

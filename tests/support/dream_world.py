@@ -15,7 +15,7 @@ from apollo_curation.dreams.bridge import Bridge
 from apollo_curation.dreams.judge import Dreamer
 from apollo_curation.dreams.seeds import Seed, seed_id
 from apollo_curation.dreams.table import Dream, Dreams
-from apollo_curation.logs.conversation import Source
+from apollo_curation.logs.conversation import Origin
 from apollo_curation.moments.moments import Moments
 from apollo_curation.store import Store
 from apollo_curation.training.batches import Batches
@@ -215,4 +215,4 @@ def _shared() -> tuple[ScriptedModel, ChatClient]:
 
 
 def make_seed(text: str = LESSON, at: float = 0.0) -> Seed:
-    return Seed(seed_id(text), text, "habits", Source("lessons.md", 1, 0), at)
+    return Seed(seed_id(text), text, "habits", Origin("lessons.md", 1, 0), at)

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import msgspec
 
 from apollo_curation.chat_client import ModelAway
-from apollo_curation.logs.conversation import Source
+from apollo_curation.logs.conversation import Origin
 from apollo_curation.moments.moments import Moment, Moments
-from apollo_curation.quality.history import History
+from apollo_curation.quality.history import QualityHistory
 from apollo_curation.quality.monitor import Monitor
 from apollo_curation.settings import Curation, CurationConfig, Quality, Tier
 from apollo_curation.store import Store
@@ -167,7 +167,7 @@ class Night:
         return self.moments.add(
             Moment(
                 kind="correction", tier="bootstrap", context=[Message("user", f"question {num + i}")],
-                answer=Message("assistant", answer), source=Source("log.jsonl", i + 1, 0), topic="t",
+                answer=Message("assistant", answer), source=Origin("log.jsonl", i + 1, 0), topic="t",
                 reason="r", confidence=0.9, state="approved",
             )
             for i, answer in enumerate(answers)
@@ -177,7 +177,7 @@ class Night:
         return self.batches.train("bootstrap", self.add(*answers), each=self.monitor.guard())
 
     def labels(self):
-        return [one.label for one in History(self.store).list()]
+        return [one.label for one in QualityHistory(self.store).list()]
 
 
 @contextmanager

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from html.parser import HTMLParser
 
-from apollo_curation.logs.conversation import Source
+from apollo_curation.logs.conversation import Origin
 from apollo_curation.moments.moments import Moment, Moments
 from apollo_curation.quality.canaries import CanaryResult
-from apollo_curation.quality.history import Breach, History, Measurement
+from apollo_curation.quality.history import Breach, Measurement, QualityHistory
 from apollo_curation.quality.measure import CategoryLoss
 from apollo_curation.training.batch_table import BatchTable, new_batch_id
 from apollo_ipc.wire.replies import JobInfo
@@ -41,7 +41,7 @@ def add_batch(store, at, answers, curve, state="trained", version=None, **more):
             kind=("correction", "praise", "error_then_fix")[i % 3],
             tier="direct" if len(answers) < 4 else "dream",
             context=[Message("user", f"{question} ({at} {i})")], answer=Message("assistant", answer),
-            source=Source(f"/logs/{source}.jsonl", i + 1, 0), topic="t", reason="the user corrected it",
+            source=Origin(f"/logs/{source}.jsonl", i + 1, 0), topic="t", reason="the user corrected it",
             confidence=0.9, state="trained", created_at=T0 + at,
         )
         for i, (question, answer, source) in enumerate(answers)
@@ -63,7 +63,7 @@ def add_batch(store, at, answers, curve, state="trained", version=None, **more):
 
 def fill(store) -> None:
     """Three nights: a good one, a poisoned one that was taken back, and one with a judge that was away."""
-    history = History(store)
+    history = QualityHistory(store)
 
     def losses(chat, facts, tools):
         return {"everyday chat": chat, "facts": facts, "tool calls": tools}

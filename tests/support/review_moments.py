@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 from rich.console import Console
 
-from apollo_curation.logs.conversation import Source
+from apollo_curation.logs.conversation import Origin
 from apollo_curation.moments.moments import Moment
 from apollo_curation.moments.review_screen import run
 from apollo_ipc.wire.requests import Message
@@ -22,7 +22,7 @@ CALL = Message("assistant", "", tool_calls=[{"id": "c", "function": FUNCTION}])
 def moment(number, **changes):
     values = {
         "kind": "correction", "tier": "direct", "context": [Message("user", f"Question {number}?")],
-        "answer": RIGHT, "source": Source("log.jsonl", number, 0), "topic": "t",
+        "answer": RIGHT, "source": Origin("log.jsonl", number, 0), "topic": "t",
         "reason": "The user objects.",
         "confidence": 0.5, "original": WRONG, "created_at": float(number), "surprise": 2.0,
     }  # fmt: skip

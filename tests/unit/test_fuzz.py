@@ -8,7 +8,7 @@ import random
 import fuzz_files
 from fuzz_routes import Routes
 from fuzz_socket import Frames
-from fuzz_system import SETTINGS, Tally, routes
+from fuzz_system import SETTINGS, Findings, routes
 from router_harness import FakeWorker, make_config
 
 NUM_REQUESTS, NUM_CLIENTS, NUM_FILES = 250, 12, 15
@@ -19,7 +19,7 @@ def test_no_request_and_no_frame_gets_more_than_an_answer(monkeypatch):
     draw = random.Random(SEED)
     for name, value in SETTINGS.items():
         monkeypatch.setenv(name, value)
-    config, tally = make_config(train_key=SETTINGS["APOLLO_HTTP__TRAIN_KEY"], wait_timeout_s=1.0), Tally()
+    config, tally = make_config(train_key=SETTINGS["APOLLO_HTTP__TRAIN_KEY"], wait_timeout_s=1.0), Findings()
 
     async def run() -> None:
         async with routes() as app:

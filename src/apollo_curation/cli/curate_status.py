@@ -19,7 +19,7 @@ from apollo_ipc.errors import UserError, nearest
 if TYPE_CHECKING:
     from apollo_curation.dreams.table import Dream
     from apollo_curation.moments.moments import Moment
-    from apollo_curation.training.batch_table import Batch
+    from apollo_curation.training.batch_table import TrainingBatch
 
 NUM_BATCHES_SHOWN = 10
 
@@ -107,7 +107,7 @@ def _as_data(one: Any) -> Any:
     return msgspec.to_builtins(one) | ({} if lineage is None else {"lineage": lineage})
 
 
-def describe_batch(batch: Batch) -> str:
+def describe_batch(batch: TrainingBatch) -> str:
     parts = [f"{batch.tier} batch {batch.batch_id}: {batch.state}", f"{len(batch.moment_ids)} examples"]
     if batch.num_held:
         parts.append(f"{batch.num_held} answers held beside")
@@ -137,7 +137,7 @@ def _table(whole: Iterable[str], *folding: str) -> Table:
     return Table(*(Column(name, no_wrap=True) for name in whole), *folding, box=None, pad_edge=False)
 
 
-def batches_table(found: list[Batch]) -> Table:
+def batches_table(found: list[TrainingBatch]) -> Table:
     table = _table(("batch", "tier", "state", "examples", "loss", "version", "made"), "error")
     for batch in found:
         job, made = batch.job, describe_ago(batch.created_at)

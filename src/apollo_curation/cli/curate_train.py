@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from apollo_curation.dreams.night import Night
     from apollo_curation.dreams.table import Dream
     from apollo_curation.moments.moments import Moment
-    from apollo_curation.training.batch_table import Batch
+    from apollo_curation.training.batch_table import TrainingBatch
     from apollo_curation.training.batches import Each
     from apollo_curation.training.schedule import Trained
     from apollo_ipc.wire.replies import JobInfo
@@ -54,7 +54,7 @@ def train(
 
     config = load_curation_config(config_file)
     tiers = (tier,) if tier else TIERS
-    batches: list[Batch] = []
+    batches: list[TrainingBatch] = []
     turns: list[Trained] = []
     broken: QualityBroken | None = None
     with open_learning(config) as learning:

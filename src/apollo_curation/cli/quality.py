@@ -65,12 +65,12 @@ def history(
     """What was measured, the oldest first; losses in nats a token."""
     from rich.table import Table
 
-    from apollo_curation.quality.history import History
+    from apollo_curation.quality.history import QualityHistory
     from apollo_curation.quality.report import clean, clock_time, number, version
     from apollo_curation.store import Store, store_path
 
     with Store(store_path(load_curation_config(config_file))) as store:
-        measurements = History(store).list(limit)
+        measurements = QualityHistory(store).list(limit)
     if as_json:
         print_json({"measurements": measurements})
         return

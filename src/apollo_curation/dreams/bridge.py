@@ -15,11 +15,11 @@ from apollo_curation.dreams.table import Dream, Dreams
 from apollo_curation.moments.moments import Moment, Moments, identify
 from apollo_curation.settings import CurationConfig
 from apollo_curation.store import Store
-from apollo_curation.training.batch_table import Batch
+from apollo_curation.training.batch_table import TrainingBatch
 from apollo_curation.training.batches import Batches, Each, NothingToTrain, StopTraining, ignore
 from apollo_ipc.errors import NotReady
 
-Train = Callable[[list[Moment]], Batch]  # `Batches.train` of the tier `dream`
+Train = Callable[[list[Moment]], TrainingBatch]  # `Batches.train` of the tier `dream`
 
 
 class TrainingStopped(Exception):

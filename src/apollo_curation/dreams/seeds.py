@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from apollo_curation.logs.conversation import Broken, Source, find_problem, text_hash
+from apollo_curation.logs.conversation import Broken, Origin, find_problem, text_hash
 from apollo_curation.logs.readers.documents import BOM
 from apollo_curation.logs.readers.files import source_name
 from apollo_curation.logs.readers.formats import read_chats
@@ -46,7 +46,7 @@ class Seed(msgspec.Struct, frozen=True):
     seed_id: str
     text: str
     topic: str
-    source: Source
+    source: Origin
     at: float
     situation: list[Message] | None = None
     good: str = ""
@@ -98,14 +98,14 @@ def _read_file(path: Path, max_record_bytes: int) -> Iterator[Seed | Broken]:
             else:
                 yield from _read_text(file, path, at, max_record_bytes)
     except OSError as error:
-        yield Broken(Source(source_name(path), 1, 0), "unreadable", f"cannot be read: {error.strerror}")
+        yield Broken(Origin(source_name(path), 1, 0), "unreadable", f"cannot be read: {error.strerror}")
 
 
 def _read_text(file: BinaryIO, path: Path, at: float, max_bytes: int) -> Iterator[Seed | Broken]:
     data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
         yield Broken(
-            Source(source_name(path), 1, 0), "too_long", f"more than {max_bytes} bytes in one file of seeds"
+            Origin(source_name(path), 1, 0), "too_long", f"more than {max_bytes} bytes in one file of seeds"
         )
         return
     offset = len(BOM) if data.startswith(BOM) else 0
@@ -115,7 +115,7 @@ def _read_text(file: BinaryIO, path: Path, at: float, max_bytes: int) -> Iterato
     number = 0
     for block in blocks:
         number += 1
-        source = Source(source_name(path), number, block.offset)
+        source = Origin(source_name(path), number, block.offset)
         try:
             text = b"".join(block.lines).decode()
         except UnicodeDecodeError as error:
@@ -163,7 +163,7 @@ def _blocks(data: bytes, topic: str, offset: int) -> Iterator[_Block]:
 
 def _read_jsonl(file: BufferedReader, path: Path, at: float, max_bytes: int) -> Iterator[Seed | Broken]:
     for entry in lines(file, max_bytes):
-        source = Source(source_name(path), entry.number, entry.offset)
+        source = Origin(source_name(path), entry.number, entry.offset)
         if entry.data is None:
             yield Broken(source, "too_long", f"a line of more than {max_bytes} bytes")
             continue
@@ -175,7 +175,7 @@ def _read_jsonl(file: BufferedReader, path: Path, at: float, max_bytes: int) -> 
             yield Broken(source, "too_deep", "nested too deeply")
 
 
-def _parse_line(line: bytes, topic: str, source: Source, at: float) -> Seed | Broken:
+def _parse_line(line: bytes, topic: str, source: Origin, at: float) -> Seed | Broken:
     """Raises Unreadable."""
     record = decode(line, source.offset)
     names = ", ".join(TEXT_FIELDS)
@@ -206,7 +206,7 @@ def _parse_line(line: bytes, topic: str, source: Source, at: float) -> Seed | Br
     )
 
 
-def _seed(text: str, topic: str, source: Source, at: float) -> Seed | Broken:
+def _seed(text: str, topic: str, source: Origin, at: float) -> Seed | Broken:
     text = text.strip()
     if not text:
         return Broken(source, "empty", "there is no text in it")

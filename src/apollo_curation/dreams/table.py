@@ -9,7 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 from apollo_curation.dreams.seeds import Seed
-from apollo_curation.logs.conversation import Source
+from apollo_curation.logs.conversation import Origin
 from apollo_curation.store import Store
 from apollo_ipc.errors import NotFound
 from apollo_ipc.wire.requests import Message
@@ -43,7 +43,7 @@ class Dream(msgspec.Struct, frozen=True):
     lesson: str
     good: str
     topic: str
-    source: Source
+    source: Origin
     round: int = 0
     ancestors: list[str] = []
     response: Message | None = None

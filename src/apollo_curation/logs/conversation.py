@@ -10,7 +10,7 @@ import msgspec
 from apollo_ipc.wire.requests import Message
 
 
-class Source(msgspec.Struct, frozen=True):
+class Origin(msgspec.Struct, frozen=True):
     """Where a record was read: file, number of its line or entry (from 1), and byte offset of its start."""
 
     path: str
@@ -33,7 +33,7 @@ class Conversation(msgspec.Struct, frozen=True):
     the name of its file."""
 
     messages: list[Message]
-    source: Source
+    source: Origin
     topic: str
     tools: list[dict[str, Any]] | None = None
     removed: list[str] = []  # hashes (text_hash) of what was stripped so far
@@ -44,7 +44,7 @@ class Conversation(msgspec.Struct, frozen=True):
 class Broken(msgspec.Struct, frozen=True):
     """A record that could not be read: reason is a short stable name for counting, message a sentence."""
 
-    source: Source
+    source: Origin
     reason: str
     message: str
     lost: dict[str, int] = {}  # by name, where parts of it were left out before

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from apollo_curation.logs.conversation import Source
+from apollo_curation.logs.conversation import Origin
 from apollo_curation.settings import TierName
 from apollo_curation.store import Store
 from apollo_ipc.errors import NotFound, UserError
@@ -58,7 +58,7 @@ class Moment(msgspec.Struct, frozen=True):
     tier: TierName
     context: list[Message]
     answer: Message | None
-    source: Source
+    source: Origin
     topic: str
     reason: str
     confidence: float

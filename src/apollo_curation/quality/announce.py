@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from apollo_curation.quality.history import History
+from apollo_curation.quality.history import QualityHistory
 from apollo_ipc.config import Config
 from apollo_ipc.webhooks.outbox import Outbox, event, outbox_path
 
 MARK = "quality_measurement"
 
 
-def announce_breaches(config: Config, history: History) -> None:
+def announce_breaches(config: Config, history: QualityHistory) -> None:
     """Of every measurement that was kept since the last call, also by a process that was killed after it.
     What was measured before the outbox was made is no news."""
     if not config.webhooks.urls:

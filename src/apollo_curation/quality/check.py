@@ -13,13 +13,13 @@ from apollo_curation.moments.moments import Moment, Moments
 from apollo_curation.quality.announce import announce_breaches
 from apollo_curation.quality.canaries import ask_all, load_canaries
 from apollo_curation.quality.heldout import load_heldout
-from apollo_curation.quality.history import Breach, History, Label, Measurement
+from apollo_curation.quality.history import Breach, Label, Measurement, QualityHistory
 from apollo_curation.quality.measure import measure_losses
 from apollo_curation.quality.thresholds import find_breaches, find_drift
 from apollo_curation.settings import CurationConfig
 from apollo_curation.store import Store
 from apollo_curation.train_client import TrainClient
-from apollo_curation.training.batch_table import Batch, BatchTable
+from apollo_curation.training.batch_table import BatchTable, TrainingBatch
 
 log = logging.getLogger("apollo_curation.quality")
 
@@ -67,7 +67,7 @@ class Checker:
         self._config, self.quality = config, config.quality
         self.held_out = load_heldout(config.quality.heldout)
         self.canaries = load_canaries(config.quality.canaries)
-        self.history = History(store)
+        self.history = QualityHistory(store)
         self._batches = BatchTable(store)
         self._moments = Moments(store)
         self._judge_max_tokens = config.judge.max_tokens
@@ -118,7 +118,7 @@ class Checker:
     def find_overlap(self, moments: Iterable[Moment]) -> list[Moment]:
         return [one for one in moments if one.answer is not None and self.held_out.contains(one.example())]
 
-    def batches_since(self, at: float) -> list[Batch]:
+    def batches_since(self, at: float) -> list[TrainingBatch]:
         """Those that may have changed the weights after `at`: ended since, or under way."""
         return [batch for batch in self._batches.list() if batch.ended_at is None or batch.ended_at > at]
 

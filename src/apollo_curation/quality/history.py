@@ -83,7 +83,7 @@ CREATE TABLE IF NOT EXISTS quality_measurements (
 """
 
 
-class History:
+class QualityHistory:
     def __init__(self, store: Store):
         self._store = store
         store.declare(SCHEMA)

@@ -14,10 +14,10 @@ from markupsafe import Markup
 from apollo_curation.moments.moments import Moment, Moments
 from apollo_curation.printable import printable
 from apollo_curation.quality.charts import Mark, Series, line_chart, sparkline
-from apollo_curation.quality.history import History, Measurement
+from apollo_curation.quality.history import Measurement, QualityHistory
 from apollo_curation.quality.thresholds import find_drift
 from apollo_curation.store import Store
-from apollo_curation.training.batch_table import Batch, BatchTable
+from apollo_curation.training.batch_table import BatchTable, TrainingBatch
 
 MAX_MEASUREMENTS = 200  # on a page, the newest ones
 MAX_CANARY_COLUMNS = 20
@@ -41,7 +41,7 @@ def write_html(path: Path, store: Store) -> None:
 
 def gather(store: Store) -> dict[str, Any]:
     """Everything that the template shows."""
-    history = History(store)
+    history = QualityHistory(store)
     everything = history.list()
     measurements = everything[-MAX_MEASUREMENTS:]
     batches = BatchTable(store).list()
@@ -120,7 +120,7 @@ def _canary_rows(measurements: list[Measurement]) -> list[dict[str, Any]]:
     return rows
 
 
-def _batch_view(batch: Batch, measurements: list[Measurement], moments: Moments) -> dict[str, Any]:
+def _batch_view(batch: TrainingBatch, measurements: list[Measurement], moments: Moments) -> dict[str, Any]:
     taught = moments.of_batch(batch.batch_id)
     curve = batch.job.loss_history if batch.job else None
     before = [one for one in measurements if one.at <= batch.created_at and one.label != "during"]

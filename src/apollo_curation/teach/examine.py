@@ -27,7 +27,7 @@ class Limits(msgspec.Struct, frozen=True):
     rounds: int = 3
 
 
-class Answered(msgspec.Struct, frozen=True):
+class ExaminedAnswer(msgspec.Struct, frozen=True):
     question: str
     before: str
     after: str
@@ -38,10 +38,10 @@ class Examined(msgspec.Struct, frozen=True):
     """One fact: whether its own question is answered, and what was never trained."""
 
     fact: Fact
-    taught: Answered
-    paraphrased: list[Answered]
-    reversed: list[Answered]
-    not_it: list[Answered]
+    taught: ExaminedAnswer
+    paraphrased: list[ExaminedAnswer]
+    reversed: list[ExaminedAnswer]
+    not_it: list[ExaminedAnswer]
 
     @property
     def is_known(self) -> bool:
@@ -79,9 +79,9 @@ def answers(learner: Learner, lessons: Sequence[Lesson]) -> dict[str, str]:
 
 
 def examined(lesson: Lesson, before: dict[str, str], after: dict[str, str]) -> Examined:
-    def look(asked: Asked) -> Answered:
+    def look(asked: Asked) -> ExaminedAnswer:
         said = after[asked.question]
-        return Answered(asked.question, before[asked.question], said, is_in(asked.answer, said))
+        return ExaminedAnswer(asked.question, before[asked.question], said, is_in(asked.answer, said))
 
     groups = (lesson.paraphrased, lesson.reversed, lesson.not_it)
     own = look(examination(lesson)[0])
@@ -112,5 +112,5 @@ def loss(learner: Learner, own: Sequence[OwnAnswer]) -> float:
     return -math.fsum(values) / len(values)
 
 
-def _share(asked: Sequence[Answered]) -> float:
+def _share(asked: Sequence[ExaminedAnswer]) -> float:
     return sum(one.is_right for one in asked) / len(asked) if asked else 0.0

@@ -20,7 +20,7 @@ from apollo_ipc.wire.requests import TrainRequest
 BatchState = Literal["open", "trained", "failed", "stopped", "undone"]
 
 
-class Batch(msgspec.Struct, frozen=True):
+class TrainingBatch(msgspec.Struct, frozen=True):
     """Moments of one tier that become one training job.
 
     job: as it ended, None until then; error: why it failed or was stopped; num_held: the model's own answers
@@ -82,10 +82,12 @@ class BatchTable:
         self._store = store
         store.declare(SCHEMA)
 
-    def add(self, tier: TierName, moments: list[Moment], request: TrainRequest, batch_id: str) -> Batch:
+    def add(
+        self, tier: TierName, moments: list[Moment], request: TrainRequest, batch_id: str
+    ) -> TrainingBatch:
         """An open batch. moments: those of request.examples, each as often as any other."""
         ids = [moment.moment_id for moment in moments]
-        batch = Batch(
+        batch = TrainingBatch(
             batch_id,
             tier,
             "open",
@@ -106,7 +108,7 @@ class BatchTable:
         with self._store.transaction() as db:
             db.execute("DELETE FROM batches WHERE batch_id = ?", (batch_id,))
 
-    def change(self, batch_id: str, **changes: Any) -> Batch:
+    def change(self, batch_id: str, **changes: Any) -> TrainingBatch:
         """The batch with `changes`. Raises NotFound."""
         with self._store.transaction() as db:
             batch = msgspec.structs.replace(self.get(batch_id), **changes)
@@ -117,7 +119,7 @@ class BatchTable:
             )
         return batch
 
-    def get(self, batch_id: str) -> Batch:
+    def get(self, batch_id: str) -> TrainingBatch:
         """Raises NotFound."""
         rows = self._store.query("SELECT record FROM batches WHERE batch_id = ?", batch_id)
         if not rows:
@@ -137,21 +139,21 @@ class BatchTable:
             db.execute(f"UPDATE batches SET request = x'' {old}", (ended_before,))
         return [row["batch_id"] for row in rows]
 
-    def open(self) -> list[Batch]:
+    def open(self) -> list[TrainingBatch]:
         """The oldest first, as in `list`."""
         return self._select("WHERE state = 'open'")
 
-    def list(self, since: float = 0.0) -> list[Batch]:
+    def list(self, since: float = 0.0) -> list[TrainingBatch]:
         return self._select("WHERE created_at >= ?", since)
 
     def num_trained(self, since: float) -> int:
-        """Examples of the batches that ended at or after `since` or are under way (see Batch.num_trained)."""
+        """Examples (TrainingBatch.num_trained) of batches that ended at or after `since` or are under way."""
         rows = self._store.query(
             "SELECT coalesce(sum(num_trained), 0) FROM batches WHERE ended_at IS NULL OR ended_at >= ?", since
         )
         return rows[0][0]
 
-    def _select(self, where: str, *values: object) -> list[Batch]:
+    def _select(self, where: str, *values: object) -> list[TrainingBatch]:
         rows = self._store.query(f"SELECT record FROM batches {where} ORDER BY created_at, batch_id", *values)
         return [_decode(row) for row in rows]
 
@@ -161,9 +163,9 @@ def new_batch_id() -> str:
     return f"batch-{time.time_ns() // 1_000_000:012x}-{secrets.token_hex(4)}"
 
 
-def _columns(batch: Batch) -> tuple[str, float, float | None, int]:
+def _columns(batch: TrainingBatch) -> tuple[str, float, float | None, int]:
     return batch.state, batch.created_at, batch.ended_at, batch.num_trained
 
 
-def _decode(row: sqlite3.Row) -> Batch:
-    return msgspec.json.decode(row["record"], type=Batch)
+def _decode(row: sqlite3.Row) -> TrainingBatch:
+    return msgspec.json.decode(row["record"], type=TrainingBatch)

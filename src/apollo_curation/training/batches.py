@@ -20,7 +20,7 @@ from apollo_curation.settings import CurationConfig, TierName
 from apollo_curation.store import Store
 from apollo_curation.teach.job import OwnAnswer
 from apollo_curation.train_client import TrainClient
-from apollo_curation.training.batch_table import Batch, BatchTable, new_batch_id
+from apollo_curation.training.batch_table import BatchTable, TrainingBatch, new_batch_id
 from apollo_curation.training.replay import Replay, held_in, held_request, is_held
 from apollo_ipc.errors import NotReady, UserError
 from apollo_ipc.wire.replies import JobInfo
@@ -87,7 +87,7 @@ class Batches:
         tier: TierName,
         moments: Sequence[Moment],
         each: Each = ignore,
-    ) -> Batch:
+    ) -> TrainingBatch:
         """Trains those of `moments` that are still approved, as they now are in the store, and waits for it.
 
         each: sees the job now and then; it may raise StopTraining. Whatever else it raises leaves the job
@@ -103,7 +103,7 @@ class Batches:
                 raise NothingToTrain("none of these moments is approved and has an answer")
             return self._finish(batch, each)
 
-    def resume(self, each: Each = ignore) -> list[Batch]:
+    def resume(self, each: Each = ignore) -> list[TrainingBatch]:
         """Goes on with every open batch, the oldest first, and returns them as they ended."""
         with alone(self._lock, self._stop):
             return [self._finish(batch, each) for batch in self.table.open()]
@@ -157,7 +157,7 @@ class Batches:
 
     def _prepare(
         self, tier: TierName, ids: Sequence[str], expected: State, held: Sequence[OwnAnswer]
-    ) -> Batch | None:
+    ) -> TrainingBatch | None:
         """Nothing of it has been sent yet. held: what stands beside its moments. None where no moment is left
         to train."""
         batch_id, own = new_batch_id(), self._config.tier(tier)
@@ -182,7 +182,7 @@ class Batches:
             )
             return self.table.add(tier, taken, TrainRequest(examples, options), batch_id)
 
-    def _finish(self, batch: Batch, each: Each) -> Batch:
+    def _finish(self, batch: TrainingBatch, each: Each) -> TrainingBatch:
         """From wherever the batch is to its end."""
         num_lost = 0
         while batch.is_open:
@@ -199,7 +199,7 @@ class Batches:
                 return self._end(batch, "failed", f"the server forgot the job {num_lost} times")
         return batch
 
-    def _submit(self, batch: Batch) -> tuple[Batch, str | None]:
+    def _submit(self, batch: TrainingBatch) -> tuple[TrainingBatch, str | None]:
         """The batch and its job, the same one as often as it is sent; without a job where the server refuses
         it: the batch has failed, or is another one without the example that was refused."""
         request = self.table.request(batch.batch_id)
@@ -224,7 +224,7 @@ class Batches:
                 time.sleep(RETRY_S)  # a defect may be a passing one
         raise AssertionError("the last attempt returns")
 
-    def _without(self, batch: Batch, request: TrainRequest, at: int, said: str) -> Batch:
+    def _without(self, batch: TrainingBatch, request: TrainRequest, at: int, said: str) -> TrainingBatch:
         """The moment of example number `at` is dropped, or an answer that was to be held beside; the rest is
         a batch, and so a key, of its own."""
         bad, held = request.examples[at], held_in(request)
@@ -247,7 +247,7 @@ class Batches:
             self.table.remove(batch.batch_id)
         return after
 
-    def _follow(self, batch: Batch, job_id: str, each: Each) -> JobInfo:
+    def _follow(self, batch: TrainingBatch, job_id: str, each: Each) -> JobInfo:
         """The job when it has ended. A stop is written before it is asked for, so that it holds."""
         try:
             if batch.error is None:
@@ -257,7 +257,7 @@ class Batches:
         self._training.cancel(job_id)
         return self._training.wait(job_id)
 
-    def _settle(self, batch: Batch, job: JobInfo) -> Batch:
+    def _settle(self, batch: TrainingBatch, job: JobInfo) -> TrainingBatch:
         """What the job came to, in the batch and in its moments."""
         with self._store.transaction():
             batch = self.table.change(batch.batch_id, job=job)
@@ -275,16 +275,18 @@ class Batches:
 
     def _end(
         self,
-        batch: Batch,
+        batch: TrainingBatch,
         state: Literal["trained", "failed", "stopped"],
         error: str | None = None,
         moments: State = "failed",
-    ) -> Batch:
+    ) -> TrainingBatch:
         with self._store.transaction():
             self._move(batch, moments, error if moments == "failed" else None, expected=("training",))
             return self.table.change(batch.batch_id, state=state, ended_at=time.time(), error=error)
 
-    def _move(self, batch: Batch, state: State, reason: str | None, expected: Sequence[State]) -> None:
+    def _move(
+        self, batch: TrainingBatch, state: State, reason: str | None, expected: Sequence[State]
+    ) -> None:
         for moment in self._moments.of_batch(batch.batch_id):
             if moment.state in expected:
                 why = moment.decided_reason if reason is None else reason

@@ -16,7 +16,7 @@ from apollo_curation.moments.moments import Moments
 from apollo_curation.settings import CurationConfig, TierName
 from apollo_curation.store import Store
 from apollo_curation.train_client import TrainClient
-from apollo_curation.training.batches import Batch, Batches, Each, NothingToTrain, ignore
+from apollo_curation.training.batches import Batches, Each, NothingToTrain, TrainingBatch, ignore
 from apollo_curation.training.choose import Choice, choose
 from apollo_curation.training.idle import Idleness
 from apollo_ipc.errors import NotReady
@@ -32,7 +32,7 @@ class Trained(msgspec.Struct, frozen=True):
 
     tier: TierName
     choice: Choice
-    batch: Batch | None = None
+    batch: TrainingBatch | None = None
     sync: SyncResult | None = None
 
 
@@ -93,7 +93,7 @@ def run(
     stop: Callable[[], bool] = lambda: False,
     *,
     watch: Callable[[], AbstractContextManager[Each]] = unwatched,
-    on_batch: Callable[[Batch], None] = lambda batch: None,
+    on_batch: Callable[[TrainingBatch], None] = lambda batch: None,
     on_away: Callable[[NotReady], None] = lambda error: None,
 ) -> None:
     """Trains the continuous and idle ones of `tiers` until `stop()`; nightly tiers wait for `curate night`.

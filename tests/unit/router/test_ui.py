@@ -20,7 +20,7 @@ from starlette.requests import Request
 from ui_world import HOSTILE, UI, WRONG_KEY, assert_clean, enter, over
 
 from apollo_curation.quality.canaries import CanaryResult
-from apollo_curation.quality.history import Breach, History, Measurement
+from apollo_curation.quality.history import Breach, Measurement, QualityHistory
 from apollo_curation.quality.measure import CategoryLoss
 from apollo_curation.store import Store
 from apollo_ipc.wire.requests import Example, TrainRequest
@@ -340,7 +340,7 @@ def test_what_was_measured_is_drawn_with_its_breach(world, config, tmp_path):
             losses = {HOSTILE: CategoryLoss(loss, 100, 10, "h"), "chat": CategoryLoss(None, 1, 1, "h")}
             breaches = [Breach("loss", "facts", 1.4, loss, 1.5, "facts: 1.4 -> 2.1")] if loss > 2 else []
             one = Measurement("after", 1e9 + at, 1.0, at, losses, [canary], breaches=breaches)
-            History(store).add(one)
+            QualityHistory(store).add(one)
     with looking_at(world.server.url, tmp_path) as looked:
         enter(looked)
         looked.page.get_by_text("facts: 1.4 -> 2.1").wait_for()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from apollo_worker.step.loss import Teacher, loss_of_logits, target_loss, teacher_of
+from apollo_worker.step.loss import SoftTargets, loss_of_logits, target_loss, teacher_of
 
 torch.set_num_threads(1)
 T, H, V = 19, 16, 97  # 19 is no multiple of the chunk sizes below
@@ -76,7 +76,7 @@ def test_whole_logits_give_the_same():
 def test_a_teacher_that_is_the_model_itself_costs_nothing_and_moves_nothing():
     hidden, weight, targets, _, _ = inputs(torch.float32)
     logprobs, ids = (hidden @ weight.T).detach().log_softmax(1).topk(20)
-    loss = target_loss(hidden, weight, None, targets, teacher=Teacher(ids, logprobs))
+    loss = target_loss(hidden, weight, None, targets, teacher=SoftTargets(ids, logprobs))
     # The bucket is 1 minus a sum of 20 in fp32: some 1e-6 of it, squared over a bucket that is not tiny.
     assert abs(loss.item()) < 1e-6
     gradient = torch.autograd.grad(loss, hidden)[0]
@@ -85,7 +85,7 @@ def test_a_teacher_that_is_the_model_itself_costs_nothing_and_moves_nothing():
 
 def test_a_token_for_certain_is_a_target():
     hidden, weight, targets, coefficients, _ = inputs(torch.float32)
-    certain = Teacher(targets[:, None], torch.zeros(T, 1))
+    certain = SoftTargets(targets[:, None], torch.zeros(T, 1))
     plain = target_loss(hidden, weight, None, targets, coefficients=coefficients)
     taught = target_loss(hidden, weight, None, targets, coefficients=coefficients, teacher=certain)
     torch.testing.assert_close(taught, plain, rtol=1e-6, atol=1e-6)
@@ -94,7 +94,7 @@ def test_a_token_for_certain_is_a_target():
 
 def test_a_bucket_that_the_model_gives_nothing_pulls_with_at_most_its_share():
     logits = torch.tensor([[200.0, 0.0, 0.0, 0.0]], requires_grad=True)  # p of all others underflows to 0
-    teacher = Teacher(torch.tensor([[0]]), torch.tensor([[-0.5]]))
+    teacher = SoftTargets(torch.tensor([[0]]), torch.tensor([[-0.5]]))
     loss = loss_of_logits(logits, torch.tensor([0]), teacher=teacher)
     (gradient,) = torch.autograd.grad(loss, logits)
     assert torch.isfinite(loss)

@@ -39,7 +39,7 @@ class Admission(msgspec.Struct, frozen=True):
     notes: list[str] = []
 
 
-class Asked(msgspec.Struct, frozen=True):
+class PendingRequest(msgspec.Struct, frozen=True):
     """What a client wants of the main loop, to be done between two steps."""
 
     request: SyncCheckpoint | RestoreVersion
@@ -88,7 +88,7 @@ class StatusBoard:
         self.stopping = Flag()  # set by signal handlers
         # Wakes the main loop: a job was queued, something was asked for, the process shall stop.
         self.wake = threading.Event()
-        self.asked: SimpleQueue[Asked] = SimpleQueue()
+        self.asked: SimpleQueue[PendingRequest] = SimpleQueue()
 
     def show(self, activity: str, **details) -> None:
         """Main loop: what it does now. Every call counts as progress."""
@@ -97,7 +97,7 @@ class StatusBoard:
 
     def ask(self, request: SyncCheckpoint | RestoreVersion) -> Future[SyncResult | RestoreResult]:
         """Server: have the main loop do it between two steps."""
-        asked = Asked(request, Future())
+        asked = PendingRequest(request, Future())
         self.asked.put(asked)
         self.wake.set()
         return asked.done

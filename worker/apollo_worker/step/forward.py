@@ -18,7 +18,7 @@ from apollo_worker.model.hf_model import vocab_size_of
 from apollo_worker.model.live_model import LiveModel
 from apollo_worker.step.loss import (
     IGNORED,
-    Teacher,
+    SoftTargets,
     gather_targets,
     loss_of_logits,
     target_loss,
@@ -42,7 +42,7 @@ class Batch(NamedTuple):
     mask: Tensor | None = None
     positions: Tensor | None = None
     coefficients: Tensor | None = None
-    teacher: Teacher | None = None
+    teacher: SoftTargets | None = None
     policy: Policy | None = None
 
 

@@ -47,7 +47,7 @@ def gather_targets(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return hidden[row.to(hidden.device), position.to(hidden.device)], targets
 
 
-class Teacher(NamedTuple):
+class SoftTargets(NamedTuple):
     """What the model shall say at each target: ids (T, K) int64, and their logprobs (T, K) fp32, in nats.
 
     -inf fills rows that have fewer; its id is then the row's first, and is not looked at. What a row's
@@ -60,16 +60,16 @@ class Teacher(NamedTuple):
     logprobs: Tensor
     is_floor: Tensor | None = None
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> Teacher:
+    def each(self, change: Callable[[Tensor], Tensor]) -> SoftTargets:
         floor = None if self.is_floor is None else change(self.is_floor)
-        return Teacher(change(self.ids), change(self.logprobs), floor)
+        return SoftTargets(change(self.ids), change(self.logprobs), floor)
 
 
 def teacher_of(
     targets: Tensor,
     top_logprobs: Sequence[Sequence[tuple[int, float]] | None] | None,
     target_probability: float = 1.0,
-) -> Teacher | None:
+) -> SoftTargets | None:
     """The teacher of `targets` (T,), on their device; None where no target has one.
 
     top_logprobs: for each target (token id, log-probability) pairs, ids distinct; None: the target itself,
@@ -87,7 +87,7 @@ def teacher_of(
     ]
     width = max(map(len, rows))
     filled = [[*row, *[(row[0][0], -torch.inf)] * (width - len(row))] for row in rows]
-    return Teacher(
+    return SoftTargets(
         torch.tensor([[token for token, _ in row] for row in filled], device=targets.device),
         torch.tensor([[p for _, p in row] for row in filled], dtype=torch.float32, device=targets.device),
         None
@@ -108,7 +108,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return values, dlogits.scatter_add_(1, targets[:, None], torch.full_like(logsumexp, -1.0))
 
 
-def distillation(logits: Tensor, teacher: Teacher) -> tuple[Tensor, Tensor]:
+def distillation(logits: Tensor, teacher: SoftTargets) -> tuple[Tensor, Tensor]:
     """KL(teacher || model) over the teacher's tokens and one bucket for the rest, and d/dlogits of it, in the
     logits' memory: ((C,), (C, V)), fp32.
 
@@ -147,7 +147,7 @@ def target_loss(
     targets: Tensor,
     *,
     coefficients: Tensor | None = None,
-    teacher: Teacher | None = None,
+    teacher: SoftTargets | None = None,
     policy: Policy | None = None,
     is_mean: bool = True,
     chunk_tokens: int = 64,
@@ -175,7 +175,7 @@ def loss_of_logits(
     targets: Tensor,
     *,
     coefficients: Tensor | None = None,
-    teacher: Teacher | None = None,
+    teacher: SoftTargets | None = None,
     policy: Policy | None = None,
     is_mean: bool = True,
 ) -> Tensor:
@@ -222,7 +222,7 @@ class _Terms(NamedTuple):
 
     targets: Tensor
     coefficients: Tensor | None
-    teacher: Teacher | None
+    teacher: SoftTargets | None
     policy: Policy | None
     is_mean: bool
 

@@ -11,7 +11,7 @@ from apollo_ipc.errors import ApolloError, CheckpointError, Conflict, UserError
 from apollo_ipc.wire.messages import RestoreVersion
 from apollo_ipc.wire.replies import RestoreResult
 from apollo_worker.jobs.queue import JobQueue
-from apollo_worker.link.status_board import Asked, StatusBoard
+from apollo_worker.link.status_board import PendingRequest, StatusBoard
 from apollo_worker.trainer.attachment import Attachment
 from apollo_worker.trainer.step_marks import StepMarks
 from apollo_worker.trainer.sync_policy import Syncing
@@ -38,7 +38,7 @@ class Restoring:
         self._syncing, self._marks = syncing, marks
         self._announce, self._has_changed = announce, has_changed
 
-    def answer(self, asked: Asked, *, is_training: bool) -> None:
+    def answer(self, asked: PendingRequest, *, is_training: bool) -> None:
         """Raises where this trainer must end: something is changed, and not brought to one state."""
         assert isinstance(asked.request, RestoreVersion)
         before = self._board.state.weight_version

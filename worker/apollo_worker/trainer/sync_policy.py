@@ -17,7 +17,7 @@ from apollo_ipc.errors import ApolloError, CheckpointError, NotReady
 from apollo_ipc.wire.messages import SyncCheckpoint
 from apollo_ipc.wire.requests import SyncKind
 from apollo_worker.jobs.queue import JobQueue
-from apollo_worker.link.status_board import Asked, StatusBoard
+from apollo_worker.link.status_board import PendingRequest, StatusBoard
 from apollo_worker.sync.sync_task import RunningSync
 from apollo_worker.trainer.attachment import Attachment
 from apollo_worker.trainer.step_marks import StepMarks
@@ -58,12 +58,12 @@ class Syncing:
         self._is_bulk_done = False  # a bulk job has ended since the last sync
         self._is_delta_large = False
         self._in_progress: InProgress | None = None
-        self._waiting: list[Asked] = []  # for a sync that begins after they have asked
+        self._waiting: list[PendingRequest] = []  # for a sync that begins after they have asked
 
     def note_job_done(self, num_steps: int) -> None:
         self._is_bulk_done |= self._config.sync_after_bulk_job and num_steps >= self._config.bulk_job_steps
 
-    def ask(self, asked: Asked) -> None:
+    def ask(self, asked: PendingRequest) -> None:
         self._waiting.append(asked)
 
     def is_wanted(self, has_changed: bool) -> bool:

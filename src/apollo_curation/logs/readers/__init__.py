@@ -13,7 +13,7 @@ from pathlib import Path
 
 import zstandard
 
-from apollo_curation.logs.conversation import Broken, Conversation, Source
+from apollo_curation.logs.conversation import Broken, Conversation, Origin
 from apollo_curation.logs.readers.documents import HEAD_BYTES
 from apollo_curation.logs.readers.files import entries, find_files, is_utf_16, open_stream, source_name
 from apollo_curation.logs.readers.sessions import File
@@ -61,9 +61,9 @@ def read_file(
 def utf_16(name: str) -> Broken:
     """The one answer to a whole file."""
     advice = "`iconv -f UTF-16 -t UTF-8 FILE` converts it"
-    return Broken(Source(name, 1, 0), "utf_16", f"the file is UTF-16, and was not read; {advice}")
+    return Broken(Origin(name, 1, 0), "utf_16", f"the file is UTF-16, and was not read; {advice}")
 
 
 def cannot_read(name: str, number: int, offset: int, error: Exception) -> Broken:
     text = getattr(error, "strerror", None) or str(error)
-    return Broken(Source(name, number + 1, offset), "cannot_read", f"cannot read on: {text}")
+    return Broken(Origin(name, number + 1, offset), "cannot_read", f"cannot read on: {text}")

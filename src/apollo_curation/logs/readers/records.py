@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from apollo_curation.logs.conversation import Broken, Conversation, Feedback, Source, find_problem, text_hash
+from apollo_curation.logs.conversation import Broken, Conversation, Feedback, Origin, find_problem, text_hash
 from apollo_curation.logs.mend import is_empty, mend
 from apollo_curation.logs.readers.documents import BOM, is_message_list
 from apollo_curation.logs.readers.files import stem
@@ -19,7 +19,7 @@ from apollo_curation.logs.strip import Prune, PruneFailed, Removed, whole_text
 MAX_TOPIC_CHARS = 200
 
 
-def parse_record(record: Any, source: Source, prune: Prune | None = None) -> list[Conversation | Broken]:
+def parse_record(record: Any, source: Origin, prune: Prune | None = None) -> list[Conversation | Broken]:
     """The conversations of a decoded record: one, as a rule."""
     try:
         if isinstance(record, list) and is_message_list(record):
@@ -47,7 +47,7 @@ def _with_feedback(found: Conversation | Broken, record: dict[str, Any]) -> Conv
     return msgspec.structs.replace(found, feedback=Feedback(**kept)) if kept else found
 
 
-def finish(chat: RawChat, source: Source, topic: str, removed: list[Removed]) -> Conversation | Broken:
+def finish(chat: RawChat, source: Origin, topic: str, removed: list[Removed]) -> Conversation | Broken:
     """A valid conversation of what was read, or why there is none."""
     hashes = [part.hash for part in removed]
     if removed:

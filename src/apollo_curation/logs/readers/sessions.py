@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
-from apollo_curation.logs.conversation import Broken, Conversation, Source
+from apollo_curation.logs.conversation import Broken, Conversation, Origin
 from apollo_curation.logs.readers import claude_code, codex, gemini, openai, openhands
 from apollo_curation.logs.readers.files import stem
 from apollo_curation.logs.readers.lines import Entry
@@ -50,12 +50,12 @@ class File:
         self.in_session = False
         self._name, self._max_bytes, self._prune = name, max_bytes, prune
         self._session: Session | None = None
-        self._source = Source(name, 1, 0)
+        self._source = Origin(name, 1, 0)
         self._num_bytes = 0
         self._removed: list[Removed] = []
 
     def take(self, entry: Entry) -> Iterator[Found]:
-        source = Source(self._name, entry.number, entry.offset)
+        source = Origin(self._name, entry.number, entry.offset)
         if entry.data is None:
             allowed = f"max_record_bytes is {self._max_bytes:,}"
             yield Broken(source, "too_long", f"{entry.num_bytes:,} bytes at byte {entry.offset:,}; {allowed}")
@@ -79,7 +79,7 @@ class File:
                 yield finish(chat, self._source, stem(self._name), self._removed)
         self._session = None
 
-    def _is_of_session(self, record: dict[str, Any], source: Source) -> bool:
+    def _is_of_session(self, record: dict[str, Any], source: Origin) -> bool:
         if self._session is not None:
             return "messages" not in record and self._session.accepts(record)
         for is_line, kind in FORMATS:
@@ -88,7 +88,7 @@ class File:
                 return True
         return False
 
-    def _add(self, record: dict[str, Any], source: Source, num_bytes: int) -> Iterator[Found]:
+    def _add(self, record: dict[str, Any], source: Origin, num_bytes: int) -> Iterator[Found]:
         assert self._session is not None
         if self._num_bytes + num_bytes > self._max_bytes and self._num_bytes:
             yield from self._give_out(source)
@@ -103,7 +103,7 @@ class File:
         except PruneFailed as error:
             yield Broken(source, "rule_failed", str(error))
 
-    def _give_out(self, source: Source) -> Iterator[Found]:
+    def _give_out(self, source: Origin) -> Iterator[Found]:
         assert self._session is not None
         for chat in self._session.chats():
             yield finish(chat, self._source, stem(self._name), self._removed)

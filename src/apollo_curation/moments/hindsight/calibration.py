@@ -18,7 +18,7 @@ import msgspec
 
 from apollo_curation.chat_client import ChatClient, ServerRefused
 from apollo_curation.moments.hindsight.fit import Curve, fit
-from apollo_curation.moments.hindsight.samples import Sample
+from apollo_curation.moments.hindsight.samples import LabelledSample
 from apollo_curation.moments.hindsight.ways import WAYS, Spoken, WayName, listen
 from apollo_curation.store import Store
 from apollo_ipc.errors import UserError
@@ -72,7 +72,7 @@ def measure(
 
 def calibrate(
     model: ChatClient,
-    samples: list[Sample],
+    samples: list[LabelledSample],
     each: Callable[[int, int], None] = lambda done, of: None,
 ) -> Calibration:
     """Measures `samples`. each: hears how many are done.

@@ -17,7 +17,7 @@ Label = Literal["against", "for", "neither"]
 FORM = "a block of lines is `[LABEL LANGUAGE]`, then `U text`, `A text`, `C name arguments` or `R result`"
 
 
-class Sample(msgspec.Struct, frozen=True):
+class LabelledSample(msgspec.Struct, frozen=True):
     """context: what led to the answer; said_next: the user's next message, which speaks against the answer,
     for it, or of neither."""
 
@@ -29,7 +29,7 @@ class Sample(msgspec.Struct, frozen=True):
     reply: list[Message] = []  # what the assistant said to that, where the file holds it
 
 
-def read_samples(file: Path | None = None) -> list[Sample]:
+def read_samples(file: Path | None = None) -> list[LabelledSample]:
     """Of `file`, or our own. Raises UserError naming the line that is none of the form, or a block without a
     question, an answer and a next message."""
     name = str(file or "samples.txt")
@@ -49,7 +49,7 @@ def read_samples(file: Path | None = None) -> list[Sample]:
     return [_sample(head, messages, f"{name}:{number}") for number, head, messages in blocks]
 
 
-def calibrating_samples(file: Path | None = None) -> list[Sample]:
+def calibrating_samples(file: Path | None = None) -> list[LabelledSample]:
     """As read_samples. Raises UserError where a label is none of against, for, neither."""
     samples = read_samples(file)
     for sample in samples:
@@ -76,13 +76,13 @@ def _message(letter: str, text: str, number: int) -> Message:
     return Message("user" if letter == "U" else "assistant", text)
 
 
-def _sample(head: str, messages: list[Message], at: str) -> Sample:
+def _sample(head: str, messages: list[Message], at: str) -> LabelledSample:
     label, _, language = head.partition(" ")
     users = [i for i, message in enumerate(messages) if message.role == "user"]
     if len(users) < 2 or messages[users[-1] - 1].role != "assistant" or messages[users[-1] - 1].tool_calls:
         raise UserError("a sample is a question, an answer in words and the user's next message", field=at)
     last = users[-1]
-    return Sample(
+    return LabelledSample(
         label,
         language,
         messages[: last - 1],

@@ -9,7 +9,7 @@ import re
 import pytest
 from rich.console import Console
 
-from apollo_curation.logs.conversation import Conversation, Source, find_problem, text_hash
+from apollo_curation.logs.conversation import Conversation, Origin, find_problem, text_hash
 from apollo_curation.logs.mend import mend
 from apollo_curation.logs.strip import NESTED, STRAY, UNCLOSED, Removed, describe, strip
 from apollo_curation.logs.strip_report import StripTally, diff_lines, estimate_tokens, print_diff
@@ -24,7 +24,7 @@ RECALL = StripRule(pattern=r"^\[recalled\].*")
 
 def of(*messages: Message) -> Conversation:
     assert find_problem(list(messages)) is None
-    return Conversation(list(messages), Source("log.jsonl", 1, 0), "topic")
+    return Conversation(list(messages), Origin("log.jsonl", 1, 0), "topic")
 
 
 def user(text: str) -> Message:
@@ -181,7 +181,7 @@ def test_nothing_left_is_said():
 
 
 def test_a_conversation_that_was_invalid_before_is_refused():
-    wrong = Conversation([said("b")], Source("x", 1, 0), "t")
+    wrong = Conversation([said("b")], Origin("x", 1, 0), "t")
     assert strip(wrong, [MARKS]).problem == find_problem(wrong.messages)
 
 
@@ -237,7 +237,7 @@ def test_no_random_conversation_becomes_invalid_and_nothing_marked_stays():
     for _ in range(3000):
         messages = random_conversation(rng)
         assert find_problem(messages) is None
-        before = Conversation(messages, Source("x", 1, 0), "t")
+        before = Conversation(messages, Origin("x", 1, 0), "t")
         chosen = rng.sample(rules, rng.randint(1, len(rules)))
         stripped = strip(before, chosen)
         left = stripped.conversation.messages

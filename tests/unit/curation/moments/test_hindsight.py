@@ -11,7 +11,7 @@ import pytest
 from places import BENCHMARKS
 
 from apollo_curation.chat_client import ModelAway, ServerRefused
-from apollo_curation.logs.conversation import Source
+from apollo_curation.logs.conversation import Origin
 from apollo_curation.moments.hindsight.better import check_better
 from apollo_curation.moments.hindsight.calibration import Calibrations, calibrate, describe, measure
 from apollo_curation.moments.hindsight.fit import auc, fit
@@ -69,7 +69,7 @@ def moment(said_next=AGAINST, kind="correction", **changes):
         "kind": kind, "tier": "direct", "context": [Message("user", "What is the capital?")],
         "answer": answer if kind == "praise" else Message("assistant", "Wellington."),
         "original": None if kind == "praise" else answer, "aftermath": [Message("user", said_next)],
-        "source": Source("log.jsonl", 1, 0), "topic": "t", "reason": "The user objects.", "confidence": 0.5,
+        "source": Origin("log.jsonl", 1, 0), "topic": "t", "reason": "The user objects.", "confidence": 0.5,
     }  # fmt: skip
     return Moment(**(values | changes))
 

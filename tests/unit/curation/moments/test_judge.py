@@ -9,7 +9,7 @@ import pytest
 
 from apollo_curation.chat_client import ChatClient, ServerRefused
 from apollo_curation.demo.scripted_model import ScriptedModel
-from apollo_curation.logs.conversation import Source
+from apollo_curation.logs.conversation import Origin
 from apollo_curation.moments.judge import (
     MAX_ANSWER_CHARS,
     MAX_MESSAGE_CHARS,
@@ -36,7 +36,7 @@ def moments(tmp_path):
 def moment(question="What is 6 times 7?", answer=RIGHT, **changes):
     values = {
         "kind": "correction", "tier": "direct", "context": [Message("user", question)], "answer": answer,
-        "source": Source("log.jsonl", 1, 0), "topic": "t", "reason": "The user objects.", "confidence": 0.5,
+        "source": Origin("log.jsonl", 1, 0), "topic": "t", "reason": "The user objects.", "confidence": 0.5,
         "original": WRONG, "aftermath": [Message("user", "That's wrong."), Message("assistant", "It is 42.")],
     }  # fmt: skip
     return Moment(**(values | changes))

@@ -8,7 +8,7 @@ import time
 import pytest
 from conversations import call, conversation
 
-from apollo_curation.logs.conversation import Conversation, Source, find_problem
+from apollo_curation.logs.conversation import Conversation, Origin, find_problem
 from apollo_curation.moments.signals import flag
 from apollo_curation.moments.signals.cut import standing_alone
 from apollo_curation.moments.signals.evidence import MAX_CONFIDENCE, MIN_CONFIDENCE
@@ -233,14 +233,14 @@ def test_moments_hold_the_stripped_context_only():
         Message("system", "Be secretive."),
         *conversation("6 x 7?", "6 x 7 is 41.", "That's wrong.").messages,
     ]
-    (moment,) = flag(Conversation(messages, Source("log", 1, 0), "t"), RULES, 8)
+    (moment,) = flag(Conversation(messages, Origin("log", 1, 0), "t"), RULES, 8)
     assert [message.role for message in moment.context] == ["user"]
     assert len(moment.stripped) == 1
 
 
 def test_a_conversation_that_is_none_gives_no_moments():
     messages = [Message("assistant", "Hi"), Message("assistant", "That's wrong.")]
-    assert flag(Conversation(messages, Source("log", 1, 0), "t"), [], 8) == []
+    assert flag(Conversation(messages, Origin("log", 1, 0), "t"), [], 8) == []
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from fake_vllm import FakeVllm
 
 from apollo_curation.chat_client import ChatClient
-from apollo_curation.logs.conversation import Source
+from apollo_curation.logs.conversation import Origin
 from apollo_curation.moments.moments import Moment, Moments
 from apollo_curation.moments.surprise import score, unscored
 from apollo_curation.store import Store
@@ -35,7 +35,7 @@ def moments(tmp_path):
 def moment(question="6 x 7?", answer="42", **changes):
     answer = None if answer is None else Message("assistant", answer)
     context = [Message("user", question)]
-    values = Moment("correction", "direct", context, answer, Source("log", 1, 0), "t", "r", 0.5)
+    values = Moment("correction", "direct", context, answer, Origin("log", 1, 0), "t", "r", 0.5)
     return Moment(**({name: getattr(values, name) for name in values.__struct_fields__} | changes))
 
 

@@ -7,7 +7,7 @@ import pytest
 from test_quality_report import measured
 
 from apollo_curation.quality.announce import announce_breaches
-from apollo_curation.quality.history import Breach, History
+from apollo_curation.quality.history import Breach, QualityHistory
 from apollo_curation.store import Store, store_path
 from apollo_ipc.config import Config, Paths, Webhooks
 from apollo_ipc.webhooks.outbox import Outbox, outbox_path
@@ -23,7 +23,7 @@ def config(tmp_path):
 @pytest.fixture
 def history(config):
     with Store(store_path(config)) as store:
-        yield History(store)
+        yield QualityHistory(store)
 
 
 def broken(at):

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from quality_night import night_in
 
-from apollo_curation.quality.history import History
+from apollo_curation.quality.history import QualityHistory
 from apollo_ipc.errors import ConfigError, UserError
 from apollo_ipc.wire.requests import Message
 
@@ -28,7 +28,7 @@ def test_a_good_night_is_measured_before_during_and_after(night):
     assert report.ok
     assert report.may_go_on
     assert night.labels() == ["before", "during", "during", "after"]
-    first, *_, last = History(night.store).list()
+    first, *_, last = QualityHistory(night.store).list()
     assert first.durable_version == 0
     assert (first.weight_version, last.weight_version) == (0, 6)
     assert last.batch_ids == [batch.batch_id]
@@ -50,7 +50,7 @@ def test_poison_in_a_long_job_stops_it_on_the_way_and_nothing_more_is_trained(ni
     assert not report.may_go_on
     assert [breach.what for breach in report.breaches] == ["facts"]
     assert night.server.restores == []
-    during = [one for one in History(night.store).list() if one.label == "during"]
+    during = [one for one in QualityHistory(night.store).list() if one.label == "during"]
     assert [one.action for one in during] == ["stopped"]
     # The next night begins with the same finding: it trains nothing, and makes this no new reference.
     again = night.watch()
@@ -87,7 +87,7 @@ def test_a_loss_that_is_no_number_is_a_breach_whatever_was_before(night):
     report = night.monitor.before()
     assert [breach.kind for breach in report.breaches] == ["not_a_number"]
     assert not report.may_go_on
-    assert History(night.store).list()[0].losses["chat"].loss is None
+    assert QualityHistory(night.store).list()[0].losses["chat"].loss is None
     assert night.monitor.baseline is None
 
 

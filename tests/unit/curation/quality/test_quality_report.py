@@ -13,7 +13,7 @@ from quality_page import HOSTILE, Parsed, add_batch, fill, measured
 
 from apollo_curation.quality.canaries import CanaryResult
 from apollo_curation.quality.charts import Series, line_chart, thin
-from apollo_curation.quality.history import Breach, History
+from apollo_curation.quality.history import Breach, QualityHistory
 from apollo_curation.quality.report import clean, write_html
 from apollo_curation.store import Store, store_path
 
@@ -67,7 +67,7 @@ def test_a_page_of_nothing_says_so(store, tmp_path):
 
 
 def test_hostile_names_reach_the_page_as_text_everywhere(store, tmp_path):
-    history = History(store)
+    history = QualityHistory(store)
     one = measured("before", 0, 1, {HOSTILE: 1.0, "nan": None})
     canary = CanaryResult(HOSTILE, HOSTILE, False, HOSTILE, HOSTILE, "c")
     breach = Breach("loss", HOSTILE, 1.0, 2.0, 1.5, HOSTILE)
@@ -94,7 +94,7 @@ def test_the_page_replaces_the_old_one_and_is_its_owners(page, store):
 
 
 def test_a_long_history_is_cut_with_a_word_of_it(store, tmp_path):
-    history = History(store)
+    history = QualityHistory(store)
     for i in range(210):
         history.add(measured("scheduled", i * 60, i, {"facts": 1.0 + i / 1000}))
     write_html(tmp_path / "page.html", store)

@@ -10,7 +10,7 @@ import pytest
 from quality_night import night_in
 
 from apollo_curation.chat_client import ModelAway
-from apollo_curation.quality.history import History
+from apollo_curation.quality.history import QualityHistory
 from apollo_ipc.errors import ConfigError, NotReady, UserError
 
 
@@ -36,7 +36,7 @@ def test_poison_in_a_short_job_is_found_after_it_and_the_last_good_version_comes
     assert night.server.losses == good
     assert report.measurement.losses["facts"].loss == 1.0
     assert night.labels() == ["before", "after", "restored"]
-    assert [one.action for one in History(night.store).list()] == [None, "restored", None]
+    assert [one.action for one in QualityHistory(night.store).list()] == [None, "restored", None]
     assert night.batches.table.list()[0].state == "undone"
     assert {moment.state for moment in night.moments.of_batch(batch.batch_id)} == {"undone"}
     assert "facts: held-out loss 1.0000 -> 1.5000 nats a token (+50.0%), at most 1.0500" in caplog.text
@@ -108,7 +108,7 @@ def test_a_version_that_is_no_longer_kept_is_said(night):
     report = night.monitor.after()
     assert report.restore_error == "version 0 is not kept; there are: 3, 4"
     assert not report.may_go_on
-    assert [one.action for one in History(night.store).list()] == [None, "not_restored"]
+    assert [one.action for one in QualityHistory(night.store).list()] == [None, "not_restored"]
 
 
 def test_the_reference_is_pinned_and_a_worse_model_leaves_the_pin_where_it_was(night):
@@ -150,7 +150,7 @@ def test_a_night_that_was_killed_before_its_last_check_is_settled_by_the_next(ni
     assert night.server.losses["facts"] == 1.0
     assert night.labels() == ["before", "after", "restored", "before"]
     assert report.measurement.batch_ids == []
-    assert batch.batch_id in History(night.store).list()[1].batch_ids
+    assert batch.batch_id in QualityHistory(night.store).list()[1].batch_ids
 
 
 def test_a_killed_night_whose_batch_is_open_keeps_its_reference(night):

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from batch_fixtures import moment
 
-from apollo_curation.logs.conversation import Source
+from apollo_curation.logs.conversation import Origin
 from apollo_curation.moments.moments import Moment, Moments, example_digest
 from apollo_curation.settings import Curation, CurationConfig, DirectTier
 from apollo_curation.store import Store
@@ -116,7 +116,7 @@ def test_the_most_surprising_and_most_confident_come_first(store):
 def test_the_order_of_the_moments_changes_nothing(store):
     moments = [
         msgspec.structs.replace(
-            one, source=Source(f"log{i % 3}", i, 0), topic=f"t{i % 4}", surprise=float(i % 5)
+            one, source=Origin(f"log{i % 3}", i, 0), topic=f"t{i % 4}", surprise=float(i % 5)
         )
         for i, one in enumerate(distinct(40))
     ]
@@ -129,7 +129,7 @@ def test_the_order_of_the_moments_changes_nothing(store):
 
 def test_equal_content_is_trained_once_whatever_moment_it_comes_from(store):
     a, b = distinct(2)
-    twin = msgspec.structs.replace(a, moment_id="m-twin", created_at=9.0, source=Source("other", 1, 0))
+    twin = msgspec.structs.replace(a, moment_id="m-twin", created_at=9.0, source=Origin("other", 1, 0))
     choice = choose([twin, a, b], store, "direct", configured(near_duplicate=0.0), NOW)
     assert (ids(choice.chosen), left(choice)) == (["m-0000", "m-0001"], {"duplicate": ["m-twin"]})
     train(store, [a])
@@ -239,7 +239,7 @@ def test_a_file_or_topic_takes_its_share_of_the_places_and_at_least_one(store, s
 def test_a_loud_file_does_not_push_a_quiet_one_out(store):
     loud = [msgspec.structs.replace(one, surprise=9.0, topic=one.moment_id) for one in distinct(50)]
     quiet = [
-        msgspec.structs.replace(one, moment_id=f"m-q{i}", surprise=1.0, source=Source("quiet", i, 0))
+        msgspec.structs.replace(one, moment_id=f"m-q{i}", surprise=1.0, source=Origin("quiet", i, 0))
         for i, one in enumerate(distinct(54)[50:])
     ]
     choice = choose([*loud, *quiet], store, "direct", configured(10, max_source_share=0.5), NOW)
