@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import types
 import typing
+from contextlib import suppress
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -82,14 +83,19 @@ _NO_CHOICE = re.compile(r"^Invalid enum value '(?P<name>.*)'$")
 _UNKNOWN = re.compile(r"^Object contains unknown field `(?P<name>.*)`$")
 
 
-def convert(data: Any, into: type[T]) -> T:
-    """`data` (JSON-like values) as `into`, or UserError with the field's path and what would be right."""
+def convert(data: Any, into: type[T], at: str = "") -> T:
+    """`data` (JSON-like values) as `into`, or UserError with the field's path and what would be right.
+
+    at: where `data` stands in what the client sent."""
     try:
         return msgspec.convert(data, into)
     except msgspec.ValidationError as error:
-        raise explain(error, data, into) from None
+        wrong = explain(error, data, into)
+        inner = wrong.field or ""
+        field = f"{at}.{inner}" if at and inner and not inner.startswith("[") else at + inner
+        raise UserError(wrong.message, field=field or None) from None
     except RecursionError:
-        raise UserError("nested too deeply") from None
+        raise UserError("nested too deeply", field=at or None) from None
 
 
 def explain(error: msgspec.ValidationError, data: Any, into: Any) -> UserError:
@@ -146,19 +152,25 @@ _LONE_SURROGATE = re.compile(
     rb"(?<!\\)(?:\\\\)*(?:\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])"
     rb"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2})"
 )
+_example = msgspec.json.Decoder(Example)
+_IS_LIST_OF_OBJECTS = re.compile(rb"\[\s*\{")
 
 
 def parse_json(body: bytes) -> Any:
     """Raises UserError (code `invalid_json`)."""
     try:
         return msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        reason = str(error)
-        if _LONE_SURROGATE.search(body):  # of which msgspec says that the data was truncated
-            reason = "half of a surrogate pair (\\ud800 to \\udfff) without its other half"
-        raise UserError(f"the body is not JSON: {reason}", code="invalid_json") from None
-    except RecursionError:
-        raise UserError("the body is nested too deeply", code="invalid_json") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _not_json(error, body) from None
+
+
+def _not_json(error: Exception, body: bytes) -> UserError:
+    if isinstance(error, RecursionError):
+        return UserError("the body is nested too deeply", code="invalid_json")
+    reason = str(error)
+    if _LONE_SURROGATE.search(body):  # of which msgspec says that the data was truncated
+        reason = "half of a surrogate pair (\\ud800 to \\udfff) without its other half"
+    return UserError(f"the body is not JSON: {reason}", code="invalid_json")
 
 
 def parse_train_body(body: bytes) -> TrainRequest:
@@ -166,28 +178,40 @@ def parse_train_body(body: bytes) -> TrainRequest:
 
     Raises UserError with the path of the bad field as the client wrote it.
     """
-    return (_parse_piecewise(body) if len(body) > PIECEWISE_BYTES else None) or parse_train_data(
-        parse_json(body)
-    )
+    return parse_train_data(_parse_piecewise(body) if len(body) > PIECEWISE_BYTES else parse_json(body))
 
 
-class _Pieces(msgspec.Struct, forbid_unknown_fields=True):
-    examples: Annotated[list[msgspec.Raw], Meta(min_length=1, max_length=MAX_EXAMPLES)]
-    options: TrainOptions = TrainOptions()
-
-
-def _parse_piecewise(body: bytes) -> TrainRequest | None:
-    """Like the whole, an example at a time: other threads get the interpreter's lock in between. None where
-    anything is wrong, or of another shape: the whole is decoded then, and its error tells the path."""
+def _parse_piecewise(body: bytes, at: str = "") -> Any:
+    """As parse_json, the members of long lists one at a time: other threads get the interpreter's lock in
+    between. Raises UserError (code `invalid_json`), with the path of the member. at: of what is in `body`."""
     try:
-        pieces = msgspec.json.decode(body, type=_Pieces)
-        decode = msgspec.json.Decoder(Example).decode
-        examples = [decode(piece) for piece in pieces.examples]
-        request = TrainRequest(examples, pieces.options)
-        check_request(request)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, UserError):
-        return None
-    return request
+        parts = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    except msgspec.ValidationError:  # no object
+        return parse_json(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _not_json(error, body) from None
+    return {name: _parse_part(bytes(part), f"{at}{name}") for name, part in parts.items()}
+
+
+def _parse_part(part: bytes, at: str) -> Any:
+    is_long = len(part) > PIECEWISE_BYTES
+    if is_long and part[:1] == b"{" and "." not in at:  # one level: `training_data`
+        return _parse_piecewise(part, f"{at}.")
+    if is_long and _IS_LIST_OF_OBJECTS.match(part):
+        members = msgspec.json.decode(part, type=list[msgspec.Raw])
+        return [_parse_member(bytes(member), f"{at}[{i}]") for i, member in enumerate(members)]
+    return _parse_member(part, at)
+
+
+def _parse_member(member: bytes, at: str) -> Any:
+    if at.startswith(("examples[", "training_data.samples[")):
+        with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return _example.decode(member)  # a third of the time
+    try:
+        return msgspec.json.decode(member)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        wrong = _not_json(error, member)
+        raise UserError(wrong.message, field=at, code=wrong.code) from None
 
 
 class SyncBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -229,15 +253,12 @@ def _parse(body: dict[str, Any], beside: dict[str, Any]) -> TrainRequest:
     if "options" in body:
         body = {**body, "options": own_options(sent, "options")}
     if is_list(examples := body.get("examples")):
-        body = {**body, "examples": [own_example(one, f"examples[{i}]") for i, one in enumerate(examples)]}
+        body = {**body, "examples": [_own(one, f"examples[{i}]") for i, one in enumerate(examples)]}
     try:
+        if is_list(examples) and len(examples) <= MAX_EXAMPLES:  # each alone, for the interpreter's lock
+            own = enumerate(body["examples"])
+            body = {**body, "examples": [convert(one, Example, f"examples[{i}]") for i, one in own]}
         request = convert(body, TrainRequest)
-    except UserError as error:
-        field = sent_option(error.field or "", sent)
-        if field.removeprefix("options.") in beside:
-            field = field.removeprefix("options.")
-        raise UserError(error.message, field=field or None, code=error.code) from None
-    try:
         check_request(request)
     except UserError as error:
         field = sent_option(error.field or "", sent)
@@ -245,6 +266,10 @@ def _parse(body: dict[str, Any], beside: dict[str, Any]) -> TrainRequest:
             field = field.removeprefix("options.")
         raise UserError(error.message, field=field or None, code=error.code) from None
     return request
+
+
+def _own(example: Any, at: str) -> Any:
+    return example if isinstance(example, Example) else own_example(example, at)
 
 
 def _from_bare_example(data: dict[str, Any]) -> TrainRequest:

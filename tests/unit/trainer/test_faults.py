@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import itertools
 import sqlite3
+import threading
+import time
 
 import msgspec
 import pytest
@@ -15,11 +17,19 @@ from apollo_worker.step.step import StepResult, VllmDied
 from apollo_worker.trainer import recovery
 from apollo_worker.trainer.step_marks import TornWeights
 from safetensors.torch import load_file
-from served_model import Exporter
+from served_model import Exporter, mapped_weights
 from trainer_by_hand import Killed, Trainer, assert_same, kill_in_backward, restore, with_train
 
 from apollo_ipc.checkpoint import read_commit, verify
+from apollo_ipc.checkpoint.disk import Disk
 from apollo_ipc.errors import CheckpointError
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def fail_at_tensor(monkeypatch, number: int, error: BaseException) -> None:
@@ -204,19 +214,45 @@ def test_jobs_go_in_order_and_once_through_two_deaths_of_vllm(served, config, mo
         assert verify(model_dir) == []
 
 
-def test_when_vllm_ends_the_mapping_goes_before_the_last_sync_is_waited_for(served, config):
+@pytest.mark.parametrize("when", ["idle", "in a step"])
+def test_when_vllm_ends_its_memory_goes_while_the_last_sync_is_written(served, config, monkeypatch, when):
+    may_go_on, real, of_others = threading.Event(), Disk.sync, set(mapped_weights())
+
+    def sync(disk, file):
+        if threading.current_thread().name == "apollo-sync":
+            assert may_go_on.wait(60)
+        real(disk, file)
+
     with Trainer(config) as trainer:
+        worker, progress = trainer.worker, lambda: trainer.board.state.progress
         trainer.submit("one")
         trainer.train()
-        attached = trainer.worker.attachment
-        live, writer = attached.live, attached.writer
-        order = []
-        live.close, real = lambda: order.append("closed"), live.close
-        writer.wait, wait = lambda **kwargs: order.append("waited"), writer.wait
-        attached.detach("vLLM has ended")
-        assert order == ["closed", "waited"]
-        wait()
-        real()
+        monkeypatch.setattr(Disk, "sync", sync)
+        worker.syncing.start("full")
+        assert set(mapped_weights()) > of_others
+        if when == "idle":
+            worker.wait("idle")
+            served.kill()
+            wait_for(lambda: not worker.attachment.live.is_alive())
+            ends = threading.Thread(target=worker.attachment.ensure)
+        else:
+            trainer.submit("two")
+
+            def dies(*args, **kwargs):
+                served.kill()
+                raise VllmDied("gone")
+
+            worker.attachment.trainer.step_on = dies
+            ends = threading.Thread(target=worker.run)
+        ends.start()
+        try:
+            wait_for(lambda: set(mapped_weights()) <= of_others)
+            # Waiting would be ended after a minute, with what is being written.
+            wait_for(lambda: progress().activity == "syncing")
+        finally:
+            may_go_on.set()
+            ends.join(60)
+        assert read_commit(served.model_dir).applied_seq == 1
 
 
 def test_two_equal_jobs_queued_at_once_train_once_and_the_second_says_so(served, config):

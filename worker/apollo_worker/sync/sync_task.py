@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -30,6 +30,7 @@ from apollo_worker.sync.copy_out import CopyOut
 from apollo_worker.sync.optimizer_file import OptimizerFile
 
 log = logging.getLogger(__name__)
+LOOK_S = 0.1  # between two looks at what has been written
 
 
 class Todo(msgspec.Struct, frozen=True):
@@ -73,7 +74,6 @@ class RunningSync:
         self._thread.join()
 
     def is_committed(self, timeout_s: float = 0.0) -> bool:
-        """Whether it has come to its end, well or badly."""
         with suppress(TimeoutError):
             self.committed.exception(timeout_s)
         return self.committed.done()
@@ -82,11 +82,26 @@ class RunningSync:
     def bytes_written(self) -> int:
         return self._task.transaction.bytes_written
 
-    def join(self, *, is_urgent: bool = False) -> None:
+    def wait_committed(self, on_progress: Callable[[], None]) -> None:
+        """Until it has come to its end, well or badly. on_progress: whenever more has been written."""
+        self._wait(self.is_committed, on_progress)
+
+    def join(self, *, is_urgent: bool = False, on_progress: Callable[[], None] = lambda: None) -> None:
         """Until its thread has ended. is_urgent: without the compaction that follows the commit."""
         if is_urgent:
             self._is_urgent.set()
-        self._thread.join()
+        self._wait(self._has_ended, on_progress)
+
+    def _has_ended(self, timeout_s: float) -> bool:
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _wait(self, is_over: Callable[[float], bool], on_progress: Callable[[], None]) -> None:
+        seen = -1
+        while not is_over(LOOK_S):
+            if self.bytes_written != seen:
+                seen = self.bytes_written
+                on_progress()
 
     def _run(self) -> None:
         try:

@@ -175,11 +175,15 @@ class CheckpointWriter:
             running.copied_out(time.monotonic() - started, *self._max_abs)
         return running
 
-    def wait(self, *, is_urgent: bool = False) -> None:
+    def wait(self, *, is_urgent: bool = False, on_progress: Callable[[], None] = lambda: None) -> None:
         """Until no thread of the last sync runs any more. is_urgent: its compaction is left for later."""
         if self._running is not None:
-            self._running.join(is_urgent=is_urgent)
+            self._running.join(is_urgent=is_urgent, on_progress=on_progress)
             self._running = None
+
+    def let_go(self) -> None:
+        """Of the live views, for good: one keeps the memory mapped. A running sync writes from copies."""
+        self._live = {}
 
     def _changed_shards(self, shards: Mapping[str, Shard], known: KnownDigests) -> Todo:
         changed = [shard for shard in shards.values() if self._has_changed(shard, known)]

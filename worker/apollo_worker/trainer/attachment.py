@@ -74,17 +74,24 @@ class Attachment:
         assert self.live is not None
         return self.live
 
-    def detach(self, reason: str) -> None:
-        """Drops every view of the weights. Nothing is written to them any more."""
+    def let_go(self, reason: str) -> None:
+        """Of every view of the weights, at once: the next vLLM needs the memory. Nothing is written to them
+        any more; a sync that runs writes from copies, and `detach` waits for it."""
         self._board.state.attached = False
         self._board.state.attach_error = reason
         self._board.state.vllm_boot_id = self._board.state.vllm_pid = None
-        writer, live = self.writer, self.live
-        self.trainer = self.writer = self.live = None
+        live = self.live
+        self.trainer = self.live = None
+        if self.writer is not None:
+            self.writer.let_go()
         if live is not None:
-            live.close()  # first: the next vLLM needs the memory, and a sync writes from copies
-        if writer is not None:
-            writer.wait(is_urgent=True)  # what was copied out is committed; its compaction can wait
+            live.close()
+
+    def detach(self, reason: str) -> None:
+        self.let_go(reason)
+        writer, self.writer = self.writer, None
+        if writer is not None:  # what was copied out is committed; its compaction can wait
+            writer.wait(is_urgent=True, on_progress=lambda: self._board.show("syncing"))
         self._let_others_write()
 
     def _let_others_write(self) -> None:

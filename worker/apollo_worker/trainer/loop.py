@@ -126,9 +126,9 @@ class MainLoop:
             own = error.__cause__ if isinstance(error, StepFailed) else None
             is_lost = is_device_lost(own or error)
             if self.is_end_of_vllm(own or error, is_lost):
-                # The job stays the running one, and a fresh process takes it on: a backward pass that was cut
-                # off leaves memory to C++.
-                log.warning("job %s waits for the next vLLM and a new trainer (%s)", job.info.job_id, error)
+                # The job stays the running one, for a fresh process: a cut-off backward leaves memory to C++.
+                why = str(error)  # whoever keeps the record would keep the weights mapped by its traceback
+                log.warning("job %s waits for the next vLLM and a new trainer (%s)", job.info.job_id, why)
                 self.queue.release(job.info.job_id)
                 self.board.stopping.set()
                 return
@@ -308,9 +308,8 @@ class MainLoop:
         self.queue.forget_plans(time.time() - self.config.worker.keep_examples_s)
 
     def _has_changed(self) -> bool:
-        return (
-            self._num_unpublished > 0 or self.board.state.weight_version != self.board.state.durable_version
-        )
+        state = self.board.state
+        return self._num_unpublished > 0 or state.weight_version != state.durable_version
 
     def wait(self, activity: str) -> None:
         self.board.show(activity)
@@ -322,9 +321,11 @@ class MainLoop:
 
     def stop(self) -> None:
         """Syncs what changed, lets go of the weights. Without a front the next trainer waits: no sync."""
+        live = self.attachment.live
+        if live is None or not live.is_alive():
+            self.attachment.let_go("vLLM has ended")
         # It is set at the end of an attach: weights that were not yet mended are not synced.
-        live, is_set = self.attachment.live, self.board.state.attached
-        is_attached = is_set and live is not None and live.is_alive() and not self.marks.is_torn
+        is_attached = self.board.state.attached and not self.marks.is_torn
         is_wanted = self.config.checkpoint.sync_at_stop and self.front_end.has_front
         try:
             if is_attached and is_wanted:

@@ -25,7 +25,6 @@ from apollo_worker.trainer.tally import note_failed_sync, note_sync
 from apollo_worker.trainer.told_syncs import ToldSyncs
 
 log = logging.getLogger(__name__)
-LOOK_S = 0.2
 # A delta that takes so much of the bytes that it stands for is no better than the shards themselves.
 MAX_DELTA_FRACTION = 0.5
 
@@ -179,11 +178,7 @@ class Syncing:
     def wait(self) -> None:
         """Until no sync is being written. What it writes counts as getting on."""
         while self._in_progress is not None:
-            running, seen = self._in_progress.running, -1
-            while not running.is_committed(LOOK_S):
-                if running.bytes_written != seen:
-                    seen = running.bytes_written
-                    self._board.show("syncing")
+            self._in_progress.running.wait_committed(lambda: self._board.show("syncing"))
             self.look()
 
     def sync_at_stop(self, has_changed: bool) -> None:
