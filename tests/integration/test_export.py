@@ -9,7 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +35,7 @@ from apollo_ipc.manifest import (
 
 pytestmark = pytest.mark.vllm
 BOOM = "the disk is on fire"
+WEIGHT = torch.arange(64).view(8, 8).bfloat16()
 
 
 @pytest.fixture(scope="module")
@@ -78,16 +79,24 @@ def vllm_config(base: Path, **parallel: Any) -> SimpleNamespace:
     )  # fmt: skip
 
 
-def load(module: Any, base: Path, **parallel: Any) -> tuple[Model, Manifest | None]:
-    """As ApolloLoader.load_model does."""
+def load(
+    module: Any,
+    base: Path,
+    make: Callable[[], Model] = Model,
+    process: Callable[[Model], object] = lambda model: None,
+    **parallel: Any,
+) -> tuple[Model, Manifest | None]:
+    """As ApolloLoader.load_model does. process: what vLLM does with the weights once they are loaded."""
     export = module.Export(vllm_config(base, **parallel))
     with export.checkpoint():
-        model = Model()
+        model = make()
         export.on_made(model)
-        model.load_weights([("weight", torch.ones(8, 8, dtype=torch.bfloat16))])
+        model.load_weights([("weight", WEIGHT)])
         export.on_loaded(model)
+    process(model)
+    loaded = model.weight.clone()
     export.on_ready(model)
-    assert torch.equal(model.weight, torch.ones(8, 8, dtype=torch.bfloat16))
+    assert torch.equal(model.weight, loaded)
     return model, read_manifest(base / "run")
 
 
@@ -96,6 +105,35 @@ def test_a_model_whose_export_goes_well_is_shared(export_module, base):
     assert manifest is not None
     assert manifest.refused == []
     assert list(manifest.views) == ["weight"]
+
+
+class TurnedWhileLoading(Model):
+    def load_weights(self, weights):
+        super().load_weights(weights)
+        self.turned = self.weight.t().contiguous()
+
+
+@pytest.mark.parametrize(
+    ("make", "process"),
+    [
+        (Model, lambda model: model.register_buffer("turned", model.weight.t().contiguous())),
+        (TurnedWhileLoading, lambda model: None),
+    ],
+)
+def test_a_copy_that_serves_in_a_weights_place_is_refused_by_name(export_module, base, make, process):
+    _, manifest = load(export_module, base, make, process)
+    assert manifest is not None
+    with pytest.raises(AttachError, match="turned"):
+        attach(manifest, verify=False)
+
+
+def test_a_weight_that_is_permuted_in_place_after_loading_is_not_shared_as_it_is_on_disk(export_module, base):
+    _, manifest = load(export_module, base, process=lambda model: model.weight.data.copy_(WEIGHT.flip(0)))
+    assert manifest is not None
+    assert manifest.views == {}
+    (refusal,) = manifest.refused
+    assert refusal.name == "weight"
+    assert "in place" in refusal.reason
 
 
 def fail(*_: object, **__: object) -> None:

@@ -104,6 +104,12 @@ def end(child, with_signal=signal.SIGKILL):
     child.stdout.close()
 
 
+def thread_states(pid):
+    """Field 3 of proc(5)'s stat, for each thread."""
+    stats = (task / "stat" for task in Path(f"/proc/{pid}/task").iterdir())
+    return [stat.read_text().rpartition(")")[2].split()[0] for stat in stats]
+
+
 def main(directory, step_s):
     service, board, queue = start_service(directory)
     signal.signal(signal.SIGTERM, lambda *_: board.stopping.set())

@@ -9,6 +9,7 @@ import time
 
 import msgspec
 import pytest
+from apollo_worker.jobs import queue_file
 from apollo_worker.jobs.queue import JobQueue
 from apollo_worker.jobs.queue_file import QueueDamaged
 from apollo_worker.jobs.queue_schema import SCHEMA_VERSION
@@ -142,6 +143,23 @@ def test_examples_of_old_jobs_are_forgotten_and_results_stay(queue):
     queue.reconcile(0)  # the model directory was replaced by an older one
     assert states(queue) == ["undone", "queued"]
     assert "forgotten" in queue.get(old.job_id).notes[-1]
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+def test_only_a_small_file_is_read_whole_when_it_is_opened(path, monkeypatch, is_large):
+    JobQueue(path, 10).close()
+    monkeypatch.setattr(queue_file, "MAX_CHECKED_BYTES", path.stat().st_size - is_large)
+    said, connect = [], queue_file._connect
+
+    def traced(*args, **kwargs):
+        db = connect(*args, **kwargs)
+        db.set_trace_callback(said.append)
+        return db
+
+    monkeypatch.setattr(queue_file, "_connect", traced)
+    JobQueue(path, 10).close()
+    assert any("quick_check" in statement for statement in said) != is_large
+    assert said
 
 
 def test_a_hundred_thousand_finished_jobs_open_at_once(path):

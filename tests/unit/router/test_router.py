@@ -12,6 +12,8 @@ import time
 
 import httpx
 import pytest
+from apollo_worker.front import answers
+from fake_worker import end, start_worker, thread_states
 from places import SUPPORT
 from router_harness import (
     ONE,
@@ -66,9 +68,33 @@ def test_the_earlier_clients_shape_is_accepted(server, worker):
     assert worker.queue.take().plan.lr == 1e-5
 
 
-def test_a_large_body_is_accepted_off_the_event_loop(server, worker):
-    body = {"examples": [{"prompt": "p" * 1000, "completion": "c"}] * 500}
-    assert server.http.post("/train", json=body).json()["num_examples"] == 500
+def test_a_body_goes_to_the_worker_as_it_came(server, worker, monkeypatch):
+    # Decoded here, a large one would hold the interpreter's lock, and vLLM's event loop with it.
+    came, decode = [], answers.parse_train_body
+    monkeypatch.setattr(answers, "parse_train_body", lambda body: came.append(body) or decode(body))
+    body = json.dumps({"examples": [{"prompt": "p" * 1000, "completion": "c"}] * 500}, indent=3).encode()
+    sent = server.http.post("/train", content=body, headers={"Content-Type": "application/json"})
+    assert sent.json()["num_examples"] == 500
+    assert came == [body]
+
+
+def test_what_may_be_queued_is_said_with_the_key_under_which_it_trains_once(server, config):
+    child = start_worker(config.runtime_dir)
+    try:
+        wait_until(lambda: server.http.get("/train/status").status_code == 200, 30)
+        os.kill(child.pid, signal.SIGSTOP)
+        wait_until(lambda: set(thread_states(child.pid)) == {"T"}, 10)
+        refused = server.http.post("/train", json=ONE)
+        assert (refused.status_code, error_of(refused)["code"]) == (503, "not_acknowledged")
+        os.kill(child.pid, signal.SIGCONT)
+        wait_until(lambda: server.http.get("/train/status").status_code == 200, 30)
+        key = {"Idempotency-Key": refused.headers["idempotency-key"]}
+        again = server.http.post("/train", json=ONE, headers=key)
+        assert again.status_code == 202
+        listed = server.http.get("/train/jobs").json()["data"]
+        assert [job["job_id"] for job in listed] == [again.json()["job_id"]]
+    finally:
+        end(child)
 
 
 def test_the_same_key_and_body_give_the_same_job_and_another_body_is_refused(server, worker):

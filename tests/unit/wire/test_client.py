@@ -8,10 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-from fake_worker import end, request_of, serving, short_dir, start_worker
+from fake_worker import end, request_of, serving, short_dir, start_worker, thread_states
 from scripted_worker import scripted, until
 
 from apollo_ipc.errors import ApolloError, ConfigError, Conflict, NotFound, NotReady, UserError
@@ -112,12 +111,6 @@ def test_the_heartbeat_tells_who_is_alive_and_a_new_worker_has_a_new_boot_id(pat
                 assert (await client.request(m.GetStatus(""))).status is not None
 
     asyncio.run(main())
-
-
-def thread_states(pid):
-    """Field 3 of proc(5)'s stat, for each thread."""
-    stats = (task / "stat" for task in Path(f"/proc/{pid}/task").iterdir())
-    return [stat.read_text().rpartition(")")[2].split()[0] for stat in stats]
 
 
 def test_a_stopped_worker_is_noticed_within_a_second_and_works_again_when_it_goes_on(path, directory):
