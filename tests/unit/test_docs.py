@@ -288,7 +288,7 @@ def test_every_file_of_the_state_page_is_one_that_the_code_makes(tmp_path):
     endpoint.lock()
     endpoint.unlock()
     train_key(config)
-    with trainer_lock(StatusBoard(), config.state_dir) as is_ours:
+    with trainer_lock(StatusBoard(), config) as is_ours:
         assert is_ours
     front = Front(config)
     front.stop()

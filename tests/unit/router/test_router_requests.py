@@ -217,13 +217,15 @@ def test_a_cut_body_is_not_taken_for_one_with_half_a_pair(server, worker):
     assert "truncated" in error_of(response)["message"]
 
 
-def test_the_location_of_a_job_leads_through_the_root_path(server, worker):
+@pytest.mark.parametrize(("path", "body"), [("/train", ONE), ("/teach", {"text": "The tower has 9 steps."})])
+def test_the_location_of_a_job_leads_through_the_root_path(server, worker, path, body):
     server.app.root_path = "/models/mine"
     try:
-        location = server.http.post("/train", json=ONE).headers["location"]
+        location = server.http.post(path, json=body).headers["location"]
     finally:
         server.app.root_path = ""
-    assert location.startswith("/models/mine/train/jobs/job-")
+    assert location.startswith(f"/models/mine{path}/jobs/")
+    assert server.http.get(location.removeprefix("/models/mine")).status_code == 200
 
 
 def test_a_long_list_of_jobs_is_paged_by_seq(server, worker):

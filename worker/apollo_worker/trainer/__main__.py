@@ -48,7 +48,7 @@ def run(link_fd: int, make_worker: Callable[[TrainerEnd], Runs]) -> int:
         signal.signal(number, lambda *_: end.board.stopping.set())
     end.start()
     try:
-        with trainer_lock(end.board, end.config.state_dir) as has_lock:
+        with trainer_lock(end.board, end.config) as has_lock:
             if has_lock:
                 make_worker(end).run()
     except ApolloError as error:

@@ -155,13 +155,13 @@ class TrainerEnd:
 
 
 @contextmanager
-def trainer_lock(board: StatusBoard, state_dir: Path) -> Iterator[bool]:
+def trainer_lock(board: StatusBoard, config: Config) -> Iterator[bool]:
     """Held by the one process that may write to the weights. Waits for a trainer that outlives its front.
 
     In the state directory, beside the queue that it protects: a runtime directory goes at logout.
     False, without the lock: `board.stopping` was set while waiting. The kernel frees it however we end.
     """
-    hold = _wait_for(state_dir / "trainer.lock", board)
+    hold = _wait_for(config.state_dir / "trainer.lock", board)
     if hold is None:
         yield False
         return
