@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
+from apollo_ipc.config import Config
 from apollo_ipc.hold import Held, Hold
 from apollo_ipc.wire.remote import error_info
 from apollo_ipc.wire.replies import JobInfo, RestoreResult, SyncResult
