@@ -58,19 +58,23 @@ def raise_once(system: System, draw: random.Random) -> str:
 
 def restore_live(system: System, draw: random.Random) -> int:
     """The version that was restored; the trainer must be idle."""
-    history = httpx.get(f"{system.server.url}/checkpoint/history", headers=system.headers, timeout=30)
-    history.raise_for_status()
-    versions = [one["weight_version"] for one in history.json()["versions"] if not one["is_present"]]
-    if not versions:
-        raise SoakFailed("there is no older version to be restored")
-    version = draw.choice(versions)
+    version = -1
 
     def is_done() -> bool:
+        nonlocal version
+        listed = httpx.get(f"{system.server.url}/checkpoint/history", headers=system.headers, timeout=30)
+        listed.raise_for_status()
+        versions = [one["weight_version"] for one in listed.json()["versions"] if not one["is_present"]]
+        if not versions:
+            raise SoakFailed("there is no older version to be restored")
+        version = draw.choice(versions)
         answer = httpx.post(
             f"{system.server.url}/checkpoint/restore",
             json={"version": version}, headers=system.headers, timeout=300,
         )  # fmt: skip
-        if answer.status_code not in (200, 409, 503):
+        # A sync that ran already may have taken its place since it was listed.
+        is_gone = answer.status_code == 400 and "is not kept" in answer.text
+        if answer.status_code not in (200, 409, 503) and not is_gone:
             raise SoakFailed(f"restore of version {version}: {answer.status_code} {answer.text[:300]}")
         return answer.status_code == 200
 

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 import torch
 from apollo_worker.step.loss_guard import LossGuard
@@ -57,6 +58,16 @@ def test_what_was_not_synced_yet_is_a_version_before_it_is_left(served, config):
         restore(trainer, 1)
         restore(trainer, version)
         assert_same(trainer.live(), weights)
+
+
+def test_the_oldest_version_is_not_lost_to_the_sync_before_its_own_restore(served, config):
+    config = msgspec.structs.replace(config, checkpoint=msgspec.structs.replace(config.checkpoint, history=3))
+    with Trainer(config) as trainer:
+        weights = make_versions(trainer)
+        trainer.submit("four")
+        trainer.train()
+        restore(trainer, 0)
+        assert_same(trainer.live(), weights[0])
 
 
 @pytest.mark.parametrize("where", ["before the commit", "before the live weights", "before the publishing"])

@@ -116,11 +116,13 @@ class CheckpointWriter:
         extra: dict[str, Any] | None = None,
         check_live: Callable[[], None] = lambda: None,
         on_progress: Callable[[], None] = lambda: None,
+        num_kept: int = 0,
     ) -> RunningSync:
         """Writes what differs, and the optimizer state, as one commit. Returns when all is copied out.
 
         optimizer: None to keep none beside these weights. check_live: called under the lock, before anything
         is read; raises where the live weights are nobody's any more. on_progress: called before each tensor.
+        num_kept: at least so many older versions stay restorable, once.
         Raises CheckpointError, also for a non-finite live tensor, which it names; and `committed` of what is
         returned may fail with one. Until the commit record is renamed the old checkpoint stays byte for byte;
         see Transaction.commit for what comes after.
@@ -155,7 +157,7 @@ class CheckpointWriter:
                 weight_version=weight_version,
                 applied_seq=applied_seq,
                 extra=extra,
-                num_kept=self._num_kept,
+                num_kept=max(num_kept, self._num_kept),
                 num_live=len(self._live),
                 live_bytes=sum(index[name].size_bytes for name in self._live),
                 started_at=started,

@@ -66,6 +66,7 @@ class Restoring:
         The present state is synced first where it can be, so that this step back can be undone.
         """
         live, started = self._attachment.require_live(), time.monotonic()
+        self._syncing.wait()  # its commit may take the oldest version's place
         before = read_commit(live.model_dir)
         if before is None:
             raise UserError("nothing was synced yet, so there is no older version", field="VERSION")
@@ -74,8 +75,7 @@ class Restoring:
             "restoring weight version %d; now it is %d", weight_version, self._board.state.weight_version
         )
         if self._has_changed():
-            self.sync_before_restore()
-        self._syncing.wait()
+            self.sync_before_restore(num_kept=len(before.history) + 1)
         self._board.show("restoring")
         undone = self._queue.ids("undone")
         commit = self._attachment.restore_version(weight_version)
@@ -100,9 +100,10 @@ class Restoring:
         )
         return self._board.state.last_restore
 
-    def sync_before_restore(self) -> None:
+    def sync_before_restore(self, num_kept: int) -> None:
+        """num_kept: that the version which is wanted stays, though it is the oldest."""
         try:
-            self._syncing.start("delta")
+            self._syncing.start("delta", num_kept=num_kept)
             self._syncing.wait()
         except ApolloError as error:
             # Weights that no sync takes (NaN) are what a restore is for.

@@ -82,23 +82,24 @@ class Syncing:
             return "full"
         return "delta"
 
-    def start(self, kind: SyncKind) -> None:
+    def start(self, kind: SyncKind, *, num_kept: int = 0) -> None:
         """Copies out what changed; the writing goes on beside training, and `look` sees its end.
 
+        num_kept: as many older versions stay restorable at least, beyond checkpoint.history.
         Raises CheckpointError, NotReady; those who asked are told too.
         """
         waiting, self._waiting = [asked.done for asked in self._waiting], []
         self._is_bulk_done = False
         self._synced_at = time.monotonic()  # a failing disk is tried again by the clock, not at every step
         try:
-            self._start(kind, waiting)
+            self._start(kind, waiting, num_kept)
         except ApolloError as error:
             self._note_failure(error)
             for done in waiting:
                 done.set_exception(error)
             raise
 
-    def _start(self, kind: SyncKind, waiting: list[Future]) -> None:
+    def _start(self, kind: SyncKind, waiting: list[Future], num_kept: int) -> None:
         self.wait()
         attached, board = self._attachment, self._board
         live, writer, trainer = attached.live, attached.writer, attached.trainer
@@ -131,6 +132,7 @@ class Syncing:
                 },
                 check_live=check_live,
                 on_progress=lambda: board.show("syncing"),
+                num_kept=num_kept,
             )
         except CheckpointError:
             self._note_commit(live.model_dir, before)
