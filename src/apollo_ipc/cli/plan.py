@@ -39,6 +39,9 @@ def plan(
         str | None,
         typer.Option(metavar="BYTES", help="Of the GPU to plan for, e.g. 141GB; default: this one's."),
     ] = None,
+    tensor_parallel_size: Annotated[
+        int, typer.Option(help="Processes of vLLM that share the model, a GPU each.")
+    ] = 1,
     config_file: ConfigFile = None,
     as_json: AsJson = False,
 ) -> None:
@@ -54,6 +57,10 @@ def plan(
             f"{gpu_memory_utilization:g} is no share; give one above 0, at most 1, e.g. 0.75",
             field="--gpu-memory-utilization",
         )
+    if tensor_parallel_size < 1:
+        raise UserError(
+            f"{tensor_parallel_size} processes cannot serve; give 1 or more", field="--tensor-parallel-size"
+        )
     flags = {
         "rank": ("--rank", rank),
         "max_tokens": ("--max-tokens", max_tokens),
@@ -66,6 +73,7 @@ def plan(
         "options": _train_options(config_file, flags),
         "utilization": gpu_memory_utilization,
         "device_bytes": parse_bytes(device_memory) if device_memory is not None else None,
+        "num_ranks": tensor_parallel_size,
     }
     made = _run(request)
     if as_json:

@@ -246,9 +246,29 @@ def test_what_does_not_fit_says_what_would_and_exits_with_1(model_dirs, planned)
     assert "weights and training together are more than the device has" in none.stdout
 
 
+def test_of_several_gpus_the_first_is_counted_with_a_part_of_the_weights_and_all_of_the_trainer(
+    model_dirs, planned
+):
+    def items(*flags: str) -> dict[str, int]:
+        room = ["--device-memory", "20GB", "--gpu-memory-utilization", "0.5"]
+        done = planned(str(model_dirs["qwen3"]), "--max-tokens", "64", "--json", *room, *flags)
+        assert done.returncode == 0, done.stderr
+        made = json.loads(done.stdout)
+        return {item["name"]: item["bytes"] for item in made["vllm"] + made["trainer"]}
+
+    alone, one_of_two = items(), items("--tensor-parallel-size", "2")
+    weights = "weights, served and trained"
+    assert one_of_two[weights] == (alone[weights] + 1) // 2
+    assert 0 < one_of_two.pop("gathered weights") < alone[weights]
+    assert {n: b for n, b in one_of_two.items() if n in ("optimizer state", "one step, at its peak")} == {
+        n: b for n, b in alone.items() if n in ("optimizer state", "one step, at its peak")
+    }
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
+        (["--tensor-parallel-size", "0"], "0 processes cannot serve; give 1 or more"),
         (["--rank", "0"], "--rank: 0 is not what is needed: Expected `int` >= 1"),
         (["--max-tokens", "1"], "--max-tokens: 1 is not what is needed: Expected `int` >= 2"),
         (["--accumulate", "0"], "--accumulate: 0 is not what is needed: Expected `int` >= 1"),

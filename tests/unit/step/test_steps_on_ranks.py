@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from apollo_worker.commands.memory_plan import gathered_bytes
 from apollo_worker.jobs.example import TokenisedExample
 from apollo_worker.model.live_model import LiveModel, attach
 from apollo_worker.model.live_tensor import Pieced, whole
@@ -165,6 +166,7 @@ def test_a_step_holds_one_layers_weights_at_a_time(served, checkpointing, monkey
     gc.collect()
     assert len(alive) > 2 * len(live.names)
     assert peak < 0.5 * sum(tensor.nbytes for tensor in live.trained_tensors().values())
+    assert peak <= gathered_bytes(live.model, 0) < 1.5 * peak
     assert not [size for storage, size in alive if storage() is not None]
 
 

@@ -18,6 +18,7 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from apollo_ipc import cpu_products
 from apollo_ipc.config import Train
@@ -47,13 +48,14 @@ class Device(NamedTuple):
 
 
 class Request(msgspec.Struct, frozen=True):
-    """What the command line asks for. options: train.* with the flags in it; device_bytes: None for this
-    machine's."""
+    """What the command line asks for. options: train.* with the flags in it; device_bytes: of one device,
+    None for this machine's; num_ranks: processes of vLLM that share the model, a GPU each."""
 
     model_dir: str
     options: Train
     utilization: float
     device_bytes: int | None = None
+    num_ranks: int = 1
 
 
 def plan(request: Request) -> MemoryPlan:
@@ -97,6 +99,9 @@ def plan(request: Request) -> MemoryPlan:
         note = f"of {options.accumulate_steps} examples, all parameters, fp32"
         num_bytes = 4 * sum(p.numel() for p in step.model.parameters())
         trainer.append(Item("gradients of accumulation", num_bytes, note))
+    if request.num_ranks > 1:
+        num_bytes = gathered_bytes(step.model, held_elements)
+        trainer.append(Item("gathered weights", num_bytes, "a layer's or the head's, and those that wait"))
     if device.is_gpu:
         trainer.append(Item("CUDA context", CUDA_CONTEXT_BYTES, "assumed"))
     elif has_compiled_update(is_gpu=False):
@@ -119,8 +124,16 @@ def plan(request: Request) -> MemoryPlan:
         Item("update's temporaries", max(temporaries.values()), "the largest parameter's"),
     ]
     share = int(device.num_bytes * request.utilization)
+    note = dtype_name(dtype)
+    if request.num_ranks > 1 and device.is_gpu:
+        num_trained = math.ceil(num_trained / request.num_ranks)
+        note += f", one of {request.num_ranks} parts"
+        assumptions.append(
+            f"each of {request.num_ranks} GPUs holds an equal part of the weights; counted is the "
+            "first, where the trainer is"
+        )
     vllm = [
-        Item("weights, served and trained", num_trained, dtype_name(dtype)),
+        Item("weights, served and trained", num_trained, note),
         Item("KV cache and vLLM's activations", max(0, share - num_trained), "what is left of its share"),
     ]
     vllm_bytes, trainer_bytes = sum(i.bytes for i in vllm), sum(i.bytes for i in trainer)
@@ -197,6 +210,18 @@ def head_and_largest(model: PreTrainedModel) -> tuple[int, int]:
     head = read_head(model)
     in_both = 0 if head is None else head.layer.weight.numel() * (4 + head.layer.weight.dtype.itemsize)
     return in_both, max(p.nbytes for p in model.parameters())
+
+
+def gathered_bytes(model: PreTrainedModel, held_elements: int) -> int:
+    """What the trainer has at one time of weights that several ranks hold (apollo_worker.model.on_use): one
+    layer's, or the largest of what is in no layer, and those whose small updates wait for one another."""
+    layers = [one for one in model.modules() if isinstance(one, GradientCheckpointingLayer)]
+    of_layers = [sum(p.nbytes for p in layer.parameters()) for layer in layers]
+    inside = {id(p) for layer in layers for p in layer.parameters()}
+    outside = [p.nbytes for p in model.parameters() if id(p) not in inside]
+    total = sum(p.nbytes for p in model.parameters())
+    waiting = held_elements * next(model.parameters()).element_size()
+    return min(total, max(*of_layers, *outside) + waiting)
 
 
 def general_assumptions(model: PreTrainedModel, device: Device) -> list[str]:
