@@ -19,6 +19,7 @@ from apollo_worker.jobs.queue import JobQueue
 from apollo_worker.link.status_board import Admission, StatusBoard
 from fastapi import FastAPI
 from planned import plan_of
+from waiting import wait_for
 
 from apollo_ipc.config import Config, load_config
 from apollo_ipc.manifest import MANIFEST_FORMAT, Manifest, start_ticks, write_manifest
@@ -100,7 +101,7 @@ class Server:
         args = argparse.Namespace(api_key=[INFERENCE_KEY], model="/models/m", served_model_name=["m"])
         asyncio.run(self.app.state.apollo_plugin.init_state(self.engine, self.app.state, args))
         self.thread.start()
-        wait_until(lambda: self.uvicorn.started)
+        wait_for(lambda: self.uvicorn.started)
         self.port = self.uvicorn.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.http = self.client(TRAIN_KEY)
@@ -140,7 +141,7 @@ class FakeWorker:
 
     def train_one(self, ends: str = "applied", step_s: float = 0.0, error: str | None = None) -> None:
         """Takes the next job, waiting for one, and ends it in the state `ends`."""
-        wait_until(lambda: self.queue.count("queued") > 0)
+        wait_for(lambda: self.queue.count("queued") > 0)
         job = self.queue.take()
         for step in range(1, job.info.num_steps + 1):
             time.sleep(step_s)
@@ -185,13 +186,6 @@ def share_weights(config: Config, boot_id: str, pid: int | None = None) -> None:
         ),
         config.runtime_dir,
     )
-
-
-def wait_until(condition, timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
 
 
 def error_of(response: httpx.Response) -> dict:

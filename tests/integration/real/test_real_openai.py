@@ -30,6 +30,7 @@ PAIRS = [
     for thing in ("soup", "weather", "new roof")
 ]
 UNSEEN = "How is the garden?"
+HYPERPARAMETERS: dict[str, Any] = {"n_epochs": 8, "batch_size": 1, "learning_rate_multiplier": 2.0}
 
 
 @pytest.fixture
@@ -41,8 +42,10 @@ def client(live: Live) -> Iterator[openai.OpenAI]:
 
 
 def test_a_supervised_job_that_is_killed_twice_is_taught_once(live: Live, client: openai.OpenAI) -> None:
-    epochs = {**EPOCHS, "n_epochs": 16}
-    job = fine_tuned(live, client, LESSONS, {"type": "supervised", "supervised": {"hyperparameters": epochs}})
+    hyperparameters = {**HYPERPARAMETERS, "n_epochs": 16}
+    job = fine_tuned(
+        live, client, LESSONS, {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
+    )
     assert len(losses_of(client, job.id)) == len(LESSONS) * 16
     for lesson in LESSONS:
         question, answer = (one["content"] for one in lesson["messages"])
@@ -57,16 +60,13 @@ def test_a_job_of_preferences_keeps_its_reference_through_two_kills(
     live: Live, client: openai.OpenAI
 ) -> None:
     before = margin(live)
-    job = fine_tuned(live, client, PAIRS, {"type": "dpo", "dpo": {"hyperparameters": EPOCHS}})
+    job = fine_tuned(live, client, PAIRS, {"type": "dpo", "dpo": {"hyperparameters": HYPERPARAMETERS}})
     losses = losses_of(client, job.id)
-    assert len(losses) == len(PAIRS) * EPOCHS["n_epochs"]
+    assert len(losses) == len(PAIRS) * HYPERPARAMETERS["n_epochs"]
     # The reference is of the weights before the first step: measured anew, each trainer would begin at ln 2.
     assert losses[0] == pytest.approx(math.log(2), abs=0.05)
     assert max(losses[-3:]) < 0.5 * math.log(2)
     assert margin(live) > before + 3.0
-
-
-EPOCHS: dict[str, Any] = {"n_epochs": 8, "batch_size": 1, "learning_rate_multiplier": 2.0}
 
 
 def fine_tuned(live: Live, client: openai.OpenAI, lines: list[dict], method: Any) -> Any:

@@ -9,7 +9,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from apollo_worker.curves.marks import Marks
 from apollo_worker.jobs.queue import JobQueue
 from curve_readers import library, mlflow_run, of_mlflow, of_tensorboard, of_wandb
 from planned import submit
+from waiting import wait_for
 
 from apollo_ipc.config import load_config
 from apollo_ipc.errors import ConfigError
@@ -224,13 +224,6 @@ def feeding(name, state_dir, **environment):
             yield process
         finally:
             process.kill()
-
-
-def wait_for(condition, timeout_s):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def train_and_kill(queue, tmp_path, name, seen, **environment) -> str:

@@ -16,6 +16,7 @@ import pytest
 from fake_trainer import CRASH, FULL_DISK, HANG, NORMAL
 from fake_worker import short_dir
 from places import SUPPORT
+from waiting import wait_for
 
 from apollo_ipc.errors import NotReady, UserError
 from apollo_ipc.wire.client import call
@@ -97,14 +98,6 @@ def is_alive(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
-
-
-def wait_for(condition, timeout_s=20.0):
-    deadline = time.monotonic() + timeout_s
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.02)
-    return value
 
 
 def test_a_job_goes_through_both_processes_and_status_shows_the_trainer(worker):

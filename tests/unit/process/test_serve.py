@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from waiting import wait_for
 
 from apollo_curation.settings import load_curation_config
 from apollo_ipc.cli import serve
@@ -67,14 +68,6 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
-
-
-def wait_for(condition, timeout_s=20.0):
-    deadline = time.monotonic() + timeout_s
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.02)
-    return value
 
 
 @contextlib.contextmanager

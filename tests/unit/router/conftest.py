@@ -6,8 +6,9 @@ import shutil
 
 import openai
 import pytest
-from router_harness import TRAIN_KEY, FakeWorker, Server, make_config, wait_until
+from router_harness import TRAIN_KEY, FakeWorker, Server, make_config
 from ui_world import World
+from waiting import wait_for
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def worker(config, request):
         # On a busy machine it may be seconds until the two have met.
         if "server" in request.fixturenames:
             http = request.getfixturevalue("server").http
-            wait_until(lambda: http.get("/train/status").status_code == 200, 30)
+            wait_for(lambda: http.get("/train/status").status_code == 200, 30)
         yield worker
 
 

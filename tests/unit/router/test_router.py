@@ -21,8 +21,8 @@ from router_harness import (
     Server,
     error_of,
     share_weights,
-    wait_until,
 )
+from waiting import wait_for
 
 from apollo_ipc.wire.replies import SyncResult
 
@@ -81,13 +81,13 @@ def test_a_body_goes_to_the_worker_as_it_came(server, worker, monkeypatch):
 def test_what_may_be_queued_is_said_with_the_key_under_which_it_trains_once(server, config):
     child = start_worker(config.runtime_dir)
     try:
-        wait_until(lambda: server.http.get("/train/status").status_code == 200, 30)
+        wait_for(lambda: server.http.get("/train/status").status_code == 200, 30)
         os.kill(child.pid, signal.SIGSTOP)
-        wait_until(lambda: set(thread_states(child.pid)) == {"T"}, 10)
+        wait_for(lambda: set(thread_states(child.pid)) == {"T"}, 10)
         refused = server.http.post("/train", json=ONE)
         assert (refused.status_code, error_of(refused)["code"]) == (503, "not_acknowledged")
         os.kill(child.pid, signal.SIGCONT)
-        wait_until(lambda: server.http.get("/train/status").status_code == 200, 30)
+        wait_for(lambda: server.http.get("/train/status").status_code == 200, 30)
         key = {"Idempotency-Key": refused.headers["idempotency-key"]}
         again = server.http.post("/train", json=ONE, headers=key)
         assert again.status_code == 202
@@ -144,7 +144,7 @@ def test_waiting_ends_when_the_server_stops(config, worker):
         client = server.client(TRAIN_KEY)
         asking = threading.Thread(target=lambda: answers.append(client.post("/train?wait=true", json=ONE)))
         asking.start()
-        wait_until(lambda: worker.queue.count("queued") == 1)
+        wait_for(lambda: worker.queue.count("queued") == 1)
     asking.join(5)
     assert answers[0].status_code == 503
     assert worker.queue.count("queued") == 1

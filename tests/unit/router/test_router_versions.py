@@ -16,9 +16,9 @@ from router_harness import (
     Server,
     error_of,
     share_weights,
-    wait_until,
 )
 from synced_weights import Live, make_model
+from waiting import wait_for
 
 from apollo_ipc.checkpoint import begin
 from apollo_ipc.errors import Conflict
@@ -44,12 +44,12 @@ def test_health_is_200_only_while_the_worker_is_attached_to_this_vllm(server, co
     share_weights(config, "boot-a")
     assert "does not answer" in health()[1]
     with FakeWorker(config) as worker:
-        wait_until(lambda: "not attached" in health()[1])
+        wait_for(lambda: "not attached" in health()[1])
         worker.board.state.vllm_boot_id, worker.board.state.attached = "boot-b", True
-        wait_until(lambda: "another vLLM" in health()[1])
+        wait_for(lambda: "another vLLM" in health()[1])
         worker.board.state.vllm_boot_id = "boot-a"
-        wait_until(lambda: health() == (200, "boot-a"))
-    wait_until(lambda: "does not answer" in health()[1])
+        wait_for(lambda: health() == (200, "boot-a"))
+    wait_for(lambda: "does not answer" in health()[1])
     child = subprocess.Popen(["true"])
     share_weights(config, "boot-a", pid=child.pid)
     child.wait()
@@ -61,7 +61,7 @@ def test_publishing_drops_the_prefix_cache_and_is_counted(config, worker):
     worker.board.state.vllm_boot_id = "boot-a"
     with Server(FakeEngine(multimodal=True)) as server:
         worker.board.state.weight_version = 1
-        wait_until(lambda: worker.server.publish(1, timeout_s=1.0))
+        wait_for(lambda: worker.server.publish(1, timeout_s=1.0))
         assert server.engine.calls[:2] == [("reset_prefix_cache", True, False), ("reset_encoder_cache",)]
         from prometheus_client import generate_latest
 
@@ -77,7 +77,7 @@ def test_a_cache_that_vllm_keeps_is_not_reported_as_dropped(config, worker):
     worker.board.state.vllm_boot_id, worker.board.state.attached = "boot-a", True
     with Server(FakeEngine(clears=False)) as server:
         worker.board.state.weight_version = 1
-        wait_until(lambda: len(server.engine.calls) > 0)
+        wait_for(lambda: len(server.engine.calls) > 0)
         assert not worker.server.publish(1, timeout_s=1.0)
 
 
@@ -86,7 +86,7 @@ def test_no_request_is_preempted_where_there_is_no_prefix_cache(config, worker):
     worker.board.state.vllm_boot_id = "boot-a"
     with Server(FakeEngine(prefix_caching=False)) as server:
         worker.board.state.weight_version = 1
-        wait_until(lambda: worker.server.publish(1, timeout_s=1.0))
+        wait_for(lambda: worker.server.publish(1, timeout_s=1.0))
         assert server.engine.calls == []
 
 

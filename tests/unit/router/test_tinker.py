@@ -13,9 +13,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from apollo_router.tinker.store import TinkerStore, store_path
-from router_harness import TRAIN_KEY, FakeWorker, Server, share_weights, wait_until
+from router_harness import TRAIN_KEY, FakeWorker, Server, share_weights
 from starlette.requests import Request
 from starlette.responses import JSONResponse
+from waiting import wait_for
 
 from apollo_ipc.wire.messages import SyncCheckpoint
 from apollo_ipc.wire.replies import PinResult, RestoreResult, SyncResult
@@ -296,7 +297,7 @@ def test_a_future_outlives_the_worker_and_the_server(config):
         training = service.create_lora_training_client(base_model="m", rank=0).result()
         training.forward_backward([datum([1, 2], weights=[1])], "cross_entropy").result(20)
         training.optim_step(ADAM)
-        wait_until(lambda: worker.queue.count("queued"))
+        wait_for(lambda: worker.queue.count("queued"))
     with TinkerStore(store_path(config)) as store:
         promised = store.next_waiting()
     assert promised.kind == "optim_step"

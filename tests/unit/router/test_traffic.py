@@ -12,9 +12,10 @@ import httpx
 import pytest
 from apollo_router.spool import FILE_BYTES, Spool
 from apollo_router.traffic import joined
-from router_harness import FakeEngine, Server, error_of, wait_until
+from router_harness import FakeEngine, Server, error_of
 from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
+from waiting import wait_for
 
 PRIVATE = "a-key-that-is-never-recorded"
 CALL = {"id": "c", "type": "function", "function": {"name": "add", "arguments": '{"x": 1}'}}
@@ -154,7 +155,7 @@ def test_without_the_option_nothing_is_recorded(config, tmp_path):
 
 def test_feedback_is_recorded_with_the_whole_context_also_after_a_restart(chat, spool_dir):
     ask(chat, "a", "b", "c", number=4)
-    wait_until(lambda: rate(chat, 4, rating="down").status_code == 202)
+    wait_for(lambda: rate(chat, 4, rating="down").status_code == 202)
     assert rate(chat, 5, rating="down").status_code == 404
     recorded(chat, spool_dir)
     server = Server(FakeEngine())
@@ -210,7 +211,7 @@ def test_the_spool_stays_below_its_cap_and_the_oldest_go(tmp_path):
     spool.open()
     for number in range(20):
         spool.take(Said(number, FILE_BYTES // 4))
-        wait_until(spool._waiting.empty)
+        wait_for(spool._waiting.empty)
     spool.close()
     files = sorted(spool.directory.iterdir())
     assert sum(file.stat().st_size for file in files) <= 3 * FILE_BYTES + FILE_BYTES // 4

@@ -15,9 +15,10 @@ from apollo_router.ui.routes import static_files
 from apollo_worker.jobs.queue import JobQueue
 from browser import looking_at
 from planned import submit
-from router_harness import INFERENCE_KEY, ONE, TRAIN_KEY, wait_until
+from router_harness import INFERENCE_KEY, ONE, TRAIN_KEY
 from starlette.requests import Request
 from ui_world import HOSTILE, UI, WRONG_KEY, assert_clean, enter, over
+from waiting import wait_for
 
 from apollo_curation.quality.canaries import CanaryResult
 from apollo_curation.quality.history import Breach, Measurement, QualityHistory
@@ -69,7 +70,7 @@ def test_a_login_gives_a_cookie_that_scripts_cannot_read_and_that_stays_here(ser
     cookie = answer.headers["set-cookie"].lower()
     assert {"httponly", "samesite=strict", "path=/", "max-age=3600"} <= set(cookie.split("; "))
     assert TRAIN_KEY not in answer.headers["set-cookie"]
-    wait_until(lambda: client.get("/train/status").status_code == 200)
+    wait_for(lambda: client.get("/train/status").status_code == 200)
     assert client.get(f"{UI}/session").json()["model"] == "m"
 
 
@@ -94,7 +95,7 @@ def test_a_wrong_key_and_the_inference_key_log_nobody_in(server):
 def test_a_session_changes_nothing_for_a_page_from_elsewhere(server, worker, headers):
     client, _ = login(server)
     ours = {**POST, "origin": server.url}
-    wait_until(lambda: client.post("/train", json=ONE, headers=ours).status_code == 202)
+    wait_for(lambda: client.post("/train", json=ONE, headers=ours).status_code == 202)
     before = worker.queue.count("queued")
     refused = client.post("/train", json=ONE, headers={**ours, **headers})
     assert (refused.status_code, refused.json()["error"]["code"]) == (403, "wrong_origin")

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 from places import ROOT, SUPPORT
-from router_harness import ONE, Server, wait_until
+from router_harness import ONE, Server
 from served_model import Exporter
+from waiting import wait_for
 
 from apollo_ipc.process.serving import worker_command
 
@@ -48,7 +49,7 @@ def test_each_file_on_the_way_of_an_example_runs_in_its_process(tiny_model, conf
             threading.setprofile(tracing.note)  # of the server's threads
             with Server() as server:
                 threading.setprofile(None)
-                wait_until(lambda: server.http.get("/train/health").status_code == 200, 300)
+                wait_for(lambda: server.http.get("/train/health").status_code == 200, 300)
                 job = server.http.post("/train?wait=true", json=ONE, timeout=300).json()
                 assert job["status"] == "applied"
         finally:

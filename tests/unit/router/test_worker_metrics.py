@@ -18,7 +18,8 @@ from apollo_router.worker_metrics import WorkerMetrics
 from msgspec.structs import replace
 from places import ROOT
 from prometheus_client import REGISTRY
-from router_harness import ONE, wait_until
+from router_harness import ONE
+from waiting import wait_for
 
 from apollo_ipc.wire.replies import Progress, Status, Tally
 
@@ -49,7 +50,7 @@ def test_a_trained_job_and_a_waiting_one_show_in_the_metrics(server, worker):
     worker.train_one()
     before = time.time()
     server.http.post("/train", json=ONE)
-    wait_until(lambda: [value("apollo_jobs", state=state) for state in ("queued", "applied")] == [1, 1])
+    wait_for(lambda: [value("apollo_jobs", state=state) for state in ("queued", "applied")] == [1, 1])
     assert value("apollo_jobs", state="failed") == 0
     assert 0 <= value("apollo_queue_age_seconds") <= time.time() - before
     assert value("apollo_train_loss") == 0.25

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import sqlite3
 import threading
-import time
 
 import msgspec
 import pytest
@@ -19,17 +18,11 @@ from apollo_worker.trainer.step_marks import TornWeights
 from safetensors.torch import load_file
 from served_model import Exporter, mapped_weights
 from trainer_by_hand import Killed, Trainer, assert_same, kill_in_backward, restore, with_train
+from waiting import wait_for
 
 from apollo_ipc.checkpoint import read_commit, verify
 from apollo_ipc.checkpoint.disk import Disk
 from apollo_ipc.errors import CheckpointError
-
-
-def wait_for(condition) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def fail_at_tensor(monkeypatch, number: int, error: BaseException) -> None:
@@ -246,9 +239,9 @@ def test_when_vllm_ends_its_memory_goes_while_the_last_sync_is_written(served, c
             ends = threading.Thread(target=worker.run)
         ends.start()
         try:
-            wait_for(lambda: set(mapped_weights()) <= of_others)
+            wait_for(lambda: set(mapped_weights()) <= of_others, 60)
             # Waiting would be ended after a minute, with what is being written.
-            wait_for(lambda: progress().activity == "syncing")
+            wait_for(lambda: progress().activity == "syncing", 60)
         finally:
             may_go_on.set()
             ends.join(60)

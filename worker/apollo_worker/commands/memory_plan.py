@@ -221,7 +221,7 @@ def gathered_bytes(model: PreTrainedModel, held_elements: int) -> int:
     outside = [p.nbytes for p in model.parameters() if id(p) not in inside]
     total = sum(p.nbytes for p in model.parameters())
     waiting = held_elements * next(model.parameters()).element_size()
-    return min(total, max(*of_layers, *outside) + waiting)
+    return min(total, max([*of_layers, *outside]) + waiting)
 
 
 def general_assumptions(model: PreTrainedModel, device: Device) -> list[str]:
